@@ -1,0 +1,101 @@
+"""What travels between the stages: plain frozen dataclasses, a shape and a sentence under every field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T", bound="TensorRecord")
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A dataclass of tensors that moves between devices as one."""
+
+    def _map(self: T, move: Any) -> T:
+        def apply(value: Any) -> Any:
+            if isinstance(value, Tensor | TensorRecord):
+                return move(value)
+            if isinstance(value, Mapping):
+                return {key: apply(item) for key, item in value.items()}
+            return value
+
+        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self: T, device: torch.device | str, non_blocking: bool = False) -> T:
+        """The same record with every tensor on ``device``."""
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: T) -> T:
+        """The same record in page-locked memory, so that copies to a GPU overlap with compute."""
+        return self._map(lambda value: value.pin_memory())
+
+
+@dataclass(frozen=True)
+class Sequences(TensorRecord):
+    """Texts padded to one length, with what is known about each of their tokens.
+
+    Entry t of every field speaks of token t; the shift from logits to targets happens in one place, in `lit_distill.models`.
+    """
+
+    input_ids: Tensor
+    """[B, S] int64: prompt and response, or plain text."""
+    attention_mask: Tensor
+    """[B, S] int64: 1 for a token, 0 for padding on either side."""
+    target_mask: Tensor
+    """[B, S] bool: the tokens that objectives count. Column 0 is never one: nothing predicts it."""
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    """[B, S] float32 each: what a rollout recorded about every token, by name."""
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def rows(self, start: int, stop: int) -> Sequences:
+        """Texts ``start`` to ``stop``, without the columns that are padding in all of them."""
+        mask = self.attention_mask[start:stop]
+        used = mask.any(dim=0).nonzero()
+        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        return Sequences(
+            input_ids=self.input_ids[start:stop, first:last],
+            attention_mask=mask[:, first:last],
+            target_mask=self.target_mask[start:stop, first:last],
+            signals={name: signal[start:stop, first:last] for name, signal in self.signals.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Prompts(TensorRecord):
+    """Prompts padded on the left, so that decoding continues all of them at the same column."""
+
+    input_ids: Tensor
+    """[B, P] int64."""
+    attention_mask: Tensor
+    """[B, P] int64: 0 for the padding on the left."""
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+@dataclass(frozen=True)
+class Batch(TensorRecord):
+    """What a data module yields for one step (or one phase of rollouts)."""
+
+    ids: tuple[str, ...]
+    """The items' ids, for messages, samples and predictions."""
+    prompts: Prompts | None = None
+    """The same items' prompts, ready for decoding; None where the step needs none."""
+    sequences: Sequences | None = None
+    """Prompt and response of every item, padded on the right; None for data without responses."""
+    references: tuple[tuple[str, ...], ...] = ()
+    """The accepted responses of every item, as text; at least one each where present."""
+    prompt_texts: tuple[str, ...] = ()
+    """The prompts as the model reads them, as text."""
+    corpus: Sequences | None = None
+    """Plain text packed to length, for the pre-training loss; None where no corpus is configured."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
