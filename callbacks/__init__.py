@@ -1,0 +1,7 @@
+"""Lightning callbacks of lit_distill; imported as `lit_distill.callbacks`."""
+
+from lit_distill.callbacks.export import HuggingFaceExport
+from lit_distill.callbacks.generation import GenerationEvaluator
+from lit_distill.callbacks.prediction import PredictionWriter
+
+__all__ = ["GenerationEvaluator", "HuggingFaceExport", "PredictionWriter"]

@@ -1,0 +1,120 @@
+"""Generated responses to held-out prompts: how close they come to the references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torchmetrics import MeanMetric
+
+from lit_distill.evaluation.text import exact_match, rouge_l
+from lit_distill.rollouts import Decoding
+from lit_distill.types import Batch
+
+
+class GenerationEvaluator(Callback):
+    """Answers the prompts of the validation and test data and logs ``val/rouge_l`` and ``val/exact_match`` in percent.
+
+    Args:
+        max_prompts: how many prompts of a split to answer, over all ranks; 0 switches it off, -1 takes all.
+        every_n_validations: answer at every n-th validation only, and always in `validate` and `test`.
+        max_new_tokens: longest response.
+        temperature: 0 is greedy.
+        top_k: draw from the k most probable tokens only; 0 draws from all.
+        top_p: draw from the smallest set of tokens with this much probability.
+        seed: of the draws; together with an item's id it fixes the response.
+        num_samples: how many responses to show as text in TensorBoard.
+    """
+
+    def __init__(
+        self,
+        max_prompts: int = 256,
+        every_n_validations: int = 1,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        num_samples: int = 8,
+    ) -> None:
+        if max_prompts < -1:
+            raise ValueError(f"generation.max_prompts: expected -1 (all), 0 (off) or more, got {max_prompts}.")
+        if every_n_validations < 1:
+            raise ValueError(f"generation.every_n_validations: expected at least 1, got {every_n_validations}.")
+        self.max_prompts = max_prompts
+        self.every_n_validations = every_n_validations
+        self.decoding = Decoding(max_new_tokens, temperature, top_k, top_p)
+        self.seed = seed
+        self.num_samples = num_samples
+        self._validations = 0
+        self._answered = 0
+        self._samples: list[tuple[str, str, str]] = []
+        self._rouge_l, self._exact_match = MeanMetric(), MeanMetric()
+
+    def _start(self, pl_module: LightningModule) -> None:
+        self._answered = 0
+        self._samples = []
+        for metric in (self._rouge_l, self._exact_match):
+            metric.to(pl_module.device)
+            metric.reset()
+
+    def _answer(self, trainer: Trainer, pl_module: LightningModule, batch: Batch) -> None:
+        limit = self.max_prompts if self.max_prompts >= 0 else float("inf")
+        if self._answered >= limit or batch.prompts is None:
+            return
+        self._answered += len(batch) * trainer.world_size
+        responses = pl_module.generate(batch.prompts, batch.ids, self.decoding, self.seed)
+        for prompt, text, references in zip(
+            batch.prompt_texts, pl_module.response_texts(responses), batch.references, strict=True
+        ):
+            self._rouge_l.update(rouge_l(text, references))
+            self._exact_match.update(100.0 * exact_match(text, references))
+            if len(self._samples) < self.num_samples:
+                self._samples.append((prompt, text, references[0]))
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self._answered:
+            return
+        figures = {f"{stage}/rouge_l": self._rouge_l.compute(), f"{stage}/exact_match": self._exact_match.compute()}
+        pl_module.log_dict(figures)
+        table = "\n".join(
+            ["| prompt | response | reference |", "|---|---|---|", *(f"| {' | '.join(map(_cell, s))} |" for s in self._samples)]
+        )
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(f"{stage}/samples", table, pl_module.global_step)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last validation."""
+        self._start(pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Answer the batch's prompts if this validation's turn has come."""
+        if not trainer.state.fn == "fit" or self._validations % self.every_n_validations == 0:
+            self._answer(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the figures of all ranks."""
+        self._finish(trainer, pl_module, "val")
+        self._validations += not trainer.sanity_checking
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the last run."""
+        self._start(pl_module)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Answer the batch's prompts."""
+        self._answer(trainer, pl_module, batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the figures of all ranks."""
+        self._finish(trainer, pl_module, "test")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")

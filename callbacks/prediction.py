@@ -1,0 +1,57 @@
+"""Writes what `predict` says, line by line, so that a killed run can go on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class PredictionWriter(Callback):
+    """Appends the records of ``predict`` to the JSONL file ``model.prediction.path``.
+
+    Items whose id is in the file already are not generated again; a last line that a kill cut in two is removed first.
+    """
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read which items are done."""
+        path = Path(pl_module.prediction.path)
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_broken_end(path)
+        trainer.strategy.barrier("predictions")
+        if path.exists():
+            with path.open(encoding="utf-8") as lines:
+                pl_module.predicted_ids = frozenset(json.loads(line)["id"] for line in lines)
+            if pl_module.predicted_ids:
+                rank_zero_info(f"{path}: {len(pl_module.predicted_ids)} items are there already and are left as they are.")
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Append the records of all ranks."""
+        records: Sequence[dict[str, Any]] = outputs
+        if trainer.world_size > 1:
+            gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+            dist.gather_object(outputs, gathered)
+            records = [record for share in gathered or [] for record in share]
+        if trainer.is_global_zero and records:
+            with Path(pl_module.prediction.path).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the file is."""
+        rank_zero_info(f"Predictions: {pl_module.prediction.path}")
+
+
+def _drop_broken_end(path: Path) -> None:
+    if not path.exists() or not path.stat().st_size:
+        return
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -1,0 +1,26 @@
+"""Students and teachers: Hugging Face causal language models as a body and a head."""
+
+from lit_distill.models.causal_lm import CausalLM, check_head
+from lit_distill.models.chunked_head import TokenLoss, add_terms
+from lit_distill.models.head import Head
+from lit_distill.models.measurement import Measurement
+from lit_distill.models.pair import build_pair
+from lit_distill.models.spec import ModelSpec, load_model, load_tokenizer
+from lit_distill.models.teacher import FrozenTeacher
+from lit_distill.models.vocabulary import common_vocabulary_size, stop_token_ids
+
+__all__ = [
+    "CausalLM",
+    "FrozenTeacher",
+    "Head",
+    "Measurement",
+    "ModelSpec",
+    "TokenLoss",
+    "add_terms",
+    "build_pair",
+    "check_head",
+    "common_vocabulary_size",
+    "load_model",
+    "load_tokenizer",
+    "stop_token_ids",
+]

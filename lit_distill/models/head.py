@@ -1,0 +1,71 @@
+"""The output projection of a causal language model, taken apart so that it can be applied to a few rows at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Head(NamedTuple):
+    """Hidden rows to logits: ``softcap(scale * (hidden @ weight.T + bias))`` over the common vocabulary."""
+
+    weight: Tensor
+    """[V, H], perhaps the embedding itself."""
+    bias: Tensor | None = None
+    """[V]."""
+    scale: float = 1.0
+    """Factor of the projection (Cohere, Granite)."""
+    softcap: float | None = None
+    """Logits are squeezed to (-softcap, softcap) by tanh (Gemma 2)."""
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The bare projection ``[N, H] -> [N, V]`` in the dtype of ``hidden``, without gradient to the head."""
+        bias = None if self.bias is None else self.bias.detach().to(hidden.dtype)
+        return F.linear(hidden, self.weight.detach().to(hidden.dtype), bias)
+
+    def finish(self, projection: Tensor) -> Tensor:
+        """Scale and soft-capping of a projection, ``[N, V]`` float32."""
+        logits = projection.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[N, V]`` float32 of hidden rows ``[N, H]``, computed in the dtype the head is held in, without gradient."""
+        return self.finish(self.project(hidden.to(self.weight.dtype)))
+
+    def in_compute_dtype(self) -> Head:
+        """The same head, without gradient, in the dtype that autocast asks for or its own: cast once, applied many times."""
+        device = self.weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        return self._replace(weight=self.weight.detach().to(dtype), bias=bias)
+
+
+def head_of(model: nn.Module, vocabulary_size: int) -> Head:
+    """The head of a Hugging Face causal language model, cut to the first ``vocabulary_size`` tokens.
+
+    A sharded weight (DTensor) is gathered here, once per call.
+    """
+    config = model.config.get_text_config()
+    projection = model.get_output_embeddings()
+
+    def cut(parameter: Tensor | None) -> Tensor | None:
+        if parameter is None:
+            return None
+        full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        return full if len(full) == vocabulary_size else full[:vocabulary_size]
+
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling:  # Granite divides, HyperCLOVA X multiplies
+        scale = 1.0 / scaling if config.model_type.startswith("granite") else scaling
+    weight = cut(projection.weight)
+    assert weight is not None
+    return Head(weight, cut(getattr(projection, "bias", None)), scale, getattr(config, "final_logit_softcapping", None))

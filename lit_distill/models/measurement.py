@@ -1,0 +1,87 @@
+"""Objectives applied to texts: the student's rows, the teacher's rows where asked for, and the chunked loss over both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lit_distill.models.chunked_head import TokenLoss, add_terms
+from lit_distill.objectives import LossTerm, Objective, probe
+
+if TYPE_CHECKING:
+    from lit_distill.models.causal_lm import CausalLM
+    from lit_distill.models.teacher import FrozenTeacher
+    from lit_distill.types import Sequences
+
+
+class Measurement:
+    """A set of objectives, the student they measure and the teacher they compare it with.
+
+    Args:
+        objectives: by name.
+        student: receives the gradient.
+        teacher: runs only if an objective asks for its logits.
+        key: where the objectives stand in the YAML, for messages.
+        chunk_rows: rows of logits at a time; by default about 64 MB of them.
+
+    Raises:
+        ValueError: if what an objective returns is no `LossTerm` of scalar sums.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, Objective],
+        student: CausalLM,
+        teacher: FrozenTeacher | None,
+        key: str,
+        chunk_rows: int | None = None,
+    ) -> None:
+        self.objectives = dict(objectives)
+        self.student = student
+        self.teacher = teacher if any("teacher_logits" in o.needs for o in objectives.values()) else None
+        self.chunk_rows = chunk_rows
+        self._counts_by_value = any(
+            [probe(objective, student.vocabulary_size, f"{key}.{name}") for name, objective in objectives.items()]
+        )
+
+    def __call__(self, text: Sequences, factors: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, LossTerm]]:
+        """The objectives' sums on ``text``.
+
+        Args:
+            text: the sequences to measure; their targets are the N rows.
+            factors: factor of each objective's sum in the loss, by name.
+
+        Returns:
+            The loss, ``[]`` float32 with its graph, and each objective's detached sums by name.
+        """
+        mask = text.target_mask
+        loss = TokenLoss(
+            self.objectives,
+            factors,
+            self.student.head(),
+            {"labels": text.input_ids[mask], **{name: signal[mask] for name, signal in text.signals.items()}},
+            None if self.teacher is None else (self.teacher.target_rows(text), self.teacher.head()),
+            self.chunk_rows,
+        )
+        value = loss(self.student.target_rows(text))
+        return value, loss.terms
+
+    def counts(self, parts: Iterable[Sequences]) -> dict[str, Tensor]:
+        """How many items each objective counts in all ``parts`` together, ``[]`` float64, known before any gradient.
+
+        Objectives that count every row cost nothing here; one whose count depends on values takes a pass without gradient.
+        """
+        parts = list(parts)
+        if not self._counts_by_value:
+            rows = torch.stack([part.target_mask.sum() for part in parts]).sum().double()
+            return dict.fromkeys(self.objectives, rows)
+        terms: dict[str, LossTerm] = {}
+        with torch.no_grad():
+            for part in parts:
+                _, here = self(part, dict.fromkeys(self.objectives, 1.0))
+                terms = {name: add_terms(terms[name], term) if terms else term for name, term in here.items()}
+        device = parts[0].input_ids.device
+        return {name: torch.as_tensor(term.count, device=device).double() for name, term in terms.items()}

@@ -1,0 +1,142 @@
+"""Where a model's files are, and errors that name the YAML key instead of a library's internals."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, a hub repository or a GGUF file, as `transformers` wants to be told about it."""
+
+    location: str
+    """Absolute path of a local folder, or a hub id."""
+    gguf_file: str | None
+    """Name of the GGUF file in there; None for a Hugging Face folder."""
+    local: bool
+    """False for a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for ``from_pretrained``, without those that are not set."""
+        named = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def locate(path: str, key: str, gguf_file: str | None = None, revision: str | None = None) -> Source:
+    """The source that ``path`` means: what exists on this machine first, a hub id otherwise.
+
+    Args:
+        path: folder, ``.gguf`` file or hub id; ``~`` is expanded.
+        key: YAML key that ``path`` was given under.
+        gguf_file: file name inside the folder or repository.
+        revision: for a hub id only.
+
+    Raises:
+        ValueError: if nothing is there and it cannot be a hub id, or if reading GGUF needs a package that is missing.
+    """
+    if not path:
+        raise ValueError(f"{key} is empty. Give a local folder, a .gguf file or a Hugging Face hub id.")
+    here = Path(path).expanduser()
+    if here.is_file():
+        if here.suffix != ".gguf":
+            raise ValueError(f"{key}: {path} is a file. Give the folder that holds config.json, or a .gguf file.")
+        folder, gguf_file = here.parent, here.name
+    elif here.is_dir():
+        folder = here
+        if gguf_file is not None and not (folder / gguf_file).is_file():
+            raise ValueError(f"{key}: there is no file {gguf_file!r} (gguf_file) in {path}.")
+    elif path.startswith(("~", ".", "/", "\\")) or path.endswith((".gguf", "/")) or path.count("/") > 1:
+        raise ValueError(
+            f"{key}: {path} does not exist (seen from {Path.cwd()}). Give a local folder or file, or a hub id."
+        )
+    else:
+        folder = None
+    if gguf_file is not None:
+        _require_gguf(key, path)
+    if folder is None:
+        return Source(path, gguf_file, local=False, revision=revision)
+    return Source(str(folder.resolve()), gguf_file, local=True)
+
+
+def _require_gguf(key: str, path: str) -> None:
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f"{key}: {path} is read as a GGUF file, which needs the package(s) {', '.join(missing)}. "
+            'Install them with: pip install "lit-distill[gguf]"'
+        )
+
+
+def check_folder(source: Source, key: str, weights: bool) -> None:
+    """Look at a local folder before anything is loaded from it.
+
+    Args:
+        source: hub ids and GGUF files are not looked at.
+        key: YAML key of the path.
+        weights: also ask for safetensors weights and all of their shards.
+
+    Raises:
+        ValueError: if there is no config.json, or no complete safetensors weights.
+    """
+    if not source.local or source.gguf_file is not None:
+        return
+    folder = Path(source.location)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{key}: {folder} has no config.json{_instead(folder)}")
+    index = folder / "model.safetensors.index.json"
+    if not weights or (folder / "model.safetensors").is_file():
+        return
+    if not index.is_file():
+        raise ValueError(f"{key}: {folder} has no model.safetensors{_instead(folder)}")
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{key}: {index} is not an index of safetensors files: {error!r}. Copy it again.") from error
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise ValueError(f"{key}: {folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing)}.")
+
+
+def _instead(folder: Path) -> str:
+    """What the folder holds instead, and what to do about it."""
+    if (folder / "adapter_config.json").is_file():
+        return ", only an adapter. Merge it into its base model (peft: `merge_and_unload`) and save the result."
+    if ggufs := sorted(file.name for file in folder.glob("*.gguf")):
+        return f", but GGUF files: {', '.join(ggufs)}. Give the path of the file itself."
+    pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in sorted(folder.glob(pattern))]
+    if pickles:
+        return (
+            f", only {', '.join(pickles)}: a pickle, which can run any code when it is opened and is never read here. "
+            'If you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')\""
+        )
+    return ". Give a folder that `save_pretrained` wrote, or a hub id."
+
+
+@contextmanager
+def naming(key: str, source: Source) -> Iterator[None]:
+    """Turn what the libraries raise about a model's files into a ValueError that names the YAML key."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError, StrictDataclassError) as error:
+        if source.local:
+            raise ValueError(
+                f"{key}: {source.location} could not be loaded. {type(error).__name__}: {error}"
+            ) from error
+        raise ValueError(
+            f"{key}: {source.location!r} is no folder here, and could not be had from the Hugging Face hub. "
+            f"{type(error).__name__}: {error}\n"
+            "Give the path of a local folder; or, without a network, fetch the model elsewhere with `hf download`, "
+            "point HF_HOME at that cache and set HF_HUB_OFFLINE=1; for a gated model, run `hf auth login`."
+        ) from error

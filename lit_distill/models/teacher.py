@@ -1,0 +1,42 @@
+"""The frozen teacher: no gradient, no dropout, its own dtype, and in no checkpoint and no optimiser."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_distill.models.causal_lm import CausalLM
+    from lit_distill.models.head import Head
+    from lit_distill.types import Sequences
+
+
+class FrozenTeacher:
+    """A causal language model that is only listened to.
+
+    It is deliberately no `nn.Module`: an attribute of a LightningModule that is none is not saved, optimised, broadcast,
+    set to training mode or converted by a precision plugin.
+
+    Args:
+        lm: the model; its parameters stop requiring gradients.
+    """
+
+    def __init__(self, lm: CausalLM) -> None:
+        self.lm = lm.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> FrozenTeacher:
+        """Moves the teacher; costs nothing where it already is."""
+        self.lm.to(device)
+        return self
+
+    @torch.no_grad()
+    def target_rows(self, sequences: Sequences) -> Tensor:
+        """Hidden rows ``[N, H]`` for the N targets, in the teacher's own dtype whatever the student's precision is."""
+        with torch.autocast(sequences.input_ids.device.type, enabled=False):
+            return self.lm.target_rows(sequences)
+
+    def head(self) -> Head:
+        """The teacher's output projection over the common vocabulary."""
+        return self.lm.head()

@@ -1,0 +1,108 @@
+"""Which tokens a student and its teacher share: divergences compare row by row, so an id must mean one token."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def common_vocabulary_size(
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_rows: int,
+    teacher_rows: int,
+) -> int:
+    """V, how many of the first rows of both heads mean the same tokens.
+
+    Heads are often padded beyond their tokenizer (Qwen2.5: 151,665 tokens, 151,936 or 152,064 rows); the padding is cut
+    off. Tokens that only one of the tokenizers adds at its end are cut off too, with a warning.
+
+    Args:
+        student_tokenizer: tokenizer of the texts.
+        teacher_tokenizer: tokenizer that the teacher was trained with.
+        student_rows: rows of the student's head, tokens and padding.
+        teacher_rows: rows of the teacher's head.
+
+    Raises:
+        ValueError: if an id means different tokens, if a token has no row, or if the end-of-sequence ids differ.
+    """
+    student = _tokens_by_id(student_tokenizer, student_rows, "student")
+    teacher = _tokens_by_id(teacher_tokenizer, teacher_rows, "teacher")
+    size = min(max(student), max(teacher)) + 1
+    different = [token_id for token_id in range(size) if student.get(token_id) != teacher.get(token_id)]
+    if different:
+        shown = "; ".join(
+            f"{token_id} is {_quoted(student, token_id)} to the student and {_quoted(teacher, token_id)} to the teacher"
+            for token_id in different[:5]
+        )
+        raise ValueError(
+            f"model.student and model.teacher do not speak the same tokens: {len(different)} of the first {size} "
+            f"ids differ. {shown}. Choose a teacher of the student's family as model.teacher.path; if the models share a "
+            "vocabulary and only their tokenizer files differ, set model.student.tokenizer or model.teacher.tokenizer."
+        )
+    _check_special_tokens(student_tokenizer, teacher_tokenizer)
+    for role, tokens in (("student", student), ("teacher", teacher)):
+        extra = [f"{token_id} {tokens[token_id]!r}" for token_id in sorted(tokens) if token_id >= size]
+        if extra:
+            log.warning(
+                "Only the %s's tokenizer has the tokens %s: they are cut off, and must not appear in the data.",
+                role,
+                ", ".join(extra[:10]) + (f" and {len(extra) - 10} more" if len(extra) > 10 else ""),
+            )
+    return size
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's EOS first, then those of the generation config, each once.
+
+    Chat models have several. Empty if neither names one, and then only the length ends a response.
+    """
+    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    configured = None if generation_config is None else generation_config.eos_token_id
+    if configured is not None:
+        stops += [configured] if isinstance(configured, int) else [int(stop) for stop in configured]
+    return tuple(dict.fromkeys(stops))
+
+
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, rows: int, role: str) -> dict[int, str]:
+    tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    if not tokens:
+        raise ValueError(f"model.{role}: its tokenizer has no tokens. Set model.{role}.tokenizer.")
+    last = max(tokens)
+    if last >= rows:
+        raise ValueError(
+            f"model.{role}: its tokenizer has ids up to {last} ({tokens[last]!r}), but its head only {rows} rows. "
+            f"Set model.{role}.tokenizer to the one it was trained with, or resize the model's embeddings and save it."
+        )
+    return tokens
+
+
+def _quoted(tokens: dict[int, str], token_id: int) -> str:
+    return repr(tokens[token_id]) if token_id in tokens else "no token"
+
+
+def _check_special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """EOS must agree, or the student never learns to stop; the others do not enter the loss."""
+    if student.eos_token_id != teacher.eos_token_id:
+        raise ValueError(
+            f"The student ends its texts with {student.eos_token!r} ({student.eos_token_id}), the teacher with "
+            f"{teacher.eos_token!r} ({teacher.eos_token_id}), as base and instruct models do: the student would learn "
+            "not to stop. Set model.student.tokenizer to the teacher's, or choose the teacher's other version as "
+            "model.teacher.path; if the teacher does end its texts as the student, set model.teacher.tokenizer too."
+        )
+    for name in ("bos_token", "pad_token", "unk_token"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours is not None and theirs is not None and ours != theirs:
+            log.warning(
+                "The student's %s is %r, the teacher's %r; the student's is used, the loss is not affected.",
+                name,
+                ours,
+                theirs,
+            )

@@ -1,0 +1,62 @@
+"""What a loaded model is checked for: a causal one, with all of its weights, and every one of them a number."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+def check_causal(config: PreTrainedConfig, key: str, location: str) -> None:
+    """Refuse models that do not read from left to right."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder-decoder"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        kind = "a masked language model, which reads in both directions"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
+        config, "auto_map", {}
+    ):
+        kind = "no language model that transformers can build as AutoModelForCausalLM"
+    else:
+        return
+    raise ValueError(
+        f"{key}.path: {location} ({config.model_type}) is {kind}. Give a causal, decoder-only language model."
+    )
+
+
+def check_report(report: dict[str, Any], where: str) -> None:
+    """Weights that were made up, or that do not fit, are an error: transformers only logs them."""
+    if report["mismatched_keys"]:
+        shapes = [f"{name} (stored {tuple(a)}, config {tuple(b)})" for name, a, b in sorted(report["mismatched_keys"])]
+        raise ValueError(f"{where} has weights whose shapes contradict config.json: {_some(shapes)}.")
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{where} lacks weights, which would be random: {_some(sorted(report['missing_keys']))}. "
+            "Is it another kind of model (a classifier, a bare encoder) or an incomplete copy?"
+        )
+    if report["unexpected_keys"]:
+        log.warning("%s has weights that the model does not use: %s", where, _some(sorted(report["unexpected_keys"])))
+
+
+def check_finite(model: PreTrainedModel, where: str) -> None:
+    """Refuse NaN and infinite weights, naming their tensors."""
+    bad = [name for name, weight in model.named_parameters() if weight.numel() and not _is_finite(weight.detach())]
+    if bad:
+        raise ValueError(f"{where} has NaN or infinite weights in {_some(bad)}. The file is damaged; get it again.")
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    smallest, largest = torch.aminmax(weight)  # one pass and no copy; NaN reaches both
+    return bool(torch.isfinite(smallest) & torch.isfinite(largest))
+
+
+def _some(names: list[str], limit: int = 10) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

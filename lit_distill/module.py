@@ -1,0 +1,320 @@
+"""One LightningModule for every method: whose text (`source`), what is measured on it (`objectives`), how often (`source` again).
+
+Optimisation is manual, since one batch may be worth many optimiser steps and one step many micro-batches; the Trainer's
+gradient clipping is honoured all the same. Every objective's sum is divided by its count over all micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from lit_distill.evaluation.quality import AgreementQuality, StudentQuality, TermMeans
+from lit_distill.models import (
+    CausalLM,
+    FrozenTeacher,
+    Measurement,
+    ModelSpec,
+    add_terms,
+    build_pair,
+    load_tokenizer,
+    stop_token_ids,
+)
+from lit_distill.objectives import LossTerm, Objective, check_needs
+from lit_distill.rollouts import DatasetResponses, Decoding, Prediction, Responses, Source, decode, row_uniforms
+from lit_distill.types import Batch, Prompts, Sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EVALUATION = "evaluation"
+
+
+class DistillationModule(L.LightningModule):
+    """A student that learns from texts, by objectives, beside a frozen teacher.
+
+    Args:
+        student: the model to train.
+        objectives: what is measured on the source's text, by name; each has a ``weight``.
+        teacher: the model to learn from; may be absent where no objective asks for it.
+        source: whose text; the dataset's responses by default.
+        corpus_objectives: what is measured on the plain text of ``data.init_args.corpus``.
+        micro_batch_size: texts per forward pass and rank; the loss does not depend on it. All at once by default.
+        head_chunk_rows: tokens whose logits exist at one time; by default about 64 MB of them.
+        optimizer: AdamW by default; parameters of one dimension (norms, biases) get no weight decay.
+        lr_scheduler: stepped after every optimiser step; none by default.
+        prediction: what `predict` writes.
+
+    Raises:
+        ValueError: naming the key, if the objectives need what source and teacher do not provide.
+    """
+
+    student: CausalLM
+
+    def __init__(
+        self,
+        student: ModelSpec,
+        objectives: dict[str, Objective],
+        teacher: ModelSpec | None = None,
+        source: Source | None = None,
+        corpus_objectives: dict[str, Objective] | None = None,
+        micro_batch_size: int | None = None,
+        head_chunk_rows: int | None = None,
+        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        prediction: Prediction | None = None,
+    ) -> None:
+        super().__init__()
+        for key, value in (("micro_batch_size", micro_batch_size), ("head_chunk_rows", head_chunk_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"model.{key}: expected at least 1, got {value}.")
+        if not objectives:
+            raise ValueError("model.objectives: at least one is needed, such as `kd: ForwardKL`.")
+        both = sorted(set(objectives) & set(corpus_objectives or {}))
+        if both:
+            raise ValueError(f"model.corpus_objectives: {both[0]!r} is also in model.objectives; give it another name.")
+        self.student_spec = student
+        self.teacher_spec = teacher
+        self.source = source or DatasetResponses()
+        self.objectives = nn.ModuleDict(objectives)
+        self.corpus_objectives = nn.ModuleDict(corpus_objectives or {})
+        self.micro_batch_size = micro_batch_size
+        self.head_chunk_rows = head_chunk_rows
+        self.optimizer_factory = optimizer
+        self.lr_scheduler_factory = lr_scheduler
+        self.prediction = prediction or Prediction()
+        self.predicted_ids: frozenset[str] = frozenset()  # what an earlier, interrupted `predict` has written already
+        self.teacher: FrozenTeacher | None = None
+        from_teacher = {"teacher_logits"} if teacher else set()
+        on_source = f"the source {type(self.source).__name__}"
+        check_needs(objectives, self.source.provides | from_teacher, "model.objectives", on_source)
+        text_only = DatasetResponses.provides | from_teacher
+        check_needs(corpus_objectives or {}, text_only, "model.corpus_objectives", "a plain-text corpus")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's tokenizer, which is also the data's."""
+        return load_tokenizer(self.student_spec, "model.student")
+
+    def configure_model(self) -> None:
+        """Load student and teacher; called by the Trainer once it knows the device and the strategy."""
+        if hasattr(self, "student"):
+            return
+        self.student, teacher = build_pair(self.student_spec, self.teacher_spec, self.tokenizer)
+        self.teacher = FrozenTeacher(teacher) if teacher else None
+        self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
+        self._text = self._measurement(self.objectives, "model.objectives")
+        self._corpus = self._measurement(self.corpus_objectives, "model.corpus_objectives")
+        on_dataset = {"student_logits", "labels"} | ({"teacher_logits"} if teacher else set())
+        quality = AgreementQuality() if teacher else StudentQuality()
+        self._held_out = self._measurement(
+            {EVALUATION: quality, **{name: o for name, o in self.objectives.items() if o.needs <= on_dataset}},  # type: ignore[operator]
+            "model.objectives",
+        )
+        self.held_out_means = TermMeans(
+            (*quality.metric_names, *(name for name in self._held_out.objectives if name != EVALUATION))
+        )
+
+    def _measurement(self, objectives: Any, key: str) -> Measurement:
+        return Measurement(dict(objectives.items()), self.student, self.teacher, key, self.head_chunk_rows)
+
+    def setup(self, stage: str) -> None:
+        """Refuse Trainer options that would break a promise, before any weights load."""
+        if stage != "fit":
+            return
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches: {self.trainer.accumulate_grad_batches} would average micro-batches "
+                "of different lengths. Set data.init_args.batch_size to the items of one optimiser step "
+                "and model.micro_batch_size to the texts that fit in memory at once."
+            )
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.precision: 16-mixed overflows in the loss of long rows. Use bf16-mixed or 32-true.")
+        if not (self.trainer.limit_val_batches and getattr(self.trainer.datamodule, "has_validation", True)):  # type: ignore[attr-defined]
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, ModelCheckpoint) and (callback.monitor or "").startswith("val/"):
+                    raise ValueError(
+                        f"checkpoint.monitor: {callback.monitor} is watched, and there is no validation. Set "
+                        "data.init_args.validation or validation_size, or checkpoint.monitor: null."
+                    )
+        # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer_factory([group for group in groups if group["params"]])
+        if self.lr_scheduler_factory is None:
+            return optimizer
+        scheduler = self.lr_scheduler_factory(optimizer)
+        if getattr(scheduler, "total_steps", 0) is None:
+            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)  # type: ignore[attr-defined]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Weights come from Hugging Face in evaluation mode; gradient checkpointing and dropout want the other."""
+        self.student.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Every mini-batch that the source makes of ``batch`` is one optimiser step."""
+        for text in self.source.mini_batches(batch):
+            self._optimize(text, batch.corpus)
+
+    def _optimize(self, text: Sequences, corpus: Sequences | None) -> None:
+        parts = [(self._text, part) for part in self._micro_batches(text)]
+        if self.corpus_objectives:
+            if corpus is None:
+                raise ValueError("model.corpus_objectives: there is no corpus. Set data.init_args.corpus.path.")
+            parts += [(self._corpus, part) for part in self._micro_batches(corpus)]
+        counts = self._global_counts(parts)
+        weights = {name: o.weight for name, o in (*self.objectives.items(), *self.corpus_objectives.items())}
+        # A count of zero has a sum of zero; the factor only has to be finite. DDP averages over ranks, so ask for their sum.
+        factors = {name: weights[name] * self.trainer.world_size / counts[name].clamp(min=1).float() for name in counts}
+
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        terms: dict[str, LossTerm] = {}
+        for i, (measurement, part) in enumerate(parts):
+            with nullcontext() if i == len(parts) - 1 else self._without_gradient_sync():
+                loss, here = measurement(part, {name: factors[name] for name in measurement.objectives})
+                self.manual_backward(loss)
+            terms |= {name: add_terms(terms[name], term) if name in terms else term for name, term in here.items()}
+        if self.trainer.gradient_clip_val:
+            self.clip_gradients(optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm or "norm")
+        optimizer.step()
+        if (scheduler := self.lr_schedulers()) is not None:
+            scheduler.step()
+        self._log_step(terms, counts, weights)
+
+    def _micro_batches(self, text: Sequences) -> list[Sequences]:
+        size = self.micro_batch_size or len(text)
+        return [text.rows(start, start + size) for start in range(0, len(text), size)]
+
+    def _global_counts(self, parts: list[tuple[Measurement, Sequences]]) -> dict[str, Tensor]:
+        counts: dict[str, Tensor] = {}
+        for measurement in (self._text, self._corpus):
+            if mine := [part for owner, part in parts if owner is measurement]:
+                counts |= measurement.counts(mine)
+        return dict(zip(counts, self._sum_over_ranks(torch.stack(list(counts.values()))), strict=True))
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        summed: Tensor = self.trainer.strategy.reduce(values, reduce_op="sum")  # type: ignore[assignment]
+        return summed
+
+    def _without_gradient_sync(self) -> AbstractContextManager[None]:
+        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        context: AbstractContextManager[None] = block()
+        return context
+
+    def _log_step(self, terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+        sums = {name: term.total for name, term in terms.items()}
+        sums |= {f"{name}/{metric}": v for name, term in terms.items() for metric, v in term.metrics.items()}
+        means = {
+            name: (total / counts[name.split("/")[0]].clamp(min=1)).float()
+            for name, total in zip(sums, self._sum_over_ranks(torch.stack(list(sums.values())).double()), strict=True)
+        }
+        figures = {f"train/{name}": mean for name, mean in means.items()}
+        figures["train/loss"] = torch.stack([weights[name] * means[name] for name in terms]).sum()
+        self.log("loss", figures["train/loss"], prog_bar=True, logger=False)
+        self.log_dict(figures, logger=False)
+        # One batch may hold many optimiser steps, of which Lightning would log the last: log each by its own number.
+        if self.global_step % self.trainer.log_every_n_steps == 0 or self.global_step == 1:
+            figures["train/learning_rate"] = torch.tensor(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+            for logger in self.loggers:
+                logger.log_metrics({name: value.item() for name, value in figures.items()}, step=self.global_step)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Token-level figures of the student on held-out responses."""
+        if batch.sequences is None:
+            return
+        for part in self._micro_batches(batch.sequences):
+            _, terms = self._held_out(part, dict.fromkeys(self._held_out.objectives, 1.0))
+            quality = terms.pop(EVALUATION)
+            totals = {**quality.metrics, **{name: term.total for name, term in terms.items()}}
+            counts = {name: terms[name].count if name in terms else quality.count for name in totals}
+            self.held_out_means.update(totals, counts)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of all ranks' batches under ``val/``."""
+        self._log_held_out("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of all ranks' batches under ``test/``."""
+        self._log_held_out("test")
+
+    def _log_held_out(self, stage: str) -> None:
+        means = self.held_out_means.compute()
+        self.held_out_means.reset()
+        if not torch.isfinite(means["nll"]):
+            return  # no responses to measure on
+        figures = {name: mean for name, mean in means.items() if not name.endswith("nll")}
+        figures["perplexity"] = means["nll"].exp()
+        if "teacher_nll" in means:
+            figures["teacher_perplexity"] = means["teacher_nll"].exp()
+        trained = [name for name in self._held_out.objectives if name != EVALUATION]
+        if trained:
+            figures["loss"] = torch.stack([self.objectives[name].weight * means[name] for name in trained]).sum()
+        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()} | self._logged_at())
+
+    def _logged_at(self) -> dict[str, float]:
+        """The key by which Lightning places a figure at an optimiser step; it counts batches otherwise."""
+        return {"step": float(self.global_step)}
+
+    def generate(
+        self, prompts: Prompts, ids: tuple[str, ...], decoding: Decoding, seed: int = 0, speaker: str = "student"
+    ) -> Responses:
+        """Responses of student or teacher; each is fixed by ``seed`` and its item's id."""
+        if speaker == "teacher" and self.teacher is None:
+            raise ValueError("model.prediction.speaker: there is no teacher to speak. Set model.teacher.path.")
+        lm = self.teacher.to(self.device).lm if speaker == "teacher" else self.student  # type: ignore[union-attr]
+        uniforms = None if decoding.temperature == 0 else row_uniforms(seed, ids, decoding.max_new_tokens)
+        return decode(lm, prompts, decoding, self.stop_ids, uniforms)
+
+    def response_texts(self, responses: Responses) -> list[str]:
+        """The responses as text, special tokens left out."""
+        rows = [ids[mask].tolist() for ids, mask in zip(responses.ids.cpu(), responses.mask.cpu(), strict=True)]
+        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record per item that no earlier run has written: id, instruction, output, references and, if asked for, log-probs."""
+        assert batch.prompts is not None
+        if self.predicted_ids.issuperset(batch.ids):
+            return []
+        settings = self.prediction
+        responses = self.generate(batch.prompts, batch.ids, settings, settings.seed, settings.speaker)
+        records = [
+            {"id": item, "instruction": prompt, "output": text, "references": list(references)}
+            for item, prompt, text, references in zip(
+                batch.ids, batch.prompt_texts, self.response_texts(responses), batch.references, strict=True
+            )
+        ]
+        if settings.logprobs:
+            for record, ids, logprobs, mask in zip(
+                records, responses.ids.cpu(), responses.logprobs.cpu(), responses.mask.cpu(), strict=True
+            ):
+                record |= {"tokens": ids[mask].tolist(), "logprobs": logprobs[mask].tolist()}
+        return [record for record in records if record["id"] not in self.predicted_ids]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what it takes to rebuild the student without the run's YAML."""
+        checkpoint["student"] = {
+            "spec": asdict(self.student_spec),
+            "config": self.student.model.config.to_dict(),
+            "generation_config": self.student.model.generation_config.to_dict(),
+        }

@@ -1,0 +1,165 @@
+"""Token-level divergences between student and teacher, and plain cross-entropy.
+
+Each is configuration and a call into `lit_distill.functional`. The loss is not multiplied by the square of the temperature:
+set `weight` where a recipe does that (Hinton et al. 2015, section 2.1, has T²).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from lit_distill.functional import divergences
+from lit_distill.objectives.base import LossTerm, Objective, sum_over_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class NextToken(Objective):
+    """Cross-entropy of the student on the text itself: supervised fine-tuning, SeqKD and the pre-training loss.
+
+    Args:
+        weight: factor in the loss.
+        label_smoothing: mass spread evenly over the vocabulary, in [0, 1).
+    """
+
+    def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
+        super().__init__(weight)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}.")
+        self.label_smoothing = label_smoothing
+
+    def forward(self, student_logits: Tensor, labels: Tensor) -> LossTerm:
+        """Per-token −log q(label)."""
+        return sum_over_tokens(
+            F.cross_entropy(student_logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        )
+
+
+class Divergence(Objective):
+    """A divergence between the two next-token distributions at one temperature.
+
+    Args:
+        weight: factor in the loss.
+        temperature: divides both models' logits, > 0.
+    """
+
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__(weight)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number > 0 for {type(self).__name__}, got {temperature}.")
+        self.temperature = temperature
+
+    def check_settings(self) -> None:
+        """Let the function itself judge its settings, now and not at the first batch."""
+        self(torch.zeros(1, 2), torch.zeros(1, 2))
+
+
+class ForwardKL(Divergence):
+    """KL(teacher ‖ student): the student covers all that the teacher would say. Hinton et al. 2015."""
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
+        """Per-token KL(p ‖ q)."""
+        return sum_over_tokens(divergences.forward_kl(student_logits, teacher_logits, self.temperature))
+
+
+class ReverseKL(Divergence):
+    """KL(student ‖ teacher): the student says nothing the teacher would not. MiniLLM's Single term on rollouts."""
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
+        """Per-token KL(q ‖ p)."""
+        return sum_over_tokens(divergences.reverse_kl(student_logits, teacher_logits, self.temperature))
+
+
+class JensenShannon(Divergence):
+    """GKD's generalised Jensen–Shannon divergence, β KL(p ‖ m) + (1−β) KL(q ‖ m) with m = βp + (1−β)q.
+
+    Args:
+        weight: factor in the loss.
+        temperature: divides both models' logits, > 0.
+        beta: weight of the teacher in the mixture, in (0, 1).
+    """
+
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0, beta: float = 0.5) -> None:
+        super().__init__(weight, temperature)
+        self.beta = beta
+        self.check_settings()
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
+        """Per-token JSD."""
+        return sum_over_tokens(
+            divergences.jensen_shannon(student_logits, teacher_logits, self.beta, temperature=self.temperature)
+        )
+
+
+class _Skewed(Divergence):
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0, skew: float = 0.1) -> None:
+        super().__init__(weight, temperature)
+        self.skew = skew
+        self.check_settings()
+
+
+class SkewForwardKL(_Skewed):
+    """DistiLLM's KL(p ‖ αp + (1−α)q), bounded by −log α.
+
+    Args:
+        weight: factor in the loss.
+        temperature: divides both models' logits, > 0.
+        skew: α, the share of the teacher in the mixture, in (0, 1).
+    """
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
+        """Per-token skew KL."""
+        return sum_over_tokens(
+            divergences.skew_forward_kl(student_logits, teacher_logits, self.skew, temperature=self.temperature)
+        )
+
+
+class SkewReverseKL(_Skewed):
+    """DistiLLM's KL(q ‖ (1−α)p + αq), bounded by −log α.
+
+    Args:
+        weight: factor in the loss.
+        temperature: divides both models' logits, > 0.
+        skew: α, the share of the student in the mixture, in (0, 1).
+    """
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
+        """Per-token skew reverse KL."""
+        return sum_over_tokens(
+            divergences.skew_reverse_kl(student_logits, teacher_logits, self.skew, temperature=self.temperature)
+        )
+
+
+class TotalVariation(Divergence):
+    """Half the L1 distance between the two distributions, in [0, 1]."""
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
+        """Per-token total variation."""
+        return sum_over_tokens(divergences.total_variation(student_logits, teacher_logits, self.temperature))
+
+
+class AdaptiveKL(Divergence):
+    """AKL: forward and reverse KL weighed by how far the two differ in the teacher's head and tail.
+
+    Args:
+        weight: factor in the loss.
+        temperature: divides both models' logits, > 0.
+        head_mass: the head is the smallest set of tokens that holds this much of the teacher's mass, in (0, 1).
+
+    Source: Wu et al. 2024, https://arxiv.org/abs/2404.02657.
+    """
+
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0, head_mass: float = 0.5) -> None:
+        super().__init__(weight, temperature)
+        self.head_mass = head_mass
+        self.check_settings()
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
+        """Per-token adaptive KL."""
+        return sum_over_tokens(
+            divergences.adaptive_kl(student_logits, teacher_logits, self.head_mass, temperature=self.temperature)
+        )

@@ -1,0 +1,22 @@
+"""What `lit-distill predict` writes: responses of the student, or of the teacher to make SeqKD data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_distill.rollouts.decoding import Decoding
+
+
+@dataclass
+class Prediction(Decoding):
+    """Who speaks in `predict`, how, and where it is written."""
+
+    speaker: Literal["student", "teacher"] = "student"
+    """Whose responses."""
+    path: str = "predictions.jsonl"
+    """JSONL file of id, instruction (the whole prompt), output and references. An existing file is continued, never duplicated."""
+    logprobs: bool = False
+    """Also write the tokens and their log-probabilities (temperature 1, untruncated)."""
+    seed: int = 0
+    """Of the draws at temperature > 0; together with an item's id it fixes the response."""

@@ -1,0 +1,57 @@
+"""Learning-rate schedules with warm-up, each a pure function of the step; named in YAML as `model.lr_scheduler`."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class WarmupConstant(LambdaLR):
+    """Linear warm-up to the optimiser's learning rate, which then stays.
+
+    Args:
+        optimizer: whose learning rates are scaled.
+        warmup_steps: optimiser steps until the full rate, >= 0.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 0) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"model.lr_scheduler.warmup_steps: expected 0 or more, got {warmup_steps}.")
+        self.warmup_steps = warmup_steps
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        """Share of the full rate at ``step``."""
+        return min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+
+class WarmupCosine(LambdaLR):
+    """Linear warm-up, then half a cosine down to a share of the optimiser's learning rate.
+
+    Args:
+        optimizer: whose learning rates are scaled.
+        warmup_steps: optimiser steps until the full rate, >= 0.
+        total_steps: optimiser steps until the end of the cosine; by default those of the whole run.
+        final_ratio: what is left at the end, in [0, 1].
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, final_ratio: float = 0.0
+    ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"model.lr_scheduler.warmup_steps: expected 0 or more, got {warmup_steps}.")
+        if not 0 <= final_ratio <= 1:
+            raise ValueError(f"model.lr_scheduler.final_ratio: expected a number in [0, 1], got {final_ratio}.")
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.final_ratio = final_ratio
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        """Share of the full rate at ``step``."""
+        if step < self.warmup_steps or self.total_steps is None:
+            return min(1.0, (step + 1) / (self.warmup_steps + 1))
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
