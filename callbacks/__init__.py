@@ -1,7 +1,8 @@
 """Lightning callbacks of lit_distill; imported as `lit_distill.callbacks`."""
 
+from lit_distill.callbacks.comparison import BeforeAfter
 from lit_distill.callbacks.export import HuggingFaceExport
 from lit_distill.callbacks.generation import GenerationEvaluator
 from lit_distill.callbacks.prediction import PredictionWriter
 
-__all__ = ["GenerationEvaluator", "HuggingFaceExport", "PredictionWriter"]
+__all__ = ["BeforeAfter", "GenerationEvaluator", "HuggingFaceExport", "PredictionWriter"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -15,6 +15,8 @@ from lit_distill.models import ModelSpec, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lit_distill.module import DistillationModule
 
 STUDENT_PREFIX = "student.model."
 
@@ -36,7 +38,7 @@ class HuggingFaceExport(Callback):
         self.dtype = dtype
         self.folders: dict[str, Path] = {}
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Write the folders and say where they are."""
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -45,7 +47,9 @@ class HuggingFaceExport(Callback):
             return
         root = Path(trainer.log_dir or trainer.default_root_dir) / "export"
         weights = {k.removeprefix(STUDENT_PREFIX): v for k, v in state.items() if k.startswith(STUDENT_PREFIX)}
-        self.folders["last"] = save_folder(pl_module.student.model, weights, pl_module.tokenizer, root / "last", self.dtype)
+        self.folders["last"] = save_folder(
+            pl_module.student.model, weights, pl_module.tokenizer, root / "last", self.dtype
+        )
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
                 self.folders["best"] = export_checkpoint(Path(callback.best_model_path), root / "best", self.dtype)
@@ -69,14 +73,18 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str | None = None) 
 
     content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     if "student" not in content:
-        raise ValueError(f"{checkpoint} is not a checkpoint of a DistillationModule: it does not say what its student is.")
+        raise ValueError(
+            f"{checkpoint} is not a checkpoint of a DistillationModule: it does not say what its student is."
+        )
     saved = content["student"]
     spec = ModelSpec(**saved["spec"])
     config = AutoConfig.for_model(**saved["config"])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     model.generation_config = GenerationConfig.from_dict(saved["generation_config"])
-    weights = {k.removeprefix(STUDENT_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(STUDENT_PREFIX)}
+    weights = {
+        k.removeprefix(STUDENT_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(STUDENT_PREFIX)
+    }
     return save_folder(model, weights, load_tokenizer(spec, "model.student"), folder, dtype)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torchmetrics import MeanMetric
 
-from lit_distill.evaluation.text import exact_match, rouge_l
+from lit_distill.evaluation.generation import ResponseScores
 from lit_distill.rollouts import Decoding
 from lit_distill.types import Batch
+
+if TYPE_CHECKING:
+    from lit_distill.module import DistillationModule
 
 
 class GenerationEvaluator(Callback):
@@ -18,7 +20,7 @@ class GenerationEvaluator(Callback):
 
     Args:
         max_prompts: how many prompts of a split to answer, over all ranks; 0 switches it off, -1 takes all.
-        every_n_validations: answer at every n-th validation only, and always in `validate` and `test`.
+        every_n_validations: during `fit`, answer at every n-th validation only.
         max_new_tokens: longest response.
         temperature: 0 is greedy.
         top_k: draw from the k most probable tokens only; 0 draws from all.
@@ -50,68 +52,73 @@ class GenerationEvaluator(Callback):
         self._validations = 0
         self._answered = 0
         self._samples: list[tuple[str, str, str]] = []
-        self._rouge_l, self._exact_match = MeanMetric(), MeanMetric()
+        self._scores = ResponseScores()
 
-    def _start(self, pl_module: LightningModule) -> None:
+    def _start(self, pl_module: DistillationModule) -> None:
         self._answered = 0
         self._samples = []
-        for metric in (self._rouge_l, self._exact_match):
-            metric.to(pl_module.device)
-            metric.reset()
+        self._scores.to(pl_module.device).reset()
 
-    def _answer(self, trainer: Trainer, pl_module: LightningModule, batch: Batch) -> None:
-        limit = self.max_prompts if self.max_prompts >= 0 else float("inf")
-        if self._answered >= limit or batch.prompts is None:
+    def _answer(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
+        enough = self.max_prompts >= 0 and self._answered >= self.max_prompts
+        if enough or batch.prompts is None or not batch.references:
             return
         self._answered += len(batch) * trainer.world_size
         responses = pl_module.generate(batch.prompts, batch.ids, self.decoding, self.seed)
-        for prompt, text, references in zip(
-            batch.prompt_texts, pl_module.response_texts(responses), batch.references, strict=True
-        ):
-            self._rouge_l.update(rouge_l(text, references))
-            self._exact_match.update(100.0 * exact_match(text, references))
-            if len(self._samples) < self.num_samples:
-                self._samples.append((prompt, text, references[0]))
+        texts = pl_module.response_texts(responses)
+        self._scores.update(texts, batch.references, responses.mask.sum(dim=-1).tolist())
+        rows = zip(batch.prompt_texts, texts, (accepted[0] for accepted in batch.references), strict=True)
+        self._samples = [*self._samples, *rows][: self.num_samples]
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _finish(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         if not self._answered:
             return
-        figures = {f"{stage}/rouge_l": self._rouge_l.compute(), f"{stage}/exact_match": self._exact_match.compute()}
-        pl_module.log_dict(figures)
-        table = "\n".join(
-            ["| prompt | response | reference |", "|---|---|---|", *(f"| {' | '.join(map(_cell, s))} |" for s in self._samples)]
-        )
+        pl_module.log_figures({f"{stage}/{name}": value for name, value in self._scores.compute().items()})
+        heading = ("| prompt | response | reference |", "|---|---|---|")
+        table = "\n".join([*heading, *(f"| {' | '.join(map(_cell, sample))} |" for sample in self._samples)])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text(f"{stage}/samples", table, pl_module.global_step)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Forget the last validation."""
         self._start(pl_module)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: DistillationModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Answer the batch's prompts if this validation's turn has come."""
-        if not trainer.state.fn == "fit" or self._validations % self.every_n_validations == 0:
+        if not trainer.sanity_checking and self._validations % self.every_n_validations == 0:
             self._answer(trainer, pl_module, batch)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Log the figures of all ranks."""
         self._finish(trainer, pl_module, "val")
         self._validations += not trainer.sanity_checking
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Forget the last run."""
         self._start(pl_module)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: DistillationModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Answer the batch's prompts."""
         self._answer(trainer, pl_module, batch)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Log the figures of all ranks."""
         self._finish(trainer, pl_module, "test")
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+if TYPE_CHECKING:
+    from lit_distill.module import DistillationModule
 
 
 class PredictionWriter(Callback):
@@ -18,7 +21,7 @@ class PredictionWriter(Callback):
     Items whose id is in the file already are not generated again; a last line that a kill cut in two is removed first.
     """
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Read which items are done."""
         path = Path(pl_module.prediction.path)
         if trainer.is_global_zero:
@@ -29,10 +32,18 @@ class PredictionWriter(Callback):
             with path.open(encoding="utf-8") as lines:
                 pl_module.predicted_ids = frozenset(json.loads(line)["id"] for line in lines)
             if pl_module.predicted_ids:
-                rank_zero_info(f"{path}: {len(pl_module.predicted_ids)} items are there already and are left as they are.")
+                rank_zero_info(
+                    f"{path}: {len(pl_module.predicted_ids)} items are there already and are left as they are."
+                )
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: DistillationModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Append the records of all ranks."""
         records: Sequence[dict[str, Any]] = outputs
@@ -44,7 +55,7 @@ class PredictionWriter(Callback):
             with Path(pl_module.prediction.path).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Say where the file is."""
         rank_zero_info(f"Predictions: {pl_module.prediction.path}")
 

@@ -1,3 +1,3 @@
-"""White-box distillation of language models on PyTorch Lightning. A method is a YAML file: whose text, what is measured, how often."""
+"""White-box distillation of language models on PyTorch Lightning. A method is a YAML file."""
 
 __version__ = "0.1.0"

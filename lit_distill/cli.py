@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
+import transformers
+from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 import lit_distill.callbacks
 import lit_distill.data
 import lit_distill.objectives
 import lit_distill.rollouts
-import lit_distill.schedulers  # noqa: F401 - imported so that YAML can name the classes of all of these without their modules
+import lit_distill.schedulers  # with the others: YAML names the classes of all of these without their modules
 from lit_distill.callbacks import GenerationEvaluator, HuggingFaceExport, PredictionWriter
 from lit_distill.module import DistillationModule
 
@@ -26,6 +30,7 @@ class DistillCLI(LightningCLI):
     """The command line: one module, any data module, and the callbacks that every run wants as keys of their own."""
 
     def __init__(self, args: ArgsType = None, **arguments: Any) -> None:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what the fields of ModelSpec mean, in --help
         super().__init__(
             DistillationModule,
             LightningDataModule,
@@ -44,7 +49,12 @@ class DistillCLI(LightningCLI):
         parser.add_lightning_class_args(GenerationEvaluator, "generation")
         parser.add_lightning_class_args(HuggingFaceExport, "export")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_argument("--run_name", type=str | None, default=None, help="Folder of the run below default_root_dir; the config's name by default.")
+        parser.add_argument(
+            "--run_name",
+            type=str | None,
+            default=None,
+            help="Folder of the run below default_root_dir; the config's name by default.",
+        )
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
@@ -56,6 +66,19 @@ class DistillCLI(LightningCLI):
             }
         )
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    def before_instantiate_classes(self) -> None:
+        """Keep the output readable: no bars of transformers where nobody watches, no notes on what is meant to be so."""
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside Lightning 2.6, with torch 2.13
+        warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # CSV beside TensorBoard
+
+    def after_fit(self) -> None:
+        """Say where to look."""
+        rank_zero_info(
+            f"Logs and checkpoints: {self.trainer.log_dir} (tensorboard --logdir {self.trainer.default_root_dir})"
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer that logs to TensorBoard with CSV beside it, unless ``trainer.logger`` says otherwise."""

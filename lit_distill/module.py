@@ -6,7 +6,7 @@ gradient clipping is honoured all the same. Every objective's sum is divided by 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
@@ -86,8 +86,8 @@ class DistillationModule(L.LightningModule):
         self.student_spec = student
         self.teacher_spec = teacher
         self.source = source or DatasetResponses()
-        self.objectives = nn.ModuleDict(objectives)
-        self.corpus_objectives = nn.ModuleDict(corpus_objectives or {})
+        self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment]
+        self.corpus_objectives: Mapping[str, Objective] = nn.ModuleDict(corpus_objectives or {})  # type: ignore[assignment]
         self.micro_batch_size = micro_batch_size
         self.head_chunk_rows = head_chunk_rows
         self.optimizer_factory = optimizer
@@ -118,15 +118,15 @@ class DistillationModule(L.LightningModule):
         on_dataset = {"student_logits", "labels"} | ({"teacher_logits"} if teacher else set())
         quality = AgreementQuality() if teacher else StudentQuality()
         self._held_out = self._measurement(
-            {EVALUATION: quality, **{name: o for name, o in self.objectives.items() if o.needs <= on_dataset}},  # type: ignore[operator]
+            {EVALUATION: quality, **{name: o for name, o in self.objectives.items() if o.needs <= on_dataset}},
             "model.objectives",
         )
         self.held_out_means = TermMeans(
             (*quality.metric_names, *(name for name in self._held_out.objectives if name != EVALUATION))
         )
 
-    def _measurement(self, objectives: Any, key: str) -> Measurement:
-        return Measurement(dict(objectives.items()), self.student, self.teacher, key, self.head_chunk_rows)
+    def _measurement(self, objectives: Mapping[str, Objective], key: str) -> Measurement:
+        return Measurement(objectives, self.student, self.teacher, key, self.head_chunk_rows)
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer options that would break a promise, before any weights load."""
@@ -139,7 +139,9 @@ class DistillationModule(L.LightningModule):
                 "and model.micro_batch_size to the texts that fit in memory at once."
             )
         if self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision: 16-mixed overflows in the loss of long rows. Use bf16-mixed or 32-true.")
+            raise ValueError(
+                "trainer.precision: 16-mixed overflows in the loss of long rows. Use bf16-mixed or 32-true."
+            )
         if not (self.trainer.limit_val_batches and getattr(self.trainer.datamodule, "has_validation", True)):  # type: ignore[attr-defined]
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, ModelCheckpoint) and (callback.monitor or "").startswith("val/"):
@@ -153,7 +155,7 @@ class DistillationModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim > 1]},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
@@ -185,7 +187,7 @@ class DistillationModule(L.LightningModule):
         # A count of zero has a sum of zero; the factor only has to be finite. DDP averages over ranks, so ask for their sum.
         factors = {name: weights[name] * self.trainer.world_size / counts[name].clamp(min=1).float() for name in counts}
 
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         terms: dict[str, LossTerm] = {}
         for i, (measurement, part) in enumerate(parts):
@@ -194,9 +196,12 @@ class DistillationModule(L.LightningModule):
                 self.manual_backward(loss)
             terms |= {name: add_terms(terms[name], term) if name in terms else term for name, term in here.items()}
         if self.trainer.gradient_clip_val:
-            self.clip_gradients(optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm or "norm")
+            self.clip_gradients(
+                optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm or "norm"
+            )
         optimizer.step()
-        if (scheduler := self.lr_schedulers()) is not None:
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
             scheduler.step()
         self._log_step(terms, counts, weights)
 
@@ -212,7 +217,7 @@ class DistillationModule(L.LightningModule):
         return dict(zip(counts, self._sum_over_ranks(torch.stack(list(counts.values()))), strict=True))
 
     def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        summed: Tensor = self.trainer.strategy.reduce(values, reduce_op="sum")  # type: ignore[assignment]
+        summed: Tensor = self.trainer.strategy.reduce(values, reduce_op="sum")
         return summed
 
     def _without_gradient_sync(self) -> AbstractContextManager[None]:
@@ -220,7 +225,9 @@ class DistillationModule(L.LightningModule):
         context: AbstractContextManager[None] = block()
         return context
 
-    def _log_step(self, terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
+    def _log_step(
+        self, terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> None:
         sums = {name: term.total for name, term in terms.items()}
         sums |= {f"{name}/{metric}": v for name, term in terms.items() for metric, v in term.metrics.items()}
         means = {
@@ -232,8 +239,9 @@ class DistillationModule(L.LightningModule):
         self.log("loss", figures["train/loss"], prog_bar=True, logger=False)
         self.log_dict(figures, logger=False)
         # One batch may hold many optimiser steps, of which Lightning would log the last: log each by its own number.
-        if self.global_step % self.trainer.log_every_n_steps == 0 or self.global_step == 1:
-            figures["train/learning_rate"] = torch.tensor(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        if self.global_step % self.trainer.log_every_n_steps == 0 or self.global_step == 1:  # type: ignore[attr-defined]
+            optimizer: Any = self.optimizers()
+            figures["train/learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
             for logger in self.loggers:
                 logger.log_metrics({name: value.item() for name, value in figures.items()}, step=self.global_step)
 
@@ -270,11 +278,12 @@ class DistillationModule(L.LightningModule):
         trained = [name for name in self._held_out.objectives if name != EVALUATION]
         if trained:
             figures["loss"] = torch.stack([self.objectives[name].weight * means[name] for name in trained]).sum()
-        self.log_dict({f"{stage}/{name}": value for name, value in figures.items()} | self._logged_at())
+        self.log_figures({f"{stage}/{name}": value for name, value in figures.items()})
 
-    def _logged_at(self) -> dict[str, float]:
-        """The key by which Lightning places a figure at an optimiser step; it counts batches otherwise."""
-        return {"step": float(self.global_step)}
+    def log_figures(self, figures: Mapping[str, Tensor]) -> None:
+        """Log figures that are equal on all ranks, at the optimiser step; Lightning would place them at the batch."""
+        at = {"step": float(self.global_step)} if self.trainer.state.fn == "fit" else {}
+        self.log_dict({**figures, **at})
 
     def generate(
         self, prompts: Prompts, ids: tuple[str, ...], decoding: Decoding, seed: int = 0, speaker: str = "student"
@@ -289,19 +298,20 @@ class DistillationModule(L.LightningModule):
     def response_texts(self, responses: Responses) -> list[str]:
         """The responses as text, special tokens left out."""
         rows = [ids[mask].tolist() for ids, mask in zip(responses.ids.cpu(), responses.mask.cpu(), strict=True)]
-        return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per item that no earlier run has written: id, instruction, output, references and, if asked for, log-probs."""
+        """One record per item that no earlier run has written: id, prompt, response, references and, if asked for, log-probs."""
         assert batch.prompts is not None
         if self.predicted_ids.issuperset(batch.ids):
             return []
         settings = self.prediction
         responses = self.generate(batch.prompts, batch.ids, settings, settings.seed, settings.speaker)
-        records = [
-            {"id": item, "instruction": prompt, "output": text, "references": list(references)}
+        accepted = batch.references or ((),) * len(batch)
+        records: list[dict[str, Any]] = [
+            {"id": item, "prompt": prompt, "response": text, "references": list(references)}
             for item, prompt, text, references in zip(
-                batch.ids, batch.prompt_texts, self.response_texts(responses), batch.references, strict=True
+                batch.ids, batch.prompt_texts, self.response_texts(responses), accepted, strict=True
             )
         ]
         if settings.logprobs:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T", bound="TensorRecord")
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
 class TensorRecord:
     """A dataclass of tensors that moves between devices as one."""
 
-    def _map(self: T, move: Any) -> T:
+    def _map(self, move: Any) -> Self:
         def apply(value: Any) -> Any:
             if isinstance(value, Tensor | TensorRecord):
                 return move(value)
@@ -26,11 +25,11 @@ class TensorRecord:
 
         return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
-    def to(self: T, device: torch.device | str, non_blocking: bool = False) -> T:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same record with every tensor on ``device``."""
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self: T) -> T:
+    def pin_memory(self) -> Self:
         """The same record in page-locked memory, so that copies to a GPU overlap with compute."""
         return self._map(lambda value: value.pin_memory())
 

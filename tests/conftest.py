@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+import lit_distill
 from lit_distill.models import CausalLM, FrozenTeacher
 from lit_distill.types import Sequences
 
 VOCABULARY = 41
+ASSETS = Path(lit_distill.__file__).parent / "assets"
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +24,14 @@ def _seeded() -> None:
 def tiny_llama(hidden: int = 16, vocabulary: int = VOCABULARY, **config):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, **settings, **config)).eval()
+    settings = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        **config,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, **settings)).eval()
 
 
 @pytest.fixture
@@ -46,3 +56,20 @@ def ragged_text(rows: int = 5, width: int = 12, vocabulary: int = VOCABULARY) ->
 @pytest.fixture
 def text() -> Sequences:
     return ragged_text()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a random student and a random teacher that share the embedded tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "student")
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    folders = []
+    for name, hidden in (("student", 16), ("teacher", 24)):
+        torch.manual_seed(len(name))
+        folder = tmp_path_factory.mktemp("models") / name
+        tiny_llama(hidden, len(tokenizer), max_position_embeddings=512, **ids).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders.append(folder)
+    return folders[0], folders[1]

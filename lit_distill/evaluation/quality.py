@@ -52,6 +52,8 @@ class TermMeans(Metric):
     """
 
     full_state_update = False
+    totals: Tensor
+    counts: Tensor
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ projection and two gradient products in all. Totals add, so the result is that o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class TokenLoss:
         parameters = [p for objective in self.objectives.values() for p in objective.parameters() if p.requires_grad]
         inputs = (hidden, self.head.weight, self.head.bias, *parameters)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            loss: Tensor = _ChunkedLoss.apply(self, *inputs)  # type: ignore[no-untyped-call]
+            loss: Tensor = _ChunkedLoss.apply(self, *inputs)
             return loss
         loss = hidden.new_zeros((), dtype=torch.float32)
         head = self.head.in_compute_dtype()
@@ -99,12 +99,14 @@ class TokenLoss:
 
 def add_terms(a: LossTerm, b: LossTerm) -> LossTerm:
     """The sums of two shares of the same items."""
-    return LossTerm(a.total + b.total, a.count + b.count, {name: a.metrics[name] + b.metrics[name] for name in a.metrics})
+    return LossTerm(
+        a.total + b.total, a.count + b.count, {name: a.metrics[name] + b.metrics[name] for name in a.metrics}
+    )
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, loss: TokenLoss, hidden: Tensor, weight: Tensor, bias: Tensor | None, *parameters: nn.Parameter
     ) -> Tensor:
         _, needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -131,8 +133,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     )
                 value += total.detach()
                 del projection, total
-                for accumulated, other in zip(grad_parameters, others, strict=True):
-                    accumulated += other
+                torch._foreach_add_(grad_parameters, others)
                 if grad_bias is not None:
                     grad_bias += gradient.sum(dim=0)
                 gradient = gradient.to(dtype)
@@ -148,7 +149,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         gradients: Sequence[Tensor | None] = ctx.gradients
         ctx.gradients = ()  # in place, and once: a second backward must not see them scaled twice
         assert gradients, "the chunked loss was differentiated twice"

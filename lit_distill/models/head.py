@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Head(NamedTuple):
@@ -48,7 +51,7 @@ class Head(NamedTuple):
         return self._replace(weight=self.weight.detach().to(dtype), bias=bias)
 
 
-def head_of(model: nn.Module, vocabulary_size: int) -> Head:
+def head_of(model: PreTrainedModel, vocabulary_size: int) -> Head:
     """The head of a Hugging Face causal language model, cut to the first ``vocabulary_size`` tokens.
 
     A sharded weight (DTensor) is gathered here, once per call.

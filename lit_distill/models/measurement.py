@@ -43,9 +43,8 @@ class Measurement:
         self.student = student
         self.teacher = teacher if any("teacher_logits" in o.needs for o in objectives.values()) else None
         self.chunk_rows = chunk_rows
-        self._counts_by_value = any(
-            [probe(objective, student.vocabulary_size, f"{key}.{name}") for name, objective in objectives.items()]
-        )
+        probed = [probe(objective, student.vocabulary_size, f"{key}.{name}") for name, objective in objectives.items()]
+        self._counts_by_value = any(probed)
 
     def __call__(self, text: Sequences, factors: Mapping[str, Tensor | float]) -> tuple[Tensor, dict[str, LossTerm]]:
         """The objectives' sums on ``text``.

@@ -91,9 +91,7 @@ def load_tokenizer(spec: ModelSpec, key: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=spec.trust_remote_code, **source.arguments()
         )
-    if len(tokenizer) <= len(
-        tokenizer.all_special_tokens
-    ):  # what transformers makes up for a folder without a tokenizer
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by transformers, for want of files
         raise ValueError(
             f"{name}: {source.location} has no tokenizer (its vocabulary would be {sorted(tokenizer.get_vocab())}). "
             f"Give one as {key}.tokenizer."
@@ -115,6 +113,8 @@ def load_model(spec: ModelSpec, key: str, dtype: torch.dtype | None = None) -> P
         ValueError: if it cannot be had, is not causal, lacks weights, or holds NaN or infinite ones.
     """
     config = load_config(spec, key)
+    total = config.get_text_config(decoder=True).num_hidden_layers
+    layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
     dtype = getattr(torch, spec.dtype) if spec.dtype is not None else dtype
     if torch.get_default_device().type == "meta" or spec.from_scratch:
         with naming(key, _source(spec, key)):
@@ -123,14 +123,13 @@ def load_model(spec: ModelSpec, key: str, dtype: torch.dtype | None = None) -> P
             model.generation_config = generation_config
     else:
         model = _read(spec, key, config, dtype)
-    total = model.config.get_text_config(decoder=True).num_hidden_layers
-    layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
     if layers is not None:
         keep_layers(model, layers)
     if spec.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ValueError(f"{key}.gradient_checkpointing is true, but {type(model).__name__} does not support it.")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model.eval()
 
 

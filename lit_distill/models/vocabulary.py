@@ -42,8 +42,8 @@ def common_vocabulary_size(
         )
         raise ValueError(
             f"model.student and model.teacher do not speak the same tokens: {len(different)} of the first {size} "
-            f"ids differ. {shown}. Choose a teacher of the student's family as model.teacher.path; if the models share a "
-            "vocabulary and only their tokenizer files differ, set model.student.tokenizer or model.teacher.tokenizer."
+            f"ids differ. {shown}. Choose a teacher of the student's family as model.teacher.path; if they share "
+            "a vocabulary and only the tokenizer files differ, set model.student.tokenizer or model.teacher.tokenizer."
         )
     _check_special_tokens(student_tokenizer, teacher_tokenizer)
     for role, tokens in (("student", student), ("teacher", teacher)):

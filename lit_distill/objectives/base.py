@@ -32,7 +32,7 @@ class LossTerm(NamedTuple):
 
     total: Tensor
     """[] nats summed over the counted items; carries the graph."""
-    count: Tensor | int
+    count: Tensor | int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     """Counted items: tokens, sequences or pairs. Give `len(labels)` where that is all the rows shown; a tensor, where it depends
     on values, is exact too, and costs a counting pass over the batch before each step."""
     metrics: Mapping[str, Tensor] = {}

@@ -15,7 +15,7 @@ class Prediction(Decoding):
     speaker: Literal["student", "teacher"] = "student"
     """Whose responses."""
     path: str = "predictions.jsonl"
-    """JSONL file of id, instruction (the whole prompt), output and references. An existing file is continued, never duplicated."""
+    """JSONL file of id, prompt (as the model reads it), response and references. An existing file is continued."""
     logprobs: bool = False
     """Also write the tokens and their log-probabilities (temperature 1, untruncated)."""
     seed: int = 0

@@ -135,9 +135,9 @@ def test_bf16_autocast_gives_the_plain_autocast_computation() -> None:
 def test_no_rows_give_a_zero_loss_and_zero_gradients() -> None:
     hidden, head, signals, teacher = problem()
     empty = {name: signal[:0] for name, signal in signals.items()}
-    loss = TokenLoss({"fkl": ForwardKL(), "ce": NextToken()}, {"fkl": 1.0, "ce": 1.0}, head, empty, (teacher[0][:0], teacher[1]))(
-        hidden[:0]
-    )
+    loss = TokenLoss(
+        {"fkl": ForwardKL(), "ce": NextToken()}, {"fkl": 1.0, "ce": 1.0}, head, empty, (teacher[0][:0], teacher[1])
+    )(hidden[:0])
     assert float(loss.detach()) == 0.0
     assert not any(g.any() for g in torch.autograd.grad(loss, [hidden, head.weight]))
 
@@ -164,7 +164,12 @@ class LiveLogits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.shape[-1] == self.vocabulary and len(tensor) != self.weight_rows:
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.ndim
+                and tensor.shape[-1] == self.vocabulary
+                and len(tensor) != self.weight_rows
+            ):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.live:
                     self.live[storage._cdata] = tensor.numel()
@@ -175,10 +180,15 @@ class LiveLogits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("objective", [ForwardKL, AdaptiveKL, LabelMargin])
-def test_nothing_of_size_tokens_times_vocabulary_is_ever_allocated_or_outlives_a_chunk(objective: type[Objective]) -> None:
+def test_nothing_of_size_tokens_times_vocabulary_is_ever_allocated_or_outlives_a_chunk(
+    objective: type[Objective],
+) -> None:
     rows, vocabulary, chunk_rows = 1024, 257, 16
     hidden = torch.randn(rows, H, requires_grad=True)
-    head, teacher = Head(torch.randn(vocabulary, H, requires_grad=True)), (torch.randn(rows, H), Head(torch.randn(vocabulary, H)))
+    head, teacher = (
+        Head(torch.randn(vocabulary, H, requires_grad=True)),
+        (torch.randn(rows, H), Head(torch.randn(vocabulary, H))),
+    )
     signals = {"labels": torch.randint(0, vocabulary, (rows,))}
     gc.collect()
     with LiveLogits(vocabulary, weight_rows=H) as allocations:
@@ -187,7 +197,9 @@ def test_nothing_of_size_tokens_times_vocabulary_is_ever_allocated_or_outlives_a
         after_forward = sum(allocations.live.values())
         loss.backward()
     assert 0 < allocations.largest <= chunk_rows * vocabulary
-    assert allocations.peak <= 40 * chunk_rows * vocabulary < rows * vocabulary  # a chunk's own temporaries, never the sum of chunks
+    assert (
+        allocations.peak <= 40 * chunk_rows * vocabulary < rows * vocabulary
+    )  # a chunk's own temporaries, never the sum of chunks
     assert after_forward == 0
 
 
@@ -202,7 +214,9 @@ def test_one_student_and_one_teacher_projection_and_two_gradient_products_per_ch
             return func(*args, **(kwargs or {}))
 
     with Products() as products:
-        TokenLoss({"fkl": ForwardKL(), "ce": NextToken()}, {"fkl": 1.0, "ce": 1.0}, head, signals, teacher, N)(hidden).backward()
+        TokenLoss({"fkl": ForwardKL(), "ce": NextToken()}, {"fkl": 1.0, "ce": 1.0}, head, signals, teacher, N)(
+            hidden
+        ).backward()
     assert products.count == 4
 
 

@@ -39,12 +39,17 @@ def test_what_a_source_lacks_is_named_with_what_it_has() -> None:
     class Weighted(Objective):
         def forward(self, student_logits: Tensor, advantages: Tensor) -> LossTerm: ...
 
-    with pytest.raises(ValueError, match=r"model\.objectives\.pg: Weighted needs `advantages`.*the source X does not.*labels, student_logits"):
+    with pytest.raises(
+        ValueError,
+        match=r"model\.objectives\.pg: Weighted needs `advantages`.*the source X does not.*labels, student_logits",
+    ):
         check_needs({"pg": Weighted()}, FROM_DATASET, "model.objectives", "the source X")
 
 
 def test_a_missing_teacher_is_named_by_its_key() -> None:
-    with pytest.raises(ValueError, match=r"model\.objectives\.kd: ForwardKL needs `teacher_logits`.*model\.teacher\.path"):
+    with pytest.raises(
+        ValueError, match=r"model\.objectives\.kd: ForwardKL needs `teacher_logits`.*model\.teacher\.path"
+    ):
         check_needs({"kd": ForwardKL()}, FROM_DATASET, "model.objectives", "the source X")
 
 

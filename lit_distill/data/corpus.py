@@ -1,0 +1,173 @@
+"""Plain text packed to rows of one length, for the pre-training loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_distill.data.files import content_hash, decode, read_objects
+from lit_distill.data.records import RECORD_FILES, find_files, load_hub, refuse_hub_options
+from lit_distill.data.tokenize import VERSION, cache_file, digest, encode, required_eos, tokenizer_content
+
+KEY = "data.init_args.corpus"
+FEATURES = Features({"input_ids": List(Value("int32"))})
+DOCUMENTS_AT_ONCE = 1_000
+
+
+@dataclass
+class Corpus:
+    """Plain text that rides along with the training batches.
+
+    Args:
+        path: .txt files (blank lines between documents), .jsonl, .json or .parquet files with a text field; a hub id.
+        length: tokens of a row; every row has exactly this many.
+        batch_size: rows of one batch over all ranks.
+        text_field: the column with a document's text; .txt files need none.
+        split: which split of a hub dataset.
+        config: which configuration of a hub dataset.
+        revision: which revision of a hub dataset.
+    """
+
+    path: str | list[str]
+    length: int = 256
+    batch_size: int = 8
+    text_field: str = "text"
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(
+                f"{KEY}.length must be at least 2, got {self.length}: a token is predicted from those before it."
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"{KEY}.batch_size must be at least 1, got {self.batch_size}.")
+
+    def rows(self, tokenizer: Any) -> datasets.Dataset:
+        """``input_ids`` of ``length`` tokens each, EOS after every document; the tail that fills no row is left out.
+
+        Raises:
+            ValueError: naming the file and the place, or if the text fills no row.
+        """
+        files = find_files(self.path, (".txt", *RECORD_FILES), f"{KEY}.path")
+        if files is None:
+            hub = load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key=KEY)
+            source, texts = hub._fingerprint, self._from_hub(hub)
+        else:
+            refuse_hub_options(self.config, self.revision, KEY)
+            source, texts = content_hash(files), (text for file in files for text in self._from_file(file))
+        # the field matters for files with fields only, but a second copy in the cache does no harm
+        cached = cache_file(
+            digest("corpus", VERSION, source, tokenizer_content(tokenizer), self.length, self.text_field)
+        )
+        if not cached.exists():
+            _write(cached, texts, tokenizer, self.length)
+        return datasets.Dataset.from_file(str(cached))
+
+    def _from_file(self, file: Path) -> Iterator[str]:
+        if file.suffix == ".txt":
+            yield from _paragraphs(file)
+        elif file.suffix == ".parquet":
+            yield from self._from_parquet(file)
+        else:
+            for where, record in read_objects(file):
+                yield self._text(record.get(self.text_field), where)
+
+    def _from_parquet(self, file: Path) -> Iterator[str]:
+        try:
+            with pq.ParquetFile(file) as parquet:
+                names = parquet.schema_arrow.names
+                if self.text_field not in names:
+                    raise ValueError(
+                        f"{KEY}.text_field: {file} has no column {self.text_field!r}, only {', '.join(names)}."
+                    )
+                number = 0
+                for batch in parquet.iter_batches(columns=[self.text_field]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        yield self._text(value, f"{file}, row {number}")
+        except pa.ArrowException as error:
+            raise ValueError(f"{file}: not readable as Parquet: {error}") from error
+
+    def _from_hub(self, records: datasets.Dataset) -> Iterator[str]:
+        if self.text_field not in records.column_names:
+            names = ", ".join(records.column_names)
+            raise ValueError(f"{KEY}.text_field: {self.path} has no column {self.text_field!r}, only {names}.")
+        for number, record in enumerate(records.select_columns([self.text_field]), start=1):
+            yield self._text(record[self.text_field], f"{self.path}, row {number}")
+
+    def _text(self, value: object, where: str) -> str:
+        if not isinstance(value, str):
+            problem = "is missing" if value is None else f"is {type(value).__name__}, not text"
+            raise ValueError(
+                f"{where}: the field `{self.text_field}` {problem}. Correct it, or name another by {KEY}.text_field."
+            )
+        return value
+
+
+def _paragraphs(file: Path) -> Iterator[str]:
+    lines: list[str] = []
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            text = decode(line, f"{file}, line {number}").rstrip("\r\n")
+            if text.strip():
+                lines.append(text)
+            elif lines:
+                yield "\n".join(lines)
+                lines = []
+    if lines:
+        yield "\n".join(lines)
+
+
+def _pack(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
+    """Rows of ``length`` ids, and last the tail, which is shorter and may be empty."""
+    eos = required_eos(tokenizer)
+    waiting: list[int] = []
+    texts = iter(text for text in texts if text.strip())
+    while documents := list(islice(texts, DOCUMENTS_AT_ONCE)):
+        for ids in encode(tokenizer, documents):
+            waiting += ids
+            waiting.append(eos)
+        full = len(waiting) // length * length
+        for start in range(0, full, length):
+            yield waiting[start : start + length]
+        waiting = waiting[full:]
+    yield waiting
+
+
+def _write(target: Path, texts: Iterable[str], tokenizer: Any, length: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    count, tail = 0, 0
+    try:
+        with ArrowWriter(path=str(partial), features=FEATURES) as writer:
+            for row in _pack(texts, tokenizer, length):
+                if len(row) < length:
+                    tail = len(row)
+                    break
+                writer.write({"input_ids": row})
+                count += 1
+            if count:
+                writer.finalize()
+        if not count:
+            raise ValueError(
+                f"{KEY}.length: the text has {tail} tokens, too few for a row of {length}. Give more text."
+            )
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    rank_zero_info(
+        f"corpus: packed {count} rows of {length} tokens; {tail} tokens at the end fill no row and are left out"
+    )

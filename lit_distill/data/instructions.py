@@ -1,0 +1,255 @@
+"""Instruction data for every stage, from the user's records to batches."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lit_distill.data.collate import padding_id
+from lit_distill.data.corpus import Corpus
+from lit_distill.data.fields import Fields
+from lit_distill.data.loading import BatchDataset, ResumableLoader, make_loader
+from lit_distill.data.overlong import Limits, fit_lengths
+from lit_distill.data.records import Records
+from lit_distill.data.sampling import CorpusOrder, GlobalBatchSampler, validation_mask
+from lit_distill.data.templates import Template
+from lit_distill.data.tokenize import tokenize_records
+from lit_distill.types import Batch
+
+KEY = "data.init_args"
+SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+STAND_INS = {"test": "validation", "predict": "train"}
+
+
+class InstructionData(LightningDataModule):
+    r"""Prompts with their responses, tokenised once, in batches that do not depend on the number of ranks.
+
+    Args:
+        train: records to train on.
+        validation: records to validate on.
+        test: records to test on; without them, the validation split.
+        predict: records whose prompts are answered; without them, the training split.
+        validation_size: without ``validation``, how many items (int) or what share (float) of ``train``, by ``seed``.
+        fields: instruction, input, output, id, references -> column; one not given is the column of that name.
+        template: "alpaca", "chat", or a string with fields in braces, such as ``"Q: {question}\nA:"``.
+        responses: whether the records have responses; false yields prompts alone.
+        max_prompt_length: tokens of a prompt.
+        max_length: tokens of prompt and response together.
+        overlong: what happens to longer items: "drop" or "truncate".
+        batch_size: items of a training batch over all ranks.
+        eval_batch_size: items of a batch of any other stage, over all ranks.
+        group_by_length: put items of like length into one batch.
+        corpus: plain text that rides along with the training batches.
+        num_workers: processes that load batches; 0 loads them in this one.
+        seed: decides the order and the validation split.
+        tokenizer: folder or hub id; without it, the tokenizer of the Lightning module.
+
+    Raises:
+        ValueError: naming the key, for an argument that cannot be.
+    """
+
+    def __init__(
+        self,
+        train: Records | None = None,
+        *,
+        validation: Records | None = None,
+        test: Records | None = None,
+        predict: Records | None = None,
+        validation_size: int | float = 0,  # noqa: PYI041 - the type decides between items and share
+        fields: dict[str, str] | None = None,
+        template: str = "alpaca",
+        responses: bool = True,
+        max_prompt_length: int = 256,
+        max_length: int = 512,
+        overlong: Literal["drop", "truncate"] = "drop",
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        group_by_length: bool = True,
+        corpus: Corpus | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__()
+        least = {
+            "batch_size": (batch_size, 1),
+            "eval_batch_size": (eval_batch_size, 1),
+            "num_workers": (num_workers, 0),
+            "seed": (seed, 0),
+        }
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"{KEY}.{name} must be at least {minimum}, got {value}.")
+        if validation_size < 0 or (isinstance(validation_size, float) and validation_size >= 1):
+            raise ValueError(
+                f"{KEY}.validation_size must be a number of items, or a share below 1.0, got {validation_size}."
+            )
+        if validation_size and validation is not None:
+            raise ValueError(
+                f"{KEY}.validation_size is {validation_size}, but {KEY}.validation is given too. Remove one of them."
+            )
+        self.records = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.validation_size = validation_size
+        self.fields = Fields(fields)
+        self.template = Template(template)
+        self.responses = responses
+        self.limits = Limits(max_prompt_length, max_length, overlong)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.group_by_length = group_by_length
+        self.corpus = corpus
+        self.num_workers = num_workers
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self._datasets: dict[str, tuple[BatchDataset, np.ndarray]] = {}
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether `setup` found anything to validate on."""
+        return "validation" in self._datasets
+
+    def read_split(self, name: str) -> datasets.Dataset | None:
+        """The raw columns of "train", "validation", "test" or "predict"; None where there are no such records.
+
+        The one method to override for data from elsewhere. Its fingerprint must depend on the content.
+        """
+        records = self.records[name]
+        return None if records is None else records.read(f"{KEY}.{name}")
+
+    def prepare_data(self) -> None:
+        """Tokenise into the cache, on one process of each machine."""
+        tokenizer = self._tokenizer()
+        for name in self._splits(None):
+            self._rows(name, tokenizer)
+        if self.corpus is not None and "train" in self._splits(None):
+            self.corpus.rows(tokenizer)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load what the stage needs and report what was dropped or cut."""
+        tokenizer = self._tokenizer()
+        for name in self._splits(stage):
+            rows = self._rows(name, tokenizer)
+            if rows is None:
+                continue
+            rows, lengths, report = fit_lengths(rows, name, self.limits)
+            rank_zero_info(report)
+            corpus = None
+            if self.corpus is not None and name == "train":
+                corpus = self.corpus.rows(tokenizer)
+                rank_zero_info(f"corpus: {len(corpus)} rows of {self.corpus.length} tokens")
+            responses = self.responses and any(len(ids) for ids in rows[:1]["response_ids"])
+            self._datasets[name] = BatchDataset(rows, self.limits, padding_id(tokenizer), responses, corpus), lengths
+        # Lightning fits without validation where this method is missing; an empty loader earns a warning
+        self.__dict__.pop("val_dataloader", None)
+        if stage == "fit" and "validation" not in self._datasets:
+            self.__dict__["val_dataloader"] = None
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled batches of ``batch_size``; a rest that fills no batch waits for another epoch."""
+        dataset, lengths = self._dataset("train")
+        rank, world_size = self._replica()
+        if self.batch_size < world_size:
+            raise ValueError(
+                f"{KEY}.batch_size is {self.batch_size}, but {world_size} ranks need at least one item each."
+            )
+        corpus = None
+        if self.corpus is not None and dataset.corpus is not None:
+            corpus = CorpusOrder(len(dataset.corpus), self.corpus.batch_size, self.seed)
+        sampler = GlobalBatchSampler(
+            lengths,
+            self.batch_size,
+            seed=self.seed,
+            shuffle=not getattr(self.trainer, "overfit_batches", 0),
+            group_by_length=self.group_by_length,
+            drop_last=True,
+            rank=rank,
+            world_size=world_size,
+            corpus=corpus,
+        )
+        return make_loader(dataset, sampler, self.num_workers, ResumableLoader)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """All items, long ones first."""
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """All items, long ones first."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """All items, long ones first."""
+        return self._evaluation("predict")
+
+    def _evaluation(self, name: str) -> DataLoader[Batch]:
+        dataset, lengths = self._dataset(name)
+        rank, world_size = self._replica()
+        sampler = GlobalBatchSampler(
+            lengths, self.eval_batch_size, seed=self.seed, shuffle=False, rank=rank, world_size=world_size
+        )
+        return make_loader(dataset, sampler, self.num_workers)
+
+    def _dataset(self, name: str) -> tuple[BatchDataset, np.ndarray]:
+        if name not in self._datasets:
+            others = {"validation": " or validation_size", "test": " or validation", "predict": " or train"}
+            raise ValueError(
+                f"{KEY}.{name}: this stage needs records, and there are none. Give {name}{others.get(name, '')}."
+            )
+        return self._datasets[name]
+
+    def _splits(self, stage: str | None) -> tuple[str, ...]:
+        if stage is None:
+            state = getattr(self.trainer, "state", None)
+            stage = getattr(state, "fn", None)
+        return (
+            SPLITS[getattr(stage, "value", stage)] if stage is not None else ("train", "validation", "test", "predict")
+        )
+
+    def _rows(self, name: str, tokenizer: Any) -> datasets.Dataset | None:
+        """Tokenised rows of a split, or of what stands in for it."""
+        if name in {"train", "validation"} and self.validation_size:
+            rows = self._tokenized("train", tokenizer)
+            if rows is None:
+                return None
+            taken = validation_mask(len(rows), self.validation_size, self.seed)
+            return rows.select(np.flatnonzero(taken if name == "validation" else ~taken))
+        rows = self._tokenized(name, tokenizer)
+        if rows is None and name in STAND_INS:
+            return self._rows(STAND_INS[name], tokenizer)
+        return rows
+
+    def _tokenized(self, name: str, tokenizer: Any) -> datasets.Dataset | None:
+        records = self.read_split(name)
+        if records is None:
+            return None
+        # prompts that are to be answered need no output
+        responses = self.responses and (name != "predict" or self.fields.has("output", records.column_names))
+        return tokenize_records(
+            records, name, tokenizer, template=self.template, fields=self.fields, responses=responses
+        )
+
+    def _replica(self) -> tuple[int, int]:
+        """This process's place among those that share the data, and their number; tensor-parallel ranks are one."""
+        replicas = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
+        return replicas["rank"], replicas["num_replicas"]
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+            if tokenizer is None:
+                raise ValueError(
+                    f"{KEY}.tokenizer: there is no tokenizer, neither here nor from the model. Give a folder or hub id."
+                )
+            return tokenizer
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{KEY}.tokenizer: no tokenizer could be loaded from {self.tokenizer!r}: {error}"
+            ) from error

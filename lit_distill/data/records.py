@@ -1,0 +1,110 @@
+"""Where records come from: files on disk, or one dataset of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+
+import datasets
+
+from lit_distill.data.files import content_hash, read_tables
+
+RECORD_FILES = (".jsonl", ".json", ".parquet")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass
+class Records:
+    """Records with named fields, as raw columns.
+
+    Args:
+        path: files or globs (.jsonl, .json, .parquet), one or a list; or one hub dataset's id, if no such file exists.
+        split: which split of a hub dataset.
+        config: which configuration of a hub dataset.
+        revision: which commit, tag or branch of a hub dataset.
+    """
+
+    path: str | list[str]
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+
+    def read(self, key: str) -> datasets.Dataset:
+        """The raw columns; the fingerprint of local files is that of their content.
+
+        Args:
+            key: the YAML key of these records, for error messages.
+
+        Raises:
+            ValueError: if there is nothing at the path, or something broken, with the place.
+        """
+        files = find_files(self.path, RECORD_FILES, f"{key}.path")
+        if files is None:
+            return load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key=key)
+        refuse_hub_options(self.config, self.revision, key)
+        return datasets.Dataset(read_tables(files), fingerprint=content_hash(files))
+
+
+def find_files(path: str | list[str], suffixes: Sequence[str], key: str) -> list[Path] | None:
+    """The files that a path, a glob or a list of them names, globs in alphabetical order; None for a hub id.
+
+    Raises:
+        ValueError: naming ``key``, if there is no such file or it is of another kind.
+    """
+    patterns = [path] if isinstance(path, str) else path
+    if not patterns:
+        raise ValueError(f"{key}: the list is empty. Name at least one file.")
+    if len(patterns) == 1 and _looks_like_hub_id(patterns[0], suffixes):
+        return None
+    files = [file for pattern in patterns for file in _expand(pattern, suffixes, key)]
+    for file in files:
+        if file.suffix not in suffixes:
+            raise ValueError(f"{key}: {file} is none of {', '.join(suffixes)}. Convert it, or rename it if it is one.")
+    return files
+
+
+def _looks_like_hub_id(pattern: str, suffixes: Sequence[str]) -> bool:
+    return HUB_ID.fullmatch(pattern) is not None and not Path(pattern).exists() and Path(pattern).suffix not in suffixes
+
+
+def _expand(pattern: str, suffixes: Sequence[str], key: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{key}: {path} is a folder. Name its files, as in {path}/*{suffixes[0]}.")
+    if path.is_file():
+        return [path]
+    found = sorted(Path(name) for name in glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 - may be absolute
+    if not found:
+        what = "no file matches" if has_magic(pattern) else "there is no file"
+        raise ValueError(f"{key}: {what} {pattern!r} (looked in {Path.cwd()}). Correct the path.")
+    return found
+
+
+def refuse_hub_options(config: str | None, revision: str | None, key: str) -> None:
+    """Files have neither a configuration nor a revision."""
+    for name, value in (("config", config), ("revision", revision)):
+        if value is not None:
+            raise ValueError(
+                f"{key}.{name}: {value!r} was given, but {key}.path names files. It is for hub datasets only."
+            )
+
+
+def load_hub(
+    path: str | list[str], *, split: str, config: str | None, revision: str | None, key: str
+) -> datasets.Dataset:
+    """One split of a dataset of the Hugging Face hub, or of its local cache.
+
+    Raises:
+        ValueError: naming ``key``, with the hub's reason.
+    """
+    name = path if isinstance(path, str) else path[0]
+    try:
+        return datasets.load_dataset(name, name=config, split=split, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"{key}.path: {name!r} is no file here (looked in {Path.cwd()}), and as a dataset of the Hugging Face hub "
+            f"(split {split!r}, config {config!r}, revision {revision!r}) it failed: {error}"
+        ) from error

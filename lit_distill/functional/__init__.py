@@ -1,0 +1,67 @@
+"""Tensors in, tensors out: the mathematics of distillation as pure functions that import torch alone."""
+
+from lit_distill.functional.distributions import entropy
+from lit_distill.functional.divergences import (
+    adaptive_kl,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    soft_cross_entropy,
+    total_variation,
+)
+from lit_distill.functional.importance import (
+    DecisionWeights,
+    WeightKind,
+    decision_weights,
+    effective_sample_size,
+    importance_weights,
+)
+from lit_distill.functional.policy_gradient import (
+    clipped_surrogate,
+    is_clipped,
+    reverse_kl_k1,
+    reverse_kl_k3,
+    reward_to_go,
+    scale_and_clip_rewards,
+    standardize,
+)
+from lit_distill.functional.preference import (
+    PreferenceVariant,
+    TokenPreferenceVariant,
+    direct_preference_loss,
+    implicit_reward,
+    token_preference_loss,
+    unrepeated_length,
+)
+
+__all__ = [
+    "DecisionWeights",
+    "PreferenceVariant",
+    "TokenPreferenceVariant",
+    "WeightKind",
+    "adaptive_kl",
+    "clipped_surrogate",
+    "decision_weights",
+    "direct_preference_loss",
+    "effective_sample_size",
+    "entropy",
+    "forward_kl",
+    "implicit_reward",
+    "importance_weights",
+    "is_clipped",
+    "jensen_shannon",
+    "reverse_kl",
+    "reverse_kl_k1",
+    "reverse_kl_k3",
+    "reward_to_go",
+    "scale_and_clip_rewards",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "soft_cross_entropy",
+    "standardize",
+    "token_preference_loss",
+    "total_variation",
+    "unrepeated_length",
+]
