@@ -291,9 +291,9 @@ class DistillationModule(L.LightningModule):
         """Responses of student or teacher; each is fixed by ``seed`` and its item's id."""
         if speaker == "teacher" and self.teacher is None:
             raise ValueError("model.prediction.speaker: there is no teacher to speak. Set model.teacher.path.")
-        lm = self.teacher.to(self.device).lm if speaker == "teacher" else self.student  # type: ignore[union-attr]
+        who = self.teacher.to(self.device) if speaker == "teacher" and self.teacher else self.student
         uniforms = None if decoding.temperature == 0 else row_uniforms(seed, ids, decoding.max_new_tokens)
-        return decode(lm, prompts, decoding, self.stop_ids, uniforms)
+        return decode(who, prompts, decoding, self.stop_ids, uniforms)
 
     def response_texts(self, responses: Responses) -> list[str]:
         """The responses as text, special tokens left out."""

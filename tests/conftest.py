@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import family, ids, make_model, make_tokenizer
 from torch import Tensor
 
 import lit_distill
 from lit_distill.models import CausalLM, FrozenTeacher
 from lit_distill.types import Sequences
 
+__all__ = ["family", "ids", "make_model", "make_tokenizer"]
 VOCABULARY = 41
 ASSETS = Path(lit_distill.__file__).parent / "assets"
 

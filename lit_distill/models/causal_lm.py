@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from lit_distill.models.head import Head, head_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.cache_utils import Cache
 
     from lit_distill.types import Sequences
@@ -29,6 +31,7 @@ class CausalLM(nn.Module):
     def __init__(self, model: PreTrainedModel, vocabulary_size: int | None = None, compile_body: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training
         self.vocabulary_size = vocabulary_size or model.get_output_embeddings().weight.shape[0]
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         if compile_body:
@@ -67,6 +70,25 @@ class CausalLM(nn.Module):
     def head(self) -> Head:
         """The output projection over the common vocabulary; gathered if it is sharded."""
         return head_of(self.model, self.vocabulary_size)
+
+    def decoding_head(self) -> Head:
+        """The head without gradient, cast once to the dtype it will be applied in many times."""
+        return self.head().in_compute_dtype()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's config."""
+        return self.model.config
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Evaluation mode for a while: without dropout, and with a key-value cache where gradient checkpointing forbids one."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
 
 
 @torch.no_grad()

@@ -133,7 +133,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     )
                 value += total.detach()
                 del projection, total
-                torch._foreach_add_(grad_parameters, others)
+                for accumulated, other in zip(grad_parameters, others, strict=True):
+                    accumulated.add_(other)
                 if grad_bias is not None:
                     grad_bias += gradient.sum(dim=0)
                 gradient = gradient.to(dtype)

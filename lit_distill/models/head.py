@@ -40,8 +40,9 @@ class Head(NamedTuple):
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[N, V]`` float32 of hidden rows ``[N, H]``, computed in the dtype the head is held in, without gradient."""
-        return self.finish(self.project(hidden.to(self.weight.dtype)))
+        """Logits ``[N, V]`` float32 of hidden rows ``[N, H]``, in the dtype the head is held in, without gradient or autocast."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.finish(self.project(hidden.to(self.weight.dtype)))
 
     def in_compute_dtype(self) -> Head:
         """The same head, without gradient, in the dtype that autocast asks for or its own: cast once, applied many times."""

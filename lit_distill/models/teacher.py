@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.cache_utils import Cache
+
     from lit_distill.models.causal_lm import CausalLM
     from lit_distill.models.head import Head
     from lit_distill.types import Sequences
@@ -32,11 +36,29 @@ class FrozenTeacher:
         return self
 
     @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states ``[B, S, H]``, in the teacher's own dtype whatever the student's precision is; see `CausalLM.forward`."""
+        with torch.autocast(input_ids.device.type, enabled=False):
+            hidden: Tensor = self.lm(input_ids, attention_mask, cache)
+            return hidden
+
+    @torch.no_grad()
     def target_rows(self, sequences: Sequences) -> Tensor:
-        """Hidden rows ``[N, H]`` for the N targets, in the teacher's own dtype whatever the student's precision is."""
+        """Hidden rows ``[N, H]`` for the N targets."""
         with torch.autocast(sequences.input_ids.device.type, enabled=False):
             return self.lm.target_rows(sequences)
 
     def head(self) -> Head:
         """The teacher's output projection over the common vocabulary."""
         return self.lm.head()
+
+    decoding_head = head
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's config."""
+        return self.lm.config
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Nothing to do: a frozen teacher is always in evaluation mode."""
+        return nullcontext()

@@ -17,6 +17,6 @@ class Prediction(Decoding):
     path: str = "predictions.jsonl"
     """JSONL file of id, prompt (as the model reads it), response and references. An existing file is continued."""
     logprobs: bool = False
-    """Also write the tokens and their log-probabilities (temperature 1, untruncated)."""
+    """Also write the tokens and their log-probabilities (at the temperature, or 1 if greedy; before truncation)."""
     seed: int = 0
     """Of the draws at temperature > 0; together with an item's id it fixes the response."""

@@ -28,9 +28,9 @@ def rows() -> list[list[int]]:
 
 
 @torch.no_grad()
-def rescored(lm: CausalLM, row: list[int], response: list[int]) -> Tensor:
+def rescored(lm: CausalLM, row: list[int], response: list[int], temperature: float = 1.0) -> Tensor:
     """Log-probability of each response token from one forward over the whole text, without cache or padding."""
-    logits = lm.model(input_ids=torch.tensor([row + response])).logits[0, len(row) - 1 : -1].float()
+    logits = lm.model(input_ids=torch.tensor([row + response])).logits[0, len(row) - 1 : -1].float() / temperature
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
 
 
@@ -56,7 +56,7 @@ def test_recorded_log_probabilities_equal_a_full_rescore_with_ragged_prompts_and
     lengths = responses.mask.sum(-1)
     assert lengths.min() < lengths.max()
     for i, row in enumerate(rows):
-        expected = rescored(student, row, response(responses, i))
+        expected = rescored(student, row, response(responses, i), 1.3)
         torch.testing.assert_close(responses.logprobs[i][responses.mask[i]], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -111,7 +111,7 @@ def test_a_response_is_fixed_by_seed_and_item() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, -1.0]])
-    tokens = draw(logits.expand(100_000, -1), torch.rand(100_000, dtype=torch.float64), Decoding(temperature=1.0))
+    tokens = draw(logits.expand(100_000, -1), torch.rand(100_000, dtype=torch.float64), Decoding())
     observed, expected = torch.bincount(tokens, minlength=5), logits.softmax(-1)[0] * 100_000
     possible = expected > 0
     assert observed[~possible].sum() == 0

@@ -1,0 +1,112 @@
+"""A model that reads along while a text is being written, and says what it would write next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+if TYPE_CHECKING:
+    from lit_distill.models import CausalLM, FrozenTeacher
+    from lit_distill.types import Prompts
+
+SCORED_ELEMENTS = 2**24
+"""Logits that exist at one time while tokens that somebody else wrote are scored: 64 MB."""
+
+
+class Reader:
+    """One model, its key-value cache, and the rows it still reads.
+
+    It reads a token only when it has to speak or when the text is finished, then all it has missed in one forward: its body passes
+    over each token once in all, whoever writes.
+
+    Args:
+        speaker: the model.
+        prompts: ``[B, P]``, padded on the left.
+        ids: ``[B, T]`` the responses, written by whoever holds this buffer.
+        temperature: of the distribution to draw from and to score by; 0 scores at 1.
+        keep_hidden: record the hidden row that predicts each response token.
+    """
+
+    def __init__(
+        self, speaker: CausalLM | FrozenTeacher, prompts: Prompts, ids: Tensor, temperature: float, keep_hidden: bool = False
+    ) -> None:
+        self.speaker = speaker
+        self.prompts = prompts
+        self.ids = ids
+        self.temperature = temperature or 1.0
+        self.head = speaker.decoding_head()
+        self.cache = DynamicCache(config=speaker.config)
+        self.rows = torch.arange(len(prompts), device=ids.device)
+        """[b] which rows of the batch are still read."""
+        self.looked_at = -1
+        """The step at which finished rows were last looked for."""
+        self.num_read = -1
+        """How many response tokens have been read; -1 before the prompt."""
+        self.logprobs = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+        """[B, T] log-probability of every token scored so far."""
+        self.keep_hidden = keep_hidden
+        self.hidden: Tensor | None = None
+        """[B, T, H] the row that predicts each token, where they are kept."""
+
+    def next_logits(self, step: int) -> Tensor:
+        """Logits ``[b, V]`` of token ``step`` for the rows still read, at the temperature; scores what was missed on the way."""
+        hidden = self._read(step)
+        if hidden.shape[1] > 1:
+            self._score(hidden[:, :-1], step - hidden.shape[1] + 1)
+        return self.head.logits(hidden[:, -1]) / self.temperature
+
+    def record(self, step: int, logits: Tensor, tokens: Tensor) -> None:
+        """Keep the log-probability of the ``[b]`` tokens that were drawn from ``logits``."""
+        self.logprobs[self.rows, step] = _logprobs(logits, tokens)
+
+    def finish(self, length: int) -> None:
+        """Score the rest of texts that are ``length`` tokens long; the last token itself is never read."""
+        if length - 1 > self.num_read:
+            hidden = self._read(length - 1)
+            self._score(hidden, length - hidden.shape[1])
+
+    def keep(self, alive: Tensor, step: int) -> None:
+        """Stop reading rows that have ended by ``step``; ``alive`` is ``[B]`` bool. Call it right after `next_logits`."""
+        self.looked_at = step
+        here = alive[self.rows].nonzero()[:, 0]
+        if len(here) < len(self.rows):
+            self.rows = self.rows[here]
+            self.cache.batch_select_indices(here)
+
+    def _read(self, upto: int) -> Tensor:
+        """Hidden rows ``[b, s, H]`` that predict the ``s`` tokens before and including token ``upto``."""
+        new = self.ids[self.rows, max(self.num_read, 0) : upto]
+        read_prompt = self.num_read < 0
+        if read_prompt:
+            new = torch.cat([self.prompts.input_ids[self.rows], new], dim=-1)
+        prompt_mask = self.prompts.attention_mask[self.rows]
+        attention = torch.cat([prompt_mask, prompt_mask.new_ones(len(self.rows), upto)], dim=-1)
+        hidden = self.speaker(new, attention, self.cache)
+        if read_prompt:
+            hidden = hidden[:, self.prompts.input_ids.shape[1] - 1 :]
+        self.num_read = upto
+        if self.keep_hidden:
+            self._store(hidden, upto - hidden.shape[1] + 1)
+        return hidden
+
+    def _store(self, hidden: Tensor, first: int) -> None:
+        if self.hidden is None:
+            self.hidden = hidden.new_zeros(*self.ids.shape, hidden.shape[-1])
+        self.hidden[self.rows, first : first + hidden.shape[1]] = hidden
+
+    def _score(self, hidden: Tensor, first: int) -> None:
+        """Record the log-probabilities of tokens ``first``, … that ``hidden`` ``[b, s, H]`` predicts, a few columns at a time."""
+        width = max(1, SCORED_ELEMENTS // max(1, len(self.rows) * len(self.head.weight)))
+        for start in range(0, hidden.shape[1], width):
+            part = hidden[:, start : start + width]
+            columns = slice(first + start, first + start + part.shape[1])
+            logits = self.head.logits(part.flatten(0, 1)) / self.temperature
+            tokens = self.ids[self.rows, columns]
+            self.logprobs[self.rows, columns] = _logprobs(logits, tokens.flatten()).view(tokens.shape)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
