@@ -6,10 +6,11 @@ gradient clipping is honoured all the same. Every objective's sum is divided by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
+from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -31,7 +32,17 @@ from lit_distill.models import (
     stop_token_ids,
 )
 from lit_distill.objectives import LossTerm, Objective, check_needs
-from lit_distill.rollouts import DatasetResponses, Decoding, Prediction, Responses, Source, decode, row_uniforms
+from lit_distill.rollouts import (
+    DatasetResponses,
+    Decoding,
+    Players,
+    Prediction,
+    Responses,
+    Source,
+    Trajectories,
+    decode,
+    row_uniforms,
+)
 from lit_distill.types import Batch, Prompts, Sequences
 
 if TYPE_CHECKING:
@@ -99,6 +110,11 @@ class DistillationModule(L.LightningModule):
         on_source = f"the source {type(self.source).__name__}"
         check_needs(objectives, self.source.provides | from_teacher, "model.objectives", on_source)
         text_only = DatasetResponses.provides | from_teacher
+        self.source.check(objectives)
+        if self.source.needs_teacher and teacher is None:
+            raise ValueError(
+                f"model.source: in {on_source} the teacher speaks, and there is none. Set model.teacher.path."
+            )
         check_needs(corpus_objectives or {}, text_only, "model.corpus_objectives", "a plain-text corpus")
 
     @cached_property
@@ -164,8 +180,15 @@ class DistillationModule(L.LightningModule):
             return optimizer
         scheduler = self.lr_scheduler_factory(optimizer)
         if getattr(scheduler, "total_steps", 0) is None:
-            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)  # type: ignore[attr-defined]
+            scheduler.total_steps = self._total_steps()  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        batches = self.trainer.estimated_stepping_batches
+        if batches == self.trainer.max_steps:
+            return int(batches)
+        batch_size = getattr(self.trainer.datamodule, "batch_size", 1)  # type: ignore[attr-defined]
+        return int(batches * self.source.steps_per_batch(batch_size))
 
     def on_fit_start(self) -> None:
         """Weights come from Hugging Face in evaluation mode; gradient checkpointing and dropout want the other."""
@@ -173,14 +196,41 @@ class DistillationModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Every mini-batch that the source makes of ``batch`` is one optimiser step."""
-        for text in self.source.mini_batches(batch):
-            self._optimize(text, batch.corpus)
+        steps = self.source.steps_per_batch(len(batch) * self.trainer.world_size)
+        corpus = self._corpus_by_step(batch.corpus, steps)
+        for text, plain_text in zip(self.source.mini_batches(batch, self._players()), corpus, strict=False):
+            self._optimize(text, plain_text)
+            if self.global_step == self.trainer.max_steps:
+                break
+
+    def _players(self) -> Players:
+        teacher = self.teacher.to(self.device) if self.teacher else None
+        return Players(self.student, teacher, self.stop_ids, self.global_step, self.trainer.world_size, self._show)
+
+    def _show(self, trajectories: Trajectories) -> None:
+        """Call ``on_rollouts(trainer, module, trajectories)`` of every callback that has it."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hook := getattr(callback, "on_rollouts", None):
+                hook(self.trainer, self, trajectories)
+
+    def _corpus_by_step(self, corpus: Sequences | None, steps: int) -> Iterator[Sequences | None]:
+        """The corpus rows of a batch, shared out evenly among its optimiser steps."""
+        if not self.corpus_objectives:
+            yield from repeat(None, steps)
+            return
+        if corpus is None:
+            raise ValueError("model.corpus_objectives: there is no corpus. Set data.init_args.corpus.path.")
+        if len(corpus) < steps:
+            raise ValueError(
+                f"data.init_args.corpus.batch_size: {len(corpus)} rows on each rank for the {steps} optimiser steps that a batch is "
+                "good for. Give at least one row a step and rank."
+            )
+        bounds = [len(corpus) * step // steps for step in range(steps + 1)]
+        yield from (corpus.rows(first, last) for first, last in pairwise(bounds))
 
     def _optimize(self, text: Sequences, corpus: Sequences | None) -> None:
         parts = [(self._text, part) for part in self._micro_batches(text)]
-        if self.corpus_objectives:
-            if corpus is None:
-                raise ValueError("model.corpus_objectives: there is no corpus. Set data.init_args.corpus.path.")
+        if corpus is not None:
             parts += [(self._corpus, part) for part in self._micro_batches(corpus)]
         counts = self._global_counts(parts)
         weights = {name: o.weight for name, o in (*self.objectives.items(), *self.corpus_objectives.items())}

@@ -50,6 +50,10 @@ class Sequences(TensorRecord):
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     """[B, S] float32 each: what a rollout recorded about every token, by name."""
 
+    teacher_hidden: Tensor | None = None
+    """[B, T, H] or None: the teacher's hidden rows that predict the last T tokens, recorded while they were written; perhaps in host
+    memory. The teacher's head turns them into its logits, so its body need not run again."""
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
@@ -58,11 +62,29 @@ class Sequences(TensorRecord):
         mask = self.attention_mask[start:stop]
         used = mask.any(dim=0).nonzero()
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        hidden = self.teacher_hidden
+        if hidden is not None:  # it covers the last T columns, none of which stand left of the prompt's end
+            hidden = hidden[start:stop, : hidden.shape[1] - (mask.shape[1] - last)]
         return Sequences(
             input_ids=self.input_ids[start:stop, first:last],
             attention_mask=mask[:, first:last],
             target_mask=self.target_mask[start:stop, first:last],
             signals={name: signal[start:stop, first:last] for name, signal in self.signals.items()},
+            teacher_hidden=hidden,
+        )
+
+    def select(self, index: Tensor) -> Sequences:
+        """The texts at ``index`` ``[b]`` int64, in that order."""
+
+        def pick(values: Tensor) -> Tensor:
+            return values[index.to(values.device)]
+
+        return Sequences(
+            input_ids=pick(self.input_ids),
+            attention_mask=pick(self.attention_mask),
+            target_mask=pick(self.target_mask),
+            signals={name: pick(signal) for name, signal in self.signals.items()},
+            teacher_hidden=None if self.teacher_hidden is None else pick(self.teacher_hidden),
         )
 
 
@@ -77,6 +99,10 @@ class Prompts(TensorRecord):
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    def rows(self, start: int, stop: int) -> Prompts:
+        """Prompts ``start`` to ``stop``, with their padding."""
+        return Prompts(self.input_ids[start:stop], self.attention_mask[start:stop])
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,18 @@ class Measurement:
             factors,
             self.student.head(),
             {"labels": text.input_ids[mask], **{name: signal[mask] for name, signal in text.signals.items()}},
-            None if self.teacher is None else (self.teacher.target_rows(text), self.teacher.head()),
+            None if self.teacher is None else (self._teacher_rows(text), self.teacher.head()),
             self.chunk_rows,
         )
         value = loss(self.student.target_rows(text))
         return value, loss.terms
+
+    def _teacher_rows(self, text: Sequences) -> Tensor:
+        assert self.teacher is not None
+        if text.teacher_hidden is None:
+            return self.teacher.target_rows(text)
+        targets = text.target_mask[:, -text.teacher_hidden.shape[1] :]
+        return text.teacher_hidden.to(targets.device)[targets]
 
     def counts(self, parts: Iterable[Sequences]) -> dict[str, Tensor]:
         """How many items each objective counts in all ``parts`` together, ``[]`` float64, known before any gradient.

@@ -11,6 +11,7 @@ from lit_distill.objectives.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from lit_distill.objectives.policy_gradient import PolicyGradient
 
 __all__ = [
     "TOKEN_SIGNALS",
@@ -20,6 +21,7 @@ __all__ = [
     "LossTerm",
     "NextToken",
     "Objective",
+    "PolicyGradient",
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",

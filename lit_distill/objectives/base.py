@@ -22,7 +22,8 @@ TOKEN_SIGNALS: Mapping[str, str] = {
     "old_logprobs": "[N] float32, log q of the label when it was sampled",
     "teacher_logprobs": "[N] float32, log p of the label",
     "advantages": "[N] float32, constant",
-    "importance_weights": "[N] float32, constant",
+    "importance_weights": "[N] float32, constant: what undoes the sampler in the Long term",
+    "single_step_weights": "[N] float32, constant: what undoes the sampler in the Single term",
 }
 """What a token-level objective may ask for: N rows, each a valid target position; row t scores target t."""
 

@@ -67,11 +67,32 @@ class ForwardKL(Divergence):
 
 
 class ReverseKL(Divergence):
-    """KL(student ‖ teacher): the student says nothing the teacher would not. MiniLLM's Single term on rollouts."""
+    """KL(student ‖ teacher): the student says nothing the teacher would not. On rollouts it is MiniLLM's Single term.
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
-        """Per-token KL(q ‖ p)."""
-        return sum_over_tokens(divergences.reverse_kl(student_logits, teacher_logits, self.temperature))
+    Args:
+        weight: factor in the loss.
+        temperature: divides both models' logits, > 0.
+        importance_weighted: multiply each token by the weight that undoes the teacher's share in the sampler (paper: yes,
+            reference code: no).
+    """
+
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0, importance_weighted: bool = False) -> None:
+        super().__init__(weight, temperature)
+        self.importance_weighted = importance_weighted
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Both logits, and the weights if it is importance-weighted."""
+        return super().needs if self.importance_weighted else super().needs - {"single_step_weights"}
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, single_step_weights: Tensor | None = None
+    ) -> LossTerm:
+        """Per-token KL(q ‖ p), weighted where that is asked for."""
+        values = divergences.reverse_kl(student_logits, teacher_logits, self.temperature)
+        if single_step_weights is None:
+            return sum_over_tokens(values)
+        return sum_over_tokens(values * single_step_weights, unweighted=values)
 
 
 class JensenShannon(Divergence):

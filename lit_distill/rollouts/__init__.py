@@ -2,7 +2,23 @@
 
 from lit_distill.rollouts.decoding import Decoding, row_uniforms
 from lit_distill.rollouts.loop import Responses, decode, decode_mixed
+from lit_distill.rollouts.mixed import TeacherMixedRollouts
 from lit_distill.rollouts.prediction import Prediction
-from lit_distill.rollouts.sources import DatasetResponses, Source
+from lit_distill.rollouts.scoring import Scoring
+from lit_distill.rollouts.sources import DatasetResponses, Players, Source
+from lit_distill.rollouts.trajectories import Trajectories
 
-__all__ = ["DatasetResponses", "Decoding", "Prediction", "Responses", "Source", "decode", "decode_mixed", "row_uniforms"]
+__all__ = [
+    "DatasetResponses",
+    "Decoding",
+    "Players",
+    "Prediction",
+    "Responses",
+    "Scoring",
+    "Source",
+    "TeacherMixedRollouts",
+    "Trajectories",
+    "decode",
+    "decode_mixed",
+    "row_uniforms",
+]

@@ -37,15 +37,15 @@ class Decoding:
                 raise ValueError(f"decoding.{name}: expected {wanted}, got {getattr(self, name)}.")
 
 
+def stream(*key: object) -> torch.Generator:
+    """A random generator that is a function of ``key`` alone, such as (seed, step, purpose)."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
 def row_uniforms(seed: int, keys: Sequence[str], steps: int) -> Tensor:
     """Uniform numbers ``[len(keys), steps]`` float64 in [0, 1), each row a function of ``seed`` and its key alone."""
-    generator = torch.Generator()
-    numbers = torch.empty(len(keys), steps, dtype=torch.float64)
-    for row, key in enumerate(keys):
-        digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=7).digest()
-        generator.manual_seed(int.from_bytes(digest, "big"))
-        numbers[row] = torch.rand(steps, generator=generator, dtype=torch.float64)
-    return numbers
+    return torch.stack([torch.rand(steps, generator=stream(seed, key), dtype=torch.float64) for key in keys])
 
 
 def draw(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
@@ -73,5 +73,3 @@ def draw(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:
     # Scaling by the last sum keeps the draw inside the vocabulary whatever the rounding; side="right" skips tokens of mass 0.
     target = uniforms.to(wide)[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-

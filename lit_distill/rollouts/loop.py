@@ -43,7 +43,7 @@ class Responses(TensorRecord):
     teacher_hidden: Tensor | None = None
     """[B, T, H]: the teacher's rows that predict each token, in a mixed rollout; its head alone scores them again."""
     from_teacher: Tensor | None = None
-    """[T] bool: the steps at which the teacher spoke, in a mixed rollout."""
+    """[B, T] bool: the tokens that the teacher wrote, in a mixed rollout."""
 
 
 def decode(
@@ -65,7 +65,9 @@ def decode(
     Raises:
         ValueError: if sampling is asked for without ``uniforms``.
     """
-    ids, mask, readers = _converse([(speaker, False)], [0] * decoding.max_new_tokens, prompts, decoding, stop_ids, uniforms)
+    ids, mask, readers = _converse(
+        [(speaker, False)], [0] * decoding.max_new_tokens, prompts, decoding, stop_ids, uniforms
+    )
     return Responses(ids, mask, readers[0].logprobs[:, : ids.shape[1]] * mask)
 
 
@@ -100,7 +102,7 @@ def decode_mixed(
         by_student.logprobs[:, :length] * mask,
         by_teacher.logprobs[:, :length] * mask,
         None if hidden is None else hidden[:, :length],
-        torch.tensor(turns[:length], dtype=torch.bool, device=ids.device),
+        torch.tensor(turns[:length], dtype=torch.bool, device=ids.device) & mask,
     )
 
 

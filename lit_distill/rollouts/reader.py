@@ -31,7 +31,12 @@ class Reader:
     """
 
     def __init__(
-        self, speaker: CausalLM | FrozenTeacher, prompts: Prompts, ids: Tensor, temperature: float, keep_hidden: bool = False
+        self,
+        speaker: CausalLM | FrozenTeacher,
+        prompts: Prompts,
+        ids: Tensor,
+        temperature: float,
+        keep_hidden: bool = False,
     ) -> None:
         self.speaker = speaker
         self.prompts = prompts

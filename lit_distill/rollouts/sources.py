@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lit_distill.models import CausalLM, FrozenTeacher
+    from lit_distill.objectives import Objective
+    from lit_distill.rollouts.trajectories import Trajectories
     from lit_distill.types import Batch, Sequences
+
+
+@dataclass(frozen=True)
+class Players:
+    """Whom a source may let speak, and when."""
+
+    student: CausalLM
+    teacher: FrozenTeacher | None
+    stop_ids: tuple[int, ...]
+    """The tokens that end a response."""
+    step: int
+    """Optimiser steps done so far: together with a seed it fixes every random number of a phase."""
+    world_size: int
+    """How many ranks share the data; sizes in the YAML are over all of them."""
+    show: Callable[[Trajectories], None]
+    """Whom to show what was rolled out: the Trainer's callbacks."""
 
 
 class Source(ABC):
@@ -15,13 +35,26 @@ class Source(ABC):
 
     provides: frozenset[str]
     """The signals its text carries, besides the teacher's logits, which a teacher gives."""
+    needs_teacher = False
+    """Whether the teacher speaks or scores."""
 
     @abstractmethod
-    def mini_batches(self, batch: Batch) -> Iterator[Sequences]:
+    def mini_batches(self, batch: Batch, players: Players) -> Iterator[Sequences]:
         """The texts of each optimiser step that ``batch`` is good for.
 
         Raises:
             ValueError: if the batch lacks what the source needs.
+        """
+
+    def steps_per_batch(self, batch_size: int) -> int:
+        """How many optimiser steps a batch of ``batch_size`` items over all ranks is good for."""
+        return 1
+
+    def check(self, objectives: Mapping[str, Objective]) -> None:  # noqa: B027 - most sources have nothing to say
+        """Refuse objectives whose settings contradict the source's, before anything loads.
+
+        Raises:
+            ValueError: naming both keys.
         """
 
 
@@ -30,7 +63,7 @@ class DatasetResponses(Source):
 
     provides = frozenset({"student_logits", "labels"})
 
-    def mini_batches(self, batch: Batch) -> Iterator[Sequences]:
+    def mini_batches(self, batch: Batch, players: Players) -> Iterator[Sequences]:
         """The batch itself."""
         if batch.sequences is None:
             raise ValueError(

@@ -1,0 +1,173 @@
+"""MiniLLM's source: phases of teacher-mixed rollouts, each learnt from for several inner epochs of mini-batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lit_distill.objectives import Objective, PolicyGradient
+from lit_distill.rollouts.decoding import Decoding, row_uniforms, stream
+from lit_distill.rollouts.loop import Responses, decode_mixed
+from lit_distill.rollouts.scoring import Scoring
+from lit_distill.rollouts.sources import Players, Source
+from lit_distill.rollouts.trajectories import Trajectories, join_responses
+
+if TYPE_CHECKING:
+    from lit_distill.models import FrozenTeacher
+    from lit_distill.types import Batch, Sequences
+
+KEY = "model.source.init_args"
+
+
+class TeacherMixedRollouts(Source):
+    """Responses drawn from p̃ = αp + (1−α)q; a batch of ``data.init_args.batch_size`` prompts is one phase.
+
+    Every random number is a function of ``seed``, the optimiser step and the item, so a resumed run draws what an uninterrupted one
+    would have drawn, and the number of ranks changes nothing. Prompts are all that is needed of the data.
+
+    Args:
+        alpha: share of the teacher in the sampler, in [0, 1]; a callback may schedule it.
+        max_new_tokens: longest response.
+        temperature: of both models; `PolicyGradient` must have the same.
+        top_k: draw from the k most probable tokens only; with alpha 0.
+        top_p: draw from the smallest set of tokens with this much probability; with alpha 0.
+        mini_batch_size: rollouts of one optimiser step, over all ranks.
+        inner_epochs: how often each rollout is learnt from.
+        shuffle: mix the rollouts anew for each inner epoch.
+        decode_batch_size: rollouts decoded at a time on each rank, with coins of their own; all at once by default.
+        hidden_on_host: keep the teacher's hidden rows in host memory between decoding and learning.
+        scoring: from log-probabilities to advantages and weights; the paper's by default.
+        seed: of all draws.
+
+    Source: MiniLLM, https://arxiv.org/abs/2306.08543, algorithm 1.
+    """
+
+    provides = frozenset(
+        {
+            "student_logits",
+            "labels",
+            "old_logprobs",
+            "teacher_logprobs",
+            "advantages",
+            "importance_weights",
+            "single_step_weights",
+        }
+    )
+    needs_teacher = True
+
+    def __init__(
+        self,
+        alpha: float = 0.2,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        mini_batch_size: int = 64,
+        inner_epochs: int = 4,
+        shuffle: bool = True,
+        decode_batch_size: int | None = None,
+        hidden_on_host: bool = False,
+        scoring: Scoring | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"{KEY}.alpha: expected the teacher's share, in [0, 1], got {alpha}.")
+        if not temperature > 0:
+            raise ValueError(f"{KEY}.temperature: expected a number > 0, got {temperature}. Rollouts are sampled.")
+        sizes = {
+            "mini_batch_size": mini_batch_size,
+            "inner_epochs": inner_epochs,
+            "decode_batch_size": decode_batch_size,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{KEY}.{name}: expected at least 1, got {size}.")
+        self.alpha = alpha
+        self.decoding = Decoding(max_new_tokens, temperature, top_k, top_p)
+        self.mini_batch_size = mini_batch_size
+        self.inner_epochs = inner_epochs
+        self.shuffle = shuffle
+        self.decode_batch_size = decode_batch_size
+        self.hidden_on_host = hidden_on_host
+        self.scoring = scoring or Scoring()
+        self.seed = seed
+        self._check_truncation()
+
+    def _check_truncation(self) -> None:
+        truncated = self.decoding.top_k or self.decoding.top_p < 1
+        if truncated and self.alpha > 0:
+            raise ValueError(
+                f"{KEY}.alpha: {self.alpha} with top_k {self.decoding.top_k} and top_p {self.decoding.top_p}. A truncated draw has "
+                "no valid importance weight against the untruncated mixture. Set alpha: 0, or top_k: 0 and top_p: 1."
+            )
+
+    def check(self, objectives: Mapping[str, Objective]) -> None:
+        """Refuse a policy gradient at another temperature than that of the rollouts."""
+        for name, objective in objectives.items():
+            if isinstance(objective, PolicyGradient) and objective.temperature != self.decoding.temperature:
+                raise ValueError(
+                    f"model.objectives.{name}.temperature is {objective.temperature}, but {KEY}.temperature, at which the rollouts "
+                    f"are drawn, is {self.decoding.temperature}. Make them equal."
+                )
+
+    def steps_per_batch(self, batch_size: int) -> int:
+        """Inner epochs times mini-batches."""
+        return self.inner_epochs * -(-batch_size // self.mini_batch_size)
+
+    def mini_batches(self, batch: Batch, players: Players) -> Iterator[Sequences]:
+        """Roll out, score, and go over the rollouts ``inner_epochs`` times."""
+        trajectories = self.roll_out(batch, players)
+        players.show(trajectories)
+        text = trajectories.sequences()
+        size = -(-self.mini_batch_size // players.world_size)
+        for epoch in range(self.inner_epochs):
+            order = torch.arange(len(text))
+            if self.shuffle:
+                order = torch.randperm(len(text), generator=stream(self.seed, players.step, "order", epoch))
+            for start in range(0, len(text), size):
+                yield text.select(order[start : start + size])
+
+    def roll_out(self, batch: Batch, players: Players) -> Trajectories:
+        """One scored rollout per prompt of ``batch``."""
+        if batch.prompts is None:
+            raise ValueError("model.source: TeacherMixedRollouts needs prompts, and the data module gives none.")
+        assert players.teacher is not None
+        self._check_truncation()  # a schedule may have raised alpha
+        start = time.perf_counter()
+        size = self.decode_batch_size or len(batch.prompts)
+        parts = [
+            self._decode(batch, players, players.teacher, first, first + size)
+            for first in range(0, len(batch.prompts), size)
+        ]
+        responses = join_responses(parts)
+        return Trajectories(
+            ids=batch.ids,
+            prompt_texts=batch.prompt_texts,
+            prompts=batch.prompts,
+            responses=responses,
+            signals=self.scoring.signals(responses, self.alpha),
+            alpha=self.alpha,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _decode(self, batch: Batch, players: Players, teacher: FrozenTeacher, first: int, last: int) -> Responses:
+        assert batch.prompts is not None
+        steps = self.decoding.max_new_tokens
+        prompts = batch.prompts.rows(first, last)
+        # A rank without items decodes a row that counts nowhere, so that ranks stay together.
+        keys = [f"{players.step}/{item}" for item in batch.ids[first:last]] or [""] * len(prompts)
+        coins = torch.rand(steps, generator=stream(self.seed, players.step, "coins", first)) < self.alpha
+        uniforms = row_uniforms(self.seed, keys, steps)
+        responses = decode_mixed(
+            players.student, teacher, coins.tolist(), prompts, self.decoding, players.stop_ids, uniforms
+        )
+        return self._stored(responses if batch.ids else replace(responses, mask=torch.zeros_like(responses.mask)))
+
+    def _stored(self, responses: Responses) -> Responses:
+        if not self.hidden_on_host or responses.teacher_hidden is None:
+            return responses
+        return replace(responses, teacher_hidden=responses.teacher_hidden.cpu())

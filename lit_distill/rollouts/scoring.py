@@ -1,0 +1,82 @@
+"""What a rollout is worth, token by token: rewards, returns and importance weights, with every choice of paper and code as an argument.
+
+| | MiniLLM (paper) | reference code |
+|---|---|---|
+| `gamma` | 1 | 0.95 |
+| `include_current` | false: R_{t+1} | true: R_t, so r_t counts twice beside the Single term |
+| `length_normalize` | true | true |
+| `standardize` | null | padded: zeros of the padding included |
+| `reward_scale`, `reward_clip` | 1, null | 0.5, 100 |
+| `importance_weight` | token | token |
+| `ReverseKL.importance_weighted` | true | false |
+| corpus | `NextToken` | 0.5 `NextToken` + 0.5 `ForwardKL` |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lit_distill.functional.importance import decision_weights
+from lit_distill.functional.policy_gradient import reward_to_go, scale_and_clip_rewards, standardize
+
+if TYPE_CHECKING:
+    from lit_distill.rollouts.loop import Responses
+
+
+@dataclass
+class Scoring:
+    """From log-probabilities to advantages and weights (YAML: ``model.source.init_args.scoring``); defaults are the paper's."""
+
+    gamma: float = 1.0
+    """Discount per token, in [0, 1]."""
+    include_current: bool = False
+    """Whether a token's return holds its own reward."""
+    length_normalize: bool = True
+    """Divide a return by the number of its rewards."""
+    standardize: Literal["responses", "padded"] | None = None
+    """Shift and scale advantages to mean 0 and variance 1: over response tokens, or over the padded batch as the reference code does."""
+    reward_scale: float = 1.0
+    """Rewards are divided by it."""
+    reward_clip: float | None = None
+    """Limit of a reward's size after scaling."""
+    importance_weight: Literal["token", "prefix", "exact"] = "token"
+    """Which weight undoes the teacher's share: of one token, of the prefix, or the unbiased per-decision products."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"model.source.init_args.scoring.gamma: expected a number in [0, 1], got {self.gamma}.")
+        scale_and_clip_rewards(torch.zeros(()), self.reward_scale, self.reward_clip)
+
+    @torch.no_grad()
+    def signals(self, responses: Responses, alpha: float) -> dict[str, Tensor]:
+        """``[B, T]`` float32 each: rewards, advantages and both importance weights of a mixed rollout.
+
+        Args:
+            responses: scored by student and teacher.
+            alpha: share of the teacher in the sampler.
+        """
+        assert responses.teacher_logprobs is not None
+        mask, student, teacher = responses.mask, responses.logprobs, responses.teacher_logprobs
+        weights = decision_weights(student, teacher, alpha, mask, self.importance_weight)
+        rewards = scale_and_clip_rewards(teacher - student, self.reward_scale, self.reward_clip)
+        advantages = reward_to_go(
+            rewards * weights.rewards,
+            mask,
+            gamma=self.gamma,
+            include_current=self.include_current,
+            length_normalize=self.length_normalize,
+        )
+        if self.standardize is not None:
+            advantages = standardize(advantages, mask, include_padding=self.standardize == "padded")
+        return {
+            "old_logprobs": student,
+            "teacher_logprobs": teacher,
+            "advantages": advantages,
+            "importance_weights": weights.long,
+            "single_step_weights": weights.single,
+            "rewards": rewards * mask,
+        }
