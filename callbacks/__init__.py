@@ -4,5 +4,17 @@ from lit_distill.callbacks.comparison import BeforeAfter
 from lit_distill.callbacks.export import HuggingFaceExport
 from lit_distill.callbacks.generation import GenerationEvaluator
 from lit_distill.callbacks.prediction import PredictionWriter
+from lit_distill.callbacks.progress import RunProgress
+from lit_distill.callbacks.rollouts import RolloutMonitor
+from lit_distill.callbacks.schedules import ObjectiveWeightSchedule, TeacherMixSchedule
 
-__all__ = ["BeforeAfter", "GenerationEvaluator", "HuggingFaceExport", "PredictionWriter"]
+__all__ = [
+    "BeforeAfter",
+    "GenerationEvaluator",
+    "HuggingFaceExport",
+    "ObjectiveWeightSchedule",
+    "PredictionWriter",
+    "RolloutMonitor",
+    "RunProgress",
+    "TeacherMixSchedule",
+]

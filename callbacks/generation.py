@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_distill.callbacks.samples import show_samples
 from lit_distill.evaluation.generation import ResponseScores
 from lit_distill.rollouts import Decoding
 from lit_distill.types import Batch
@@ -74,11 +74,8 @@ class GenerationEvaluator(Callback):
         if not self._answered:
             return
         pl_module.log_figures({f"{stage}/{name}": value for name, value in self._scores.compute().items()})
-        heading = ("| prompt | response | reference |", "|---|---|---|")
-        table = "\n".join([*heading, *(f"| {' | '.join(map(_cell, sample))} |" for sample in self._samples)])
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(f"{stage}/samples", table, pl_module.global_step)
+        heads = ("prompt", "response", "reference")
+        show_samples(trainer, f"{stage}/samples", heads, self._samples, pl_module.global_step)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Forget the last validation."""
@@ -121,7 +118,3 @@ class GenerationEvaluator(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Log the figures of all ranks."""
         self._finish(trainer, pl_module, "test")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")

@@ -141,6 +141,11 @@ class DistillationModule(L.LightningModule):
             (*quality.metric_names, *(name for name in self._held_out.objectives if name != EVALUATION))
         )
 
+    @property
+    def all_objectives(self) -> dict[str, Objective]:
+        """The objectives on the source's text and those on the corpus, by name."""
+        return {**dict(self.objectives.items()), **dict(self.corpus_objectives.items())}
+
     def _measurement(self, objectives: Mapping[str, Objective], key: str) -> Measurement:
         return Measurement(objectives, self.student, self.teacher, key, self.head_chunk_rows)
 
@@ -233,7 +238,7 @@ class DistillationModule(L.LightningModule):
         if corpus is not None:
             parts += [(self._corpus, part) for part in self._micro_batches(corpus)]
         counts = self._global_counts(parts)
-        weights = {name: o.weight for name, o in (*self.objectives.items(), *self.corpus_objectives.items())}
+        weights = {name: objective.weight for name, objective in self.all_objectives.items()}
         # A count of zero has a sum of zero; the factor only has to be finite. DDP averages over ranks, so ask for their sum.
         factors = {name: weights[name] * self.trainer.world_size / counts[name].clamp(min=1).float() for name in counts}
 
@@ -264,9 +269,10 @@ class DistillationModule(L.LightningModule):
         for measurement in (self._text, self._corpus):
             if mine := [part for owner, part in parts if owner is measurement]:
                 counts |= measurement.counts(mine)
-        return dict(zip(counts, self._sum_over_ranks(torch.stack(list(counts.values()))), strict=True))
+        return dict(zip(counts, self.sum_over_ranks(torch.stack(list(counts.values()))), strict=True))
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all ranks, on all ranks."""
         summed: Tensor = self.trainer.strategy.reduce(values, reduce_op="sum")
         return summed
 
@@ -282,18 +288,26 @@ class DistillationModule(L.LightningModule):
         sums |= {f"{name}/{metric}": v for name, term in terms.items() for metric, v in term.metrics.items()}
         means = {
             name: (total / counts[name.split("/")[0]].clamp(min=1)).float()
-            for name, total in zip(sums, self._sum_over_ranks(torch.stack(list(sums.values())).double()), strict=True)
+            for name, total in zip(sums, self.sum_over_ranks(torch.stack(list(sums.values())).double()), strict=True)
         }
         figures = {f"train/{name}": mean for name, mean in means.items()}
         figures["train/loss"] = torch.stack([weights[name] * means[name] for name in terms]).sum()
         self.log("loss", figures["train/loss"], prog_bar=True, logger=False)
-        self.log_dict(figures, logger=False)
-        # One batch may hold many optimiser steps, of which Lightning would log the last: log each by its own number.
-        if self.global_step % self.trainer.log_every_n_steps == 0 or self.global_step == 1:  # type: ignore[attr-defined]
-            optimizer: Any = self.optimizers()
-            figures["train/learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        optimizer: Any = self.optimizers()
+        figures["train/learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self.record(figures, write=self.global_step % every == 0 or self.global_step == 1)
+
+    def record(self, figures: Mapping[str, Tensor], write: bool = True) -> None:
+        """Figures of training, equal on all ranks, for callbacks and, if ``write``, for the loggers at this optimiser step.
+
+        One batch may hold many optimiser steps, of which Lightning's own `log` would keep the last.
+        """
+        self.log_dict(dict(figures), logger=False)
+        if write:
+            values = {name: float(value) for name, value in figures.items()}
             for logger in self.loggers:
-                logger.log_metrics({name: value.item() for name, value in figures.items()}, step=self.global_step)
+                logger.log_metrics(values, step=self.global_step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Token-level figures of the student on held-out responses."""

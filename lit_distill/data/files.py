@@ -131,9 +131,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.{hint}") from error
     records = value.get("data") if isinstance(value, dict) else value
     if not isinstance(records, list):
-        raise ValueError(
-            f'{path}: a JSON file must hold a list of objects, or {{"data": [...]}}.'
-        )
+        raise ValueError(f'{path}: a JSON file must hold a list of objects, or {{"data": [...]}}.')
     for number, record in enumerate(records, start=1):
         where = f"{path}, item {number}"
         yield where, _as_object(record, where)

@@ -44,6 +44,10 @@ class Responses(TensorRecord):
     """[B, T, H]: the teacher's rows that predict each token, in a mixed rollout; its head alone scores them again."""
     from_teacher: Tensor | None = None
     """[B, T] bool: the tokens that the teacher wrote, in a mixed rollout."""
+    student_entropy: Tensor | None = None
+    """[B, T] float32 nats: of the student's distribution of each token, in a mixed rollout."""
+    teacher_entropy: Tensor | None = None
+    """[B, T] float32 nats: of the teacher's distribution of each token, in a mixed rollout."""
 
 
 def decode(
@@ -65,9 +69,7 @@ def decode(
     Raises:
         ValueError: if sampling is asked for without ``uniforms``.
     """
-    ids, mask, readers = _converse(
-        [(speaker, False)], [0] * decoding.max_new_tokens, prompts, decoding, stop_ids, uniforms
-    )
+    ids, mask, readers = _converse([speaker], [0] * decoding.max_new_tokens, prompts, decoding, stop_ids, uniforms)
     return Responses(ids, mask, readers[0].logprobs[:, : ids.shape[1]] * mask)
 
 
@@ -91,34 +93,31 @@ def decode_mixed(
         stop_ids: the tokens that end a response.
         uniforms: ``[B, max_new_tokens]`` from `row_uniforms`.
     """
-    speakers: list[tuple[CausalLM | FrozenTeacher, bool]] = [(student, False), (teacher, True)]
     turns = [int(coin) for coin in coins]
-    ids, mask, (by_student, by_teacher) = _converse(speakers, turns, prompts, decoding, stop_ids, uniforms)
+    ids, mask, (first, second) = _converse([student, teacher], turns, prompts, decoding, stop_ids, uniforms)
     length = ids.shape[1]
-    hidden = by_teacher.hidden
     return Responses(
         ids,
         mask,
-        by_student.logprobs[:, :length] * mask,
-        by_teacher.logprobs[:, :length] * mask,
-        None if hidden is None else hidden[:, :length],
+        first.logprobs[:, :length] * mask,
+        second.logprobs[:, :length] * mask,
+        None if second.hidden is None else second.hidden[:, :length],
         torch.tensor(turns[:length], dtype=torch.bool, device=ids.device) & mask,
+        first.entropies[:, :length] * mask,
+        second.entropies[:, :length] * mask,
     )
 
 
 @torch.no_grad()
 def _converse(
-    speakers: Sequence[tuple[CausalLM | FrozenTeacher, bool]],
+    speakers: Sequence[CausalLM | FrozenTeacher],
     turns: Sequence[int],
     prompts: Prompts,
     decoding: Decoding,
     stop_ids: Sequence[int],
     uniforms: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Reader]]:
-    """Ids and mask ``[B, T]`` of a text in which speaker ``turns[t]`` writes token t, and the readers, who have scored all of it.
-
-    Of each speaker, the flag says whether to keep its hidden rows.
-    """
+    """Ids and mask ``[B, T]`` of a text in which speaker ``turns[t]`` writes token t, and the readers, who have scored all of it."""
     if decoding.temperature > 0 and uniforms is None:
         raise ValueError("decode: sampling at temperature > 0 needs the rows' random numbers; see row_uniforms.")
     device, batch, steps = prompts.input_ids.device, len(prompts), decoding.max_new_tokens
@@ -128,9 +127,13 @@ def _converse(
     numbers = torch.zeros(batch, steps, device=device) if uniforms is None else uniforms.to(device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     with ExitStack() as stack:
-        for speaker, _ in speakers:
+        for speaker in speakers:
             stack.enter_context(speaker.quiet())
-        readers = [Reader(speaker, prompts, ids, decoding.temperature, keep) for speaker, keep in speakers]
+        mixed = len(speakers) > 1
+        readers = [
+            Reader(speaker, prompts, ids, decoding.temperature, measure_entropy=mixed, keep_hidden=mixed and index > 0)
+            for index, speaker in enumerate(speakers)
+        ]
         for step in range(steps):
             reader = readers[turns[step]]
             logits = reader.next_logits(step)

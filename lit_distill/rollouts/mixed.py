@@ -124,6 +124,11 @@ class TeacherMixedRollouts(Source):
         players.show(trajectories)
         text = trajectories.sequences()
         size = -(-self.mini_batch_size // players.world_size)
+        if size > len(text):
+            raise ValueError(
+                f"{KEY}.mini_batch_size: {self.mini_batch_size} is more than the rollouts of a phase, which are as many as "
+                f"data.init_args.batch_size ({len(text) * players.world_size}). Make it smaller, or the batch larger."
+            )
         for epoch in range(self.inner_epochs):
             order = torch.arange(len(text))
             if self.shuffle:

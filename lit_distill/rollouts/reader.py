@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from lit_distill.functional import entropy
+
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM, FrozenTeacher
     from lit_distill.types import Prompts
@@ -27,6 +29,7 @@ class Reader:
         prompts: ``[B, P]``, padded on the left.
         ids: ``[B, T]`` the responses, written by whoever holds this buffer.
         temperature: of the distribution to draw from and to score by; 0 scores at 1.
+        measure_entropy: record the entropy of the distribution of each response token.
         keep_hidden: record the hidden row that predicts each response token.
     """
 
@@ -36,6 +39,7 @@ class Reader:
         prompts: Prompts,
         ids: Tensor,
         temperature: float,
+        measure_entropy: bool = False,
         keep_hidden: bool = False,
     ) -> None:
         self.speaker = speaker
@@ -52,6 +56,9 @@ class Reader:
         """How many response tokens have been read; -1 before the prompt."""
         self.logprobs = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         """[B, T] log-probability of every token scored so far."""
+        self.measure_entropy = measure_entropy
+        self.entropies = torch.zeros_like(self.logprobs)
+        """[B, T] entropy of the distribution of every token scored so far, where it is measured."""
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None
         """[B, T, H] the row that predicts each token, where they are kept."""
@@ -66,6 +73,8 @@ class Reader:
     def record(self, step: int, logits: Tensor, tokens: Tensor) -> None:
         """Keep the log-probability of the ``[b]`` tokens that were drawn from ``logits``."""
         self.logprobs[self.rows, step] = _logprobs(logits, tokens)
+        if self.measure_entropy:
+            self.entropies[self.rows, step] = entropy(logits)
 
     def finish(self, length: int) -> None:
         """Score the rest of texts that are ``length`` tokens long; the last token itself is never read."""
@@ -111,6 +120,8 @@ class Reader:
             logits = self.head.logits(part.flatten(0, 1)) / self.temperature
             tokens = self.ids[self.rows, columns]
             self.logprobs[self.rows, columns] = _logprobs(logits, tokens.flatten()).view(tokens.shape)
+            if self.measure_entropy:
+                self.entropies[self.rows, columns] = entropy(logits).view(tokens.shape)
 
 
 def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,21 +52,10 @@ def join_responses(parts: Sequence[Responses]) -> Responses:
         return parts[0]
     length = max(part.ids.shape[1] for part in parts)
 
-    def join(values: Sequence[Tensor | None]) -> Tensor | None:
+    def join(values: Sequence[Tensor | None]) -> Any:
         present = [v for v in values if v is not None]
         if not present:
             return None
         return torch.cat([F.pad(v, (0, 0) * (v.ndim - 2) + (0, length - v.shape[1])) for v in present])
 
-    ids, mask, logprobs = (join([getattr(part, name) for part in parts]) for name in ("ids", "mask", "logprobs"))
-    assert ids is not None
-    assert mask is not None
-    assert logprobs is not None
-    return Responses(
-        ids,
-        mask,
-        logprobs,
-        join([part.teacher_logprobs for part in parts]),
-        join([part.teacher_hidden for part in parts]),
-        join([part.from_teacher for part in parts]),
-    )
+    return Responses(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(Responses)})

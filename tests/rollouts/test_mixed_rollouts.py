@@ -35,11 +35,15 @@ def coins_of(alpha: float, steps: int = STEPS) -> list[bool]:
 
 def rollout(models, alpha: float, temperature: float = 1.0, extra: int = 0) -> Responses:
     uniforms = row_uniforms(0, [str(i) for i in range(len(LENGTHS))], STEPS)
-    return decode_mixed(*models, coins_of(alpha), prompts_of(extra=extra), Decoding(STEPS, temperature), STOPS, uniforms)
+    return decode_mixed(
+        *models, coins_of(alpha), prompts_of(extra=extra), Decoding(STEPS, temperature), STOPS, uniforms
+    )
 
 
 @torch.no_grad()
-def rescored(lm: CausalLM, prompts: Prompts, responses: Responses, row: int, temperature: float) -> tuple[Tensor, Tensor]:
+def rescored(
+    lm: CausalLM, prompts: Prompts, responses: Responses, row: int, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and hidden rows of one response from one forward over the whole text, without cache or padding."""
     prompt = prompts.input_ids[row][prompts.attention_mask[row].bool()]
     response = responses.ids[row][responses.mask[row]]
@@ -115,7 +119,10 @@ def test_rows_that_have_finished_leave_both_models(make_model) -> None:
 
 
 def test_bf16_models_record_what_their_own_rescore_says(make_model) -> None:
-    models = CausalLM(make_model("llama", 2).bfloat16()), FrozenTeacher(CausalLM(make_model("llama", 2, seed=1).bfloat16()))
+    models = (
+        CausalLM(make_model("llama", 2).bfloat16()),
+        FrozenTeacher(CausalLM(make_model("llama", 2, seed=1).bfloat16())),
+    )
     responses = rollout(models, 0.3)
     assert responses.logprobs.dtype == torch.float32
     for row in range(len(LENGTHS)):

@@ -1,0 +1,83 @@
+"""What the rollouts look like: figures of every phase and a table of samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from lit_distill.callbacks.samples import show_samples
+from lit_distill.functional import reverse_kl_k3
+
+if TYPE_CHECKING:
+    from lit_distill.module import DistillationModule
+    from lit_distill.rollouts import Trajectories
+
+
+class RolloutMonitor(Callback):
+    """Logs every phase of rollouts under ``rollout/``, over all ranks, and some of the responses as text.
+
+    Per response token: ``reward``, ``reverse_kl_k1`` and ``reverse_kl_k3`` (estimates; biased where the teacher is mixed in),
+    ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size`` (share of the tokens that the importance
+    weights leave); per response ``response_length`` and ``unfinished`` (share cut off at max_new_tokens); and ``tokens_per_second``.
+
+    Args:
+        every_n_phases: show samples at every n-th phase.
+        num_samples: how many responses to show as text in TensorBoard; 0 shows none.
+    """
+
+    def __init__(self, every_n_phases: int = 10, num_samples: int = 8) -> None:
+        if every_n_phases < 1:
+            raise ValueError(f"rollouts.every_n_phases: expected at least 1, got {every_n_phases}.")
+        self.every_n_phases = every_n_phases
+        self.num_samples = num_samples
+        self._phases = 0
+
+    def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
+        """Log the phase."""
+        responses, signals = trajectories.responses, trajectories.signals
+        mask, student, teacher = responses.mask, signals["old_logprobs"], signals["teacher_logprobs"]
+        weights = signals["importance_weights"] * mask
+        per_token = {
+            "reward": signals["rewards"],
+            "reverse_kl_k1": student - teacher,
+            "reverse_kl_k3": reverse_kl_k3(student, teacher),
+            "student_entropy": responses.student_entropy,
+            "teacher_entropy": responses.teacher_entropy,
+            "teacher_share": responses.from_teacher,
+        }
+        sums = {name: (values * mask).sum() for name, values in per_token.items() if values is not None}
+        ended = torch.isin(responses.ids, torch.tensor(pl_module.stop_ids, device=mask.device)) & mask
+        sums |= {
+            "tokens": mask.sum(),
+            "responses": mask.any(dim=-1).sum(),
+            "ended": ended.any(dim=-1).sum(),
+            "weights": weights.sum(),
+            "squares": weights.square().sum(),
+        }
+        totals = pl_module.sum_over_ranks(torch.stack([value.double() for value in sums.values()]))
+        total = dict(zip(sums, totals, strict=True))
+        tokens, answered = total["tokens"].clamp(min=1), total["responses"].clamp(min=1)
+        figures = {f"rollout/{name}": total[name] / tokens for name in per_token if name in total}
+        figures |= {
+            "rollout/response_length": tokens / answered,
+            "rollout/unfinished": 1 - total["ended"] / answered,
+            "rollout/effective_sample_size": total["weights"].square() / total["squares"].clamp(min=1e-12) / tokens,
+            "rollout/tokens_per_second": tokens / trajectories.seconds,
+        }
+        pl_module.record(figures)
+        pl_module.log("reverse_kl", figures["rollout/reverse_kl_k3"], prog_bar=True, logger=False)
+        if self._phases % self.every_n_phases == 0:
+            self._show(trainer, pl_module, trajectories)
+        self._phases += 1
+
+    def _show(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
+        count = self.num_samples
+        texts = pl_module.response_texts(trajectories.responses)[:count]
+        rewards = (trajectories.signals["rewards"] * trajectories.responses.mask).sum(dim=-1)[:count].tolist()
+        rows = [
+            (prompt, text, f"{reward:.2f}")
+            for prompt, text, reward in zip(trajectories.prompt_texts, texts, rewards, strict=False)
+        ]
+        show_samples(trainer, "rollout/samples", ("prompt", "response", "reward"), rows, pl_module.global_step)

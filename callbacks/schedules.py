@@ -1,0 +1,193 @@
+"""Schedules of the teacher's share in rollouts and of objectives' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from lit_distill.functional import schedules
+from lit_distill.rollouts import TeacherMixedRollouts
+
+if TYPE_CHECKING:
+    from lit_distill.module import DistillationModule
+    from lit_distill.rollouts import Trajectories
+
+Shape = Literal["constant", "linear", "cosine", "stepwise"]
+
+
+class Schedule:
+    """A value as a function of the optimiser step.
+
+    Args:
+        shape: constant, linear, cosine or stepwise.
+        start: the value at step 0.
+        end: the value after ``steps``; for linear and cosine.
+        steps: optimiser steps from start to end; the whole run's ``trainer.max_steps`` by default.
+        values: for stepwise: from which step on which value.
+        key: the callback's name, for messages.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        start: float,
+        end: float | None,
+        steps: int | None,
+        values: Mapping[int, float] | None,
+        key: str,
+    ) -> None:
+        if (shape in ("linear", "cosine")) != (end is not None):
+            raise ValueError(
+                f"{key}: `end` is {end} with shape {shape}. Linear and cosine need it, the others have none."
+            )
+        if (shape == "stepwise") != bool(values):
+            raise ValueError(f"{key}: `values` is {values} with shape {shape}. Stepwise needs it, as in {{500: 0.1}}.")
+        if steps is not None and steps < 1:
+            raise ValueError(f"{key}: steps: expected at least 1, got {steps}.")
+        self.shape = shape
+        self.start = start
+        self.end = end
+        self.steps = steps
+        self.stepped = dict(values or {})
+        self.key = key
+
+    def check_range(self, low: float, high: float) -> None:
+        """Refuse a schedule that leaves [low, high]."""
+        for value in (self.start, self.end, *self.stepped.values()):
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{self.key}: expected values in [{low}, {high}], got {value}.")
+
+    def resolve(self, trainer: Trainer) -> None:
+        """Take the length of the run where ``steps`` was not given."""
+        if self.end is not None and self.steps is None:
+            if trainer.max_steps < 1:
+                raise ValueError(
+                    f"{self.key}: steps: there is no trainer.max_steps to take it from. Give one of the two."
+                )
+            self.steps = trainer.max_steps
+
+    def __call__(self, step: int) -> float:
+        """The value at ``step``."""
+        if self.shape == "stepwise":
+            return schedules.stepwise(step, self.start, self.stepped)
+        if self.end is None:
+            return self.start
+        assert self.steps is not None
+        curve = schedules.linear if self.shape == "linear" else schedules.cosine
+        return curve(step, self.start, self.end, self.steps)
+
+
+class TeacherMixSchedule(Callback):
+    """Sets α, the teacher's share in `TeacherMixedRollouts`, before every phase; logged as ``rollout/alpha``.
+
+    Args:
+        shape: constant, linear, cosine, stepwise, or adaptive, which holds the reverse KL of rollouts near ``target``.
+        start: α at step 0.
+        end: α after ``steps``; for linear and cosine.
+        steps: optimiser steps from start to end; ``trainer.max_steps`` by default.
+        values: for stepwise: from which step on which α.
+        target: for adaptive: reverse KL to aim at, nats per token. Above it the teacher speaks more, below it less.
+        rate: for adaptive: how much α moves in a phase whose reverse KL is twice the target.
+    """
+
+    def __init__(
+        self,
+        shape: Literal["constant", "linear", "cosine", "stepwise", "adaptive"] = "constant",
+        start: float = 0.2,
+        end: float | None = None,
+        steps: int | None = None,
+        values: dict[int, float] | None = None,
+        target: float | None = None,
+        rate: float = 0.05,
+    ) -> None:
+        if (shape == "adaptive") != (target is not None) or (target is not None and not target > 0):
+            raise ValueError(f"TeacherMixSchedule: target is {target} with shape {shape}. Adaptive needs one > 0.")
+        if not rate > 0:
+            raise ValueError(f"TeacherMixSchedule: rate: expected a number > 0, got {rate}.")
+        fixed: Shape = "constant" if shape == "adaptive" else shape
+        self.schedule = Schedule(fixed, start, end, steps, values, "TeacherMixSchedule")
+        self.schedule.check_range(0.0, 1.0)
+        self.target = target
+        self.rate = rate
+        self.alpha = start
+
+    def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
+        """Refuse a source that does not mix."""
+        if not isinstance(pl_module.source, TeacherMixedRollouts):
+            raise ValueError(
+                f"TeacherMixSchedule: the source {type(pl_module.source).__name__} does not mix in the teacher. "
+                "Set model.source: TeacherMixedRollouts, or remove the callback."
+            )
+        if stage == "fit":
+            self.schedule.resolve(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: DistillationModule, batch: Any, batch_idx: int) -> None:
+        """Set α for the phase to come."""
+        if self.target is None:
+            self.alpha = self.schedule(pl_module.global_step)
+        assert isinstance(pl_module.source, TeacherMixedRollouts)
+        pl_module.source.alpha = self.alpha
+
+    def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
+        """Log α, and adapt it for the next phase."""
+        pl_module.record({"rollout/alpha": torch.tensor(self.alpha)})
+        if self.target is not None:
+            mask, signals = trajectories.responses.mask, trajectories.signals
+            gap = ((signals["old_logprobs"] - signals["teacher_logprobs"]) * mask).sum()
+            total, count = pl_module.sum_over_ranks(torch.stack([gap, mask.sum()]).double()).tolist()
+            self.alpha += self.rate * (total / max(count, 1) / self.target - 1)
+            self.alpha = min(1.0, max(0.0, self.alpha))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an adaptive α has come to."""
+        return {"alpha": self.alpha}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.alpha = state_dict["alpha"]
+
+
+class ObjectiveWeightSchedule(Callback):
+    """Sets an objective's weight before every batch; logged as ``train/<objective>/weight``.
+
+    Args:
+        objective: its name in ``model.objectives`` or ``model.corpus_objectives``.
+        shape: constant, linear, cosine or stepwise.
+        start: the weight at step 0.
+        end: the weight after ``steps``; for linear and cosine.
+        steps: optimiser steps from start to end; ``trainer.max_steps`` by default.
+        values: for stepwise: from which step on which weight.
+    """
+
+    def __init__(
+        self,
+        objective: str,
+        shape: Shape = "linear",
+        start: float = 1.0,
+        end: float | None = None,
+        steps: int | None = None,
+        values: dict[int, float] | None = None,
+    ) -> None:
+        self.objective = objective
+        self.schedule = Schedule(shape, start, end, steps, values, f"ObjectiveWeightSchedule of {objective}")
+        self.schedule.check_range(0.0, float("inf"))
+
+    def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
+        """Refuse a name that is not there."""
+        known = pl_module.all_objectives
+        if self.objective not in known:
+            raise ValueError(
+                f"ObjectiveWeightSchedule: objective: there is no {self.objective!r}; there are {', '.join(known)}."
+            )
+        if stage == "fit":
+            self.schedule.resolve(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: DistillationModule, batch: Any, batch_idx: int) -> None:
+        """Set the weight for the steps of this batch."""
+        weight = self.schedule(pl_module.global_step)
+        pl_module.all_objectives[self.objective].weight = weight
+        due = pl_module.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        pl_module.record({f"train/{self.objective}/weight": torch.tensor(weight)}, write=due)

@@ -1,0 +1,317 @@
+"""Instruction tasks that write themselves from a seed: nothing to download, exact match measurable, no held-out item ever leaks.
+
+Thirteen kinds of task over 20 words: eleven with one right answer (adding, sorting, reversing, counting, questions about a text)
+and two open-ended ones of two to four sentences, which give ROUGE-L and the length of responses a meaning. The split of an item is
+a hash of its content, so two splits share no (instruction, input), whatever their seeds and sizes.
+
+The numbers, words and lengths are such that a student of 0.13M parameters learns half of it and a teacher of 0.86M clearly more.
+
+Only ``random.Random(seed).random()`` is drawn from: its sequence is the one that Python promises to keep in every version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import datasets
+import pyarrow as pa
+
+from lit_distill.data.corpus import Corpus
+from lit_distill.data.instructions import KEY, InstructionData
+
+T = TypeVar("T")
+Task = tuple[str, str, str]
+"""Instruction, input and output."""
+
+NAMES = ("Tom", "Anna", "Ben", "Eva", "Max", "Lea")
+PLACES = ("Rome", "Oslo", "Paris", "Lima", "Cairo", "Bern")
+COLOURS = ("red", "blue", "green", "black", "white")
+ANIMALS = ("cat", "dog", "fox", "hen", "pig")
+FOODS = ("milk", "bread", "rice", "soup", "fish")
+THINGS = ("sun", "moon", "lamp", "book", "boat")
+WORDS = COLOURS + ANIMALS + FOODS + THINGS
+LETTERS = tuple("abcdefghijklmnop")
+SPLITS = ("train", "validation", "test")
+TEMPLATE = "{instruction}\n{input}\n"
+
+
+class Draw:
+    """Random choices made of ``random()`` alone, so that they are the same on every platform and version of Python."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def below(self, n: int) -> int:
+        """0 to n - 1."""
+        return int(self._random.random() * n)
+
+    def between(self, low: int, high: int) -> int:
+        """``low`` to ``high``, both included."""
+        return low + self.below(high - low + 1)
+
+    def one(self, options: Sequence[T]) -> T:
+        """One of the options."""
+        return options[self.below(len(options))]
+
+    def some(self, options: Sequence[T], count: int) -> list[T]:
+        """``count`` different options in random order."""
+        pool = list(options)
+        return [pool.pop(self.below(len(pool))) for _ in range(count)]
+
+
+def _add(draw: Draw) -> Task:
+    numbers = [draw.below(10) for _ in range(3)]
+    return draw.one(("Add the numbers.", "What is the sum?")), " + ".join(map(str, numbers)), str(sum(numbers))
+
+
+def _larger(draw: Draw) -> Task:
+    a, b = draw.some(range(10, 100), 2)
+    return draw.one(("Which number is larger?", "Give the larger number.")), f"{a} {b}", str(max(a, b))
+
+
+def _sort_numbers(draw: Draw) -> Task:
+    numbers = draw.some(range(10), draw.between(3, 5))
+    return "Sort the numbers.", " ".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
+
+
+def _sort_words(draw: Draw) -> Task:
+    words = draw.some(WORDS, draw.between(2, 4))
+    return draw.one(("Sort the words.", "Put the words in order.")), " ".join(words), " ".join(sorted(words))
+
+
+def _reverse_words(draw: Draw) -> Task:
+    words = draw.some(WORDS, draw.between(2, 4))
+    return draw.one(("Reverse the words.", "Write the words backwards.")), " ".join(words), " ".join(reversed(words))
+
+
+def _reverse_letters(draw: Draw) -> Task:
+    letters = [draw.one(LETTERS) for _ in range(draw.between(3, 5))]
+    return "Reverse the letters.", " ".join(letters), " ".join(reversed(letters))
+
+
+def _repeat(draw: Draw) -> Task:
+    words = draw.some(WORDS, draw.between(2, 4))
+    return "Repeat the words.", " ".join(words), " ".join(words)
+
+
+def _uppercase(draw: Draw) -> Task:
+    words = draw.some(WORDS, draw.between(1, 3))
+    return draw.one(("Write in capitals.", "Make it uppercase.")), " ".join(words), " ".join(words).upper()
+
+
+def _pick(draw: Draw) -> Task:
+    words = draw.some(WORDS, draw.between(3, 5))
+    name, index = draw.one((("first", 0), ("second", 1), ("last", -1)))
+    return f"Give the {name} word.", " ".join(words), words[index]
+
+
+def _count(draw: Draw) -> Task:
+    word, other = draw.some(WORDS, 2)
+    words = [draw.one((word, word, other, draw.one(WORDS))) for _ in range(draw.between(3, 6))]
+    return f"How often does {word} appear?", " ".join(words), str(words.count(word))
+
+
+def _facts(draw: Draw) -> list[tuple[str, str, str, str, str]]:
+    """Two people's name, place, colour, animal and food."""
+    parts = (draw.some(options, 2) for options in (NAMES, PLACES, COLOURS, ANIMALS, FOODS))
+    return list(zip(*parts, strict=True))
+
+
+def _answer(draw: Draw) -> Task:
+    people = _facts(draw)
+    text = " ".join(f"{name} from {place} has a {colour} {animal}." for name, place, colour, animal, _ in people)
+    name, place, colour, animal, _ = draw.one(people)
+    question, answer = draw.one(
+        (
+            (f"Where is {name} from?", f"{name} is from {place}."),
+            (f"What does {name} have?", f"{name} has a {colour} {animal}."),
+            (f"Who has the {animal}?", f"{name} has the {animal}."),
+            (f"Which colour is the {animal}?", f"The {animal} is {colour}."),
+        )
+    )
+    return question, text, answer
+
+
+def _describe(draw: Draw) -> Task:
+    """Sentences about given facts: the content is fixed, the wording and its order are free."""
+    name, place, colour, animal, food = _facts(draw)[0]
+    sentences = [
+        draw.one((f"{name} is a {colour} {animal}.", f"There is a {colour} {animal} called {name}.")),
+        draw.one((f"{name} lives in {place}.", f"The {animal} lives in {place}.", f"{place} is the home of {name}.")),
+        draw.one((f"{name} likes {food}.", f"The {animal} eats {food} every day.")),
+    ]
+    last = sentences[1:] if draw.below(2) else sentences[:0:-1]
+    return "Describe the animal.", f"{name}, {colour} {animal}, {place}, {food}", " ".join(sentences[:1] + last)
+
+
+def _story(draw: Draw) -> Task:
+    """Two to four sentences: a beginning, events in any number and order, an end."""
+    name, place, colour, animal, food = _facts(draw)[0]
+    thing, friend = draw.one(THINGS), draw.one(ANIMALS)
+    begin = draw.one((f"Once a {animal} lived in {place}.", f"{name} was a {colour} {animal}."))
+    events = (
+        f"{name} found a {thing}.",
+        f"{name} met a {friend}.",
+        f"The {animal} was looking for {food}.",
+        f"They went to the {thing}.",
+        f"The {friend} had some {food}.",
+    )
+    end = draw.one(("They were happy.", f"{name} went home.", f"Then {name} slept."))
+    sentences = [begin, *draw.some(events, draw.between(0, 2)), end]
+    return "Write a story.", f"{name}, {colour} {animal}, {place}", " ".join(sentences)
+
+
+KINDS: dict[str, Callable[[Draw], Task]] = {
+    "add": _add,
+    "larger": _larger,
+    "sort-numbers": _sort_numbers,
+    "sort-words": _sort_words,
+    "reverse-words": _reverse_words,
+    "reverse-letters": _reverse_letters,
+    "repeat": _repeat,
+    "uppercase": _uppercase,
+    "pick": _pick,
+    "count": _count,
+    "answer": _answer,
+    "describe": _describe,
+    "story": _story,
+}
+
+
+def split_of(kind: str, text: str) -> str:
+    """The split an input belongs to, by its content: a tenth each is validation and test, the rest is training."""
+    digest = hashlib.sha256(f"{kind}\n{text}".encode()).digest()
+    return {0: "test", 1: "validation"}.get(int.from_bytes(digest[:4], "big") % 10, "train")
+
+
+def generate_instructions(
+    seed: int, count: int, split: str = "train", kinds: Sequence[str] = tuple(KINDS)
+) -> list[dict[str, str]]:
+    """``count`` different items of a split, the kinds mixed evenly at random.
+
+    Args:
+        seed: of the random numbers. Items of two splits differ for any two seeds.
+        count: number of items; a prefix of what a larger count gives.
+        split: ``train``, ``validation`` or ``test``.
+        kinds: names out of `KINDS`.
+
+    Returns:
+        Records with ``id`` (split, kind and number), ``instruction``, ``input`` and ``output``.
+
+    Raises:
+        ValueError: for an unknown split or kind, or where the kinds have fewer different items than asked for.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}.")
+    if not kinds or (unknown := [kind for kind in kinds if kind not in KINDS]):
+        given = f"kinds holds {unknown}" if kinds else "kinds is empty"
+        raise ValueError(f"{given}: choose from {', '.join(KINDS)}.")
+    draw = Draw(seed)
+    records: list[dict[str, str]] = []
+    seen: set[tuple[str, str]] = set()
+    failures = 0
+    while len(records) < count:
+        kind = draw.one(kinds)
+        instruction, text, output = KINDS[kind](draw)
+        if split_of(kind, text) != split or (instruction, text) in seen:
+            failures += 1
+            if failures > 1000:
+                raise ValueError(
+                    f"kinds {list(kinds)} have not {count} different items for {split}, only about {len(records)}: "
+                    "ask for fewer items or add kinds."
+                )
+            continue
+        failures = 0
+        seen.add((instruction, text))
+        number = f"{split}-{kind}-{len(records):06d}"
+        records.append({"id": number, "instruction": instruction, "input": text, "output": output})
+    return records
+
+
+def splits(seed: int, train: int, validation: int, test: int) -> dict[str, list[dict[str, str]]]:
+    """The three splits with the sizes given, no (instruction, input) in two of them."""
+    counts = dict(zip(SPLITS, (train, validation, test), strict=True))
+    return {split: generate_instructions(seed, count, split) for split, count in counts.items()}
+
+
+def generate_corpus(seed: int, count: int) -> list[str]:
+    """``count`` paragraphs of plain text in the tasks' vocabulary and of their train split, for a pre-training loss."""
+    draw = Draw(seed)
+    paragraphs: list[str] = []
+    while len(paragraphs) < count:
+        kind = draw.one(("story", "describe", "answer"))
+        _, text, output = KINDS[kind](draw)
+        if split_of(kind, text) == "train":
+            paragraphs.append(f"{text} {output}" if kind == "answer" else output)
+    return paragraphs
+
+
+class ProceduralData(InstructionData):
+    """The generated tasks as a data module: no files, the same items on every machine.
+
+    Args:
+        num_train: items to train on; a larger number keeps the items of a smaller one and adds to them.
+        num_validation: items to validate on, none of them in training.
+        num_test: items to test on, in neither of the others; `predict` answers these.
+        task_seed: decides the items; any two seeds keep the splits apart.
+        template: as for `InstructionData`; the default costs two tokens.
+        max_prompt_length: tokens of a prompt.
+        max_length: tokens of prompt and response together.
+        batch_size: items of a training batch over all ranks.
+        eval_batch_size: items of a batch of any other stage, over all ranks.
+        group_by_length: put items of like length into one batch, which here means items of like kind, and hurts.
+        corpus: plain text that rides along with the training batches.
+        num_workers: processes that load batches; 0 loads them in this one.
+        seed: decides the order of the training items.
+        tokenizer: folder or hub id; without it, the tokenizer of the Lightning module.
+
+    Raises:
+        ValueError: naming the key, for an argument that cannot be.
+    """
+
+    def __init__(
+        self,
+        num_train: int = 20_000,
+        *,
+        num_validation: int = 300,
+        num_test: int = 600,
+        task_seed: int = 0,
+        template: str = TEMPLATE,
+        max_prompt_length: int = 128,
+        max_length: int = 256,
+        batch_size: int = 32,
+        eval_batch_size: int = 100,
+        group_by_length: bool = False,
+        corpus: Corpus | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__(
+            template=template,
+            max_prompt_length=max_prompt_length,
+            max_length=max_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            group_by_length=group_by_length,
+            corpus=corpus,
+            num_workers=num_workers,
+            seed=seed,
+            tokenizer=tokenizer,
+        )
+        self.counts = {"train": num_train, "validation": num_validation, "test": num_test}
+        for name, count in self.counts.items():
+            if count < 1:
+                raise ValueError(f"{KEY}.num_{name} must be at least 1, got {count}.")
+        self.task_seed = task_seed
+
+    def read_split(self, name: str) -> datasets.Dataset:
+        """The items of a split; those of "test" stand in for "predict"."""
+        split = "test" if name == "predict" else name
+        records = generate_instructions(self.task_seed, self.counts[split], split)
+        fingerprint = hashlib.sha256(json.dumps(records).encode()).hexdigest()[:32]
+        return datasets.Dataset(datasets.table.InMemoryTable(pa.Table.from_pylist(records)), fingerprint=fingerprint)

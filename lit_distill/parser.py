@@ -1,0 +1,86 @@
+"""The parser of the command line: what is wrong in a YAML file is said in a few lines, with the key that was probably meant."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, NoReturn
+
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lit_distill.objectives import Objective
+from lit_distill.rollouts import Source
+
+NAMED_BY_CLASS = (Objective, Source, LightningDataModule, Callback, Optimizer, LRScheduler)
+"""The base classes of what YAML names without a module."""
+
+# An optional value is a union with None, and jsonargparse reports its attempt at either, and the value itself.
+_ASIDES = re.compile(
+    r"\s*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>|"
+    r"- Expected a path but .* either not accessible or invalid|Given value type: .*|Given value: .*|)"
+)
+_CALLABLE = re.compile(r"Type typing\.Callable\[.*\] expects a function or a callable class: ")
+_INIT_ARGUMENT = re.compile(r"class_path[ =]'(?P<owner>[\w.]+)'[^\n]*\n\s*Option '(?P<key>[\w.]+)' is not accepted")
+_CALLABLE_ARGUMENT = re.compile(
+    r"Option '(?P<key>[\w.]+)' is not accepted. Got value: Namespace\(class_path='(?P<owner>[\w.]+)'.*"
+)
+_KEY = re.compile(r"(?:does not accept option|^Option) '(?P<key>[\w.]+)'")
+_CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
+
+
+class DistillParser(LightningArgumentParser):
+    """A parser whose errors end with what was wrong instead of beginning with everything that is possible."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message and leave with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        keys = [action.dest for action in parser._actions]
+        program = parser.prog.replace(" [options]", "")
+        sys.stderr.write(f"error: {readable(message, keys)}\nAll keys: {program} --help\n")
+        sys.exit(2)
+
+
+def readable(message: str, keys: Iterable[str] = ()) -> str:
+    """jsonargparse's message without its asides, with what was probably meant.
+
+    Args:
+        message: of the error.
+        keys: the parser's own, such as ``trainer.max_steps``.
+    """
+    text = "\n".join(line for line in message.splitlines() if not _ASIDES.fullmatch(line))
+    text = _CALLABLE.sub("", text)
+    if found := _INIT_ARGUMENT.search(text) or _CALLABLE_ARGUMENT.search(text):
+        module, _, name = found["owner"].rpartition(".")
+        accepted = list(inspect.signature(getattr(import_module(module), name)).parameters)
+        text = _CALLABLE_ARGUMENT.sub(r"Option '\g<key>' is not accepted by \g<owner>", text)
+        return text + _meant(found["key"], accepted) + f"\nIt accepts: {', '.join(accepted)}."
+    if found := _CLASS.search(text):
+        return f"{text}\nThere is no class {found['name']!r}." + _meant(found["name"], _known_classes())
+    if found := _KEY.search(text):
+        return text + _meant(found["key"], keys)
+    return text
+
+
+def _meant(given: str, possible: Iterable[str]) -> str:
+    close = get_close_matches(given, list(possible), n=1)
+    return f"\nDid you mean {close[0]!r}?" if close else ""
+
+
+def _known_classes() -> set[str]:
+    classes: set[Any] = set()
+    queue: list[Any] = list(NAMED_BY_CLASS)
+    while queue:
+        for subclass in queue.pop().__subclasses__():
+            if subclass not in classes:
+                classes.add(subclass)
+                queue.append(subclass)
+    return {found.__name__ for found in classes}
