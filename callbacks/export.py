@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,8 +73,13 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str | None = None) 
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    if "student" not in content:
+    try:
+        content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:  # no zip, cut off, or more than tensors
+        raise ValueError(
+            f"{checkpoint} cannot be read as a checkpoint of plain tensors: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(content, dict) or "student" not in content:
         raise ValueError(
             f"{checkpoint} is not a checkpoint of a DistillationModule: it does not say what its student is."
         )
@@ -94,10 +101,14 @@ def save_folder(
     """`save_pretrained` of ``weights`` in the shape of ``model``, with its tokenizer, all or nothing."""
     if dtype:
         weights = {name: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for name, w in weights.items()}
-        model.config.dtype = getattr(torch, dtype)
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    written = next(w.dtype for w in weights.values() if w.is_floating_point())
     model.save_pretrained(unfinished, state_dict=weights)
+    config = copy.deepcopy(model.config)
+    config.dtype = written  # decides in what dtype the folder loads; `save_pretrained` has noted that of `model`
+    config.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     return unfinished.rename(folder)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
-
 from lit_distill.callbacks.samples import show_samples
+
 from lit_distill.evaluation.generation import ResponseScores
 from lit_distill.rollouts import Decoding
 from lit_distill.types import Batch

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch import Callback, Trainer
-
 from lit_distill.callbacks.samples import show_samples
+
 from lit_distill.functional import reverse_kl_k3
 
 if TYPE_CHECKING:
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 class RolloutMonitor(Callback):
     """Logs every phase of rollouts under ``rollout/``, over all ranks, and some of the responses as text.
 
-    Per response token: ``reward``, ``reverse_kl_k1`` and ``reverse_kl_k3`` (estimates; biased where the teacher is mixed in),
-    ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size`` (share of the tokens that the importance
-    weights leave); per response ``response_length`` and ``unfinished`` (share cut off at max_new_tokens); and ``tokens_per_second``.
+    Per response token: ``reward``, ``reverse_kl_k1`` and ``reverse_kl_k3`` (estimates; biased where the teacher is
+    mixed in), ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size`` (share of the
+    tokens that the importance weights leave); per response ``response_length`` and ``unfinished`` (share cut off at
+    max_new_tokens); and ``tokens_per_second``.
 
     Args:
         every_n_phases: show samples at every n-th phase.

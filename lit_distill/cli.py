@@ -22,7 +22,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_distill.callbacks
 import lit_distill.data
-import lit_distill.data.procedural
 import lit_distill.objectives
 import lit_distill.rollouts
 import lit_distill.schedulers  # with the others: YAML names the classes of all of these without their modules
@@ -93,6 +92,8 @@ class DistillCLI(LightningCLI):
             datasets.disable_progress_bars()
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_this_run)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside Lightning 2.6, with torch 2.13
+        if self.subcommand != "fit":  # a checkpoint brings the state of a ModelCheckpoint that will not write anything
+            warnings.filterwarnings("ignore", message="The dirpath has changed")
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # CSV beside TensorBoard
 
     def after_fit(self) -> None:

@@ -1,7 +1,8 @@
 """One LightningModule for every method: whose text (`source`), what is measured on it (`objectives`), how often (`source` again).
 
 Optimisation is manual, since one batch may be worth many optimiser steps and one step many micro-batches; the Trainer's
-gradient clipping is honoured all the same. Every objective's sum is divided by its count over all micro-batches and ranks.
+gradient clipping is honoured all the same. Every objective's sum is divided by its count over all micro-batches and
+ranks.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class DistillationModule(L.LightningModule):
         source: whose text; the dataset's responses by default.
         corpus_objectives: what is measured on the plain text of ``data.init_args.corpus``.
         micro_batch_size: texts per forward pass and rank; the loss does not depend on it. All at once by default.
-        head_chunk_rows: tokens whose logits exist at one time; by default about 64 MB of them.
-        optimizer: AdamW by default; parameters of one dimension (norms, biases) get no weight decay.
+        head_chunk_rows: tokens whose logits exist at one time; by default some 30 MB of them on a processor, 128 on a
+        GPU. optimizer: AdamW by default; parameters of one dimension (norms, biases) get no weight decay.
         lr_scheduler: stepped after every optimiser step; none by default.
         prediction: what `predict` writes.
 
@@ -163,7 +164,8 @@ class DistillationModule(L.LightningModule):
             raise ValueError(
                 "trainer.precision: 16-mixed overflows in the loss of long rows. Use bf16-mixed or 32-true."
             )
-        if not (self.trainer.limit_val_batches and getattr(self.trainer.datamodule, "has_validation", True)):  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not (self.trainer.limit_val_batches and getattr(data, "has_validation", True)):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, ModelCheckpoint) and (callback.monitor or "").startswith("val/"):
                     raise ValueError(
@@ -227,8 +229,8 @@ class DistillationModule(L.LightningModule):
             raise ValueError("model.corpus_objectives: there is no corpus. Set data.init_args.corpus.path.")
         if len(corpus) < steps:
             raise ValueError(
-                f"data.init_args.corpus.batch_size: {len(corpus)} rows on each rank for the {steps} optimiser steps that a batch is "
-                "good for. Give at least one row a step and rank."
+                f"data.init_args.corpus.batch_size: {len(corpus)} rows on each rank for the {steps} optimiser steps that "
+                "a batch is good for. Give at least one row a step and rank."
             )
         bounds = [len(corpus) * step // steps for step in range(steps + 1)]
         yield from (corpus.rows(first, last) for first, last in pairwise(bounds))

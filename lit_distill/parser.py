@@ -50,7 +50,7 @@ class DistillParser(LightningArgumentParser):
 
 
 def readable(message: str, keys: Iterable[str] = ()) -> str:
-    """jsonargparse's message without its asides, with what was probably meant.
+    """Jsonargparse's message without its asides, with what was probably meant.
 
     Args:
         message: of the error.

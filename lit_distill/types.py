@@ -38,7 +38,8 @@ class TensorRecord:
 class Sequences(TensorRecord):
     """Texts padded to one length, with what is known about each of their tokens.
 
-    Entry t of every field speaks of token t; the shift from logits to targets happens in one place, in `lit_distill.models`.
+    Entry t of every field speaks of token t; the shift from logits to targets happens in one place, in
+    `lit_distill.models`.
     """
 
     input_ids: Tensor
@@ -51,8 +52,8 @@ class Sequences(TensorRecord):
     """[B, S] float32 each: what a rollout recorded about every token, by name."""
 
     teacher_hidden: Tensor | None = None
-    """[B, T, H] or None: the teacher's hidden rows that predict the last T tokens, recorded while they were written; perhaps in host
-    memory. The teacher's head turns them into its logits, so its body need not run again."""
+    """[B, T, H] or None: the teacher's hidden rows that predict the last T tokens, recorded while they were
+    written; perhaps in host memory. The teacher's head turns them into its logits, so its body need not run again."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

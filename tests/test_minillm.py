@@ -7,11 +7,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lit_distill.callbacks import ObjectiveWeightSchedule, RolloutMonitor, TeacherMixSchedule
 from torch import Tensor
 
-from lit_distill.callbacks import ObjectiveWeightSchedule, RolloutMonitor, TeacherMixSchedule
-from lit_distill.data import Corpus
-from lit_distill.data.procedural import ProceduralData
+from lit_distill.data import Corpus, ProceduralData
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, NextToken, PolicyGradient, ReverseKL

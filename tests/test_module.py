@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_distill.data.procedural import ProceduralData
+from lit_distill.data import ProceduralData
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, LossTerm, NextToken, Objective

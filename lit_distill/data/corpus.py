@@ -25,27 +25,17 @@ FEATURES = Features({"input_ids": List(Value("int32"))})
 DOCUMENTS_AT_ONCE = 1_000
 
 
-@dataclass
-class Corpus:
-    """Plain text that rides along with the training batches.
+@dataclass(kw_only=True)
+class PackedText:
+    """Plain text packed to rows of ``length`` tokens that ride along with the training batches.
 
     Args:
-        path: .txt files (blank lines between documents), .jsonl, .json or .parquet files with a text field; a hub id.
         length: tokens of a row; every row has exactly this many.
         batch_size: rows of one batch over all ranks.
-        text_field: the column with a document's text; .txt files need none.
-        split: which split of a hub dataset.
-        config: which configuration of a hub dataset.
-        revision: which revision of a hub dataset.
     """
 
-    path: str | list[str]
     length: int = 256
     batch_size: int = 8
-    text_field: str = "text"
-    split: str = "train"
-    config: str | None = None
-    revision: str | None = None
 
     def __post_init__(self) -> None:
         if self.length < 2:
@@ -55,26 +45,52 @@ class Corpus:
         if self.batch_size < 1:
             raise ValueError(f"{KEY}.batch_size must be at least 1, got {self.batch_size}.")
 
+    def documents(self) -> tuple[str, Iterator[str]]:
+        """A fingerprint of the content, and the texts. The one method to override for text from elsewhere."""
+        raise ValueError(f"{KEY}: {type(self).__name__} does not say where its text comes from.")
+
     def rows(self, tokenizer: Any) -> datasets.Dataset:
         """``input_ids`` of ``length`` tokens each, EOS after every document; the tail that fills no row is left out.
 
         Raises:
             ValueError: naming the file and the place, or if the text fills no row.
         """
-        files = find_files(self.path, (".txt", *RECORD_FILES), f"{KEY}.path")
-        if files is None:
-            hub = load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key=KEY)
-            source, texts = hub._fingerprint, self._from_hub(hub)
-        else:
-            refuse_hub_options(self.config, self.revision, KEY)
-            source, texts = content_hash(files), (text for file in files for text in self._from_file(file))
-        # the field matters for files with fields only, but a second copy in the cache does no harm
-        cached = cache_file(
-            digest("corpus", VERSION, source, tokenizer_content(tokenizer), self.length, self.text_field)
-        )
+        source, texts = self.documents()
+        cached = cache_file(digest("corpus", VERSION, source, tokenizer_content(tokenizer), self.length))
         if not cached.exists():
             _write(cached, texts, tokenizer, self.length)
         return datasets.Dataset.from_file(str(cached))
+
+
+@dataclass
+class Corpus(PackedText):
+    """Packed text from files or the hub.
+
+    Args:
+        path: .txt files (blank lines between documents), .jsonl, .json or .parquet files with a text field; a hub id.
+        text_field: the column with a document's text; .txt files need none.
+        split: which split of a hub dataset.
+        config: which configuration of a hub dataset.
+        revision: which revision of a hub dataset.
+        length: tokens of a row; every row has exactly this many.
+        batch_size: rows of one batch over all ranks.
+    """
+
+    path: str | list[str]
+    text_field: str = "text"
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+
+    def documents(self) -> tuple[str, Iterator[str]]:
+        """The texts of the files in their order, or of the hub dataset."""
+        files = find_files(self.path, (".txt", *RECORD_FILES), f"{KEY}.path")
+        if files is None:
+            hub = load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key=KEY)
+            return digest(hub._fingerprint, self.text_field), self._from_hub(hub)
+        refuse_hub_options(self.config, self.revision, KEY)
+        texts = (text for file in files for text in self._from_file(file))
+        return digest(content_hash(files), self.text_field), texts
 
     def _from_file(self, file: Path) -> Iterator[str]:
         if file.suffix == ".txt":

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lit_distill.data.collate import padding_id
-from lit_distill.data.corpus import Corpus
+from lit_distill.data.corpus import Corpus, PackedText
 from lit_distill.data.fields import Fields
 from lit_distill.data.loading import BatchDataset, ResumableLoader, make_loader
 from lit_distill.data.overlong import Limits, fit_lengths
@@ -102,7 +102,7 @@ class InstructionData(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.group_by_length = group_by_length
-        self.corpus = corpus
+        self.corpus: PackedText | None = corpus
         self.num_workers = num_workers
         self.seed = seed
         self.tokenizer = tokenizer

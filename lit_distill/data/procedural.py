@@ -12,16 +12,9 @@ Only ``random.Random(seed).random()`` is drawn from: its sequence is the one tha
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar
-
-import datasets
-import pyarrow as pa
-
-from lit_distill.data.corpus import Corpus
-from lit_distill.data.instructions import KEY, InstructionData
 
 T = TypeVar("T")
 Task = tuple[str, str, str]
@@ -36,7 +29,6 @@ THINGS = ("sun", "moon", "lamp", "book", "boat")
 WORDS = COLOURS + ANIMALS + FOODS + THINGS
 LETTERS = tuple("abcdefghijklmnop")
 SPLITS = ("train", "validation", "test")
-TEMPLATE = "{instruction}\n{input}\n"
 
 
 class Draw:
@@ -248,70 +240,3 @@ def generate_corpus(seed: int, count: int) -> list[str]:
         if split_of(kind, text) == "train":
             paragraphs.append(f"{text} {output}" if kind == "answer" else output)
     return paragraphs
-
-
-class ProceduralData(InstructionData):
-    """The generated tasks as a data module: no files, the same items on every machine.
-
-    Args:
-        num_train: items to train on; a larger number keeps the items of a smaller one and adds to them.
-        num_validation: items to validate on, none of them in training.
-        num_test: items to test on, in neither of the others; `predict` answers these.
-        task_seed: decides the items; any two seeds keep the splits apart.
-        template: as for `InstructionData`; the default costs two tokens.
-        max_prompt_length: tokens of a prompt.
-        max_length: tokens of prompt and response together.
-        batch_size: items of a training batch over all ranks.
-        eval_batch_size: items of a batch of any other stage, over all ranks.
-        group_by_length: put items of like length into one batch, which here means items of like kind, and hurts.
-        corpus: plain text that rides along with the training batches.
-        num_workers: processes that load batches; 0 loads them in this one.
-        seed: decides the order of the training items.
-        tokenizer: folder or hub id; without it, the tokenizer of the Lightning module.
-
-    Raises:
-        ValueError: naming the key, for an argument that cannot be.
-    """
-
-    def __init__(
-        self,
-        num_train: int = 20_000,
-        *,
-        num_validation: int = 300,
-        num_test: int = 600,
-        task_seed: int = 0,
-        template: str = TEMPLATE,
-        max_prompt_length: int = 128,
-        max_length: int = 256,
-        batch_size: int = 32,
-        eval_batch_size: int = 100,
-        group_by_length: bool = False,
-        corpus: Corpus | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        tokenizer: str | None = None,
-    ) -> None:
-        super().__init__(
-            template=template,
-            max_prompt_length=max_prompt_length,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            group_by_length=group_by_length,
-            corpus=corpus,
-            num_workers=num_workers,
-            seed=seed,
-            tokenizer=tokenizer,
-        )
-        self.counts = {"train": num_train, "validation": num_validation, "test": num_test}
-        for name, count in self.counts.items():
-            if count < 1:
-                raise ValueError(f"{KEY}.num_{name} must be at least 1, got {count}.")
-        self.task_seed = task_seed
-
-    def read_split(self, name: str) -> datasets.Dataset:
-        """The items of a split; those of "test" stand in for "predict"."""
-        split = "test" if name == "predict" else name
-        records = generate_instructions(self.task_seed, self.counts[split], split)
-        fingerprint = hashlib.sha256(json.dumps(records).encode()).hexdigest()[:32]
-        return datasets.Dataset(datasets.table.InMemoryTable(pa.Table.from_pylist(records)), fingerprint=fingerprint)

@@ -1,8 +1,9 @@
 """Losses on logits without the logits: head and objectives run on a few rows at a time, forward and backward at once.
 
-For each chunk of rows the student's and the teacher's logits are made, the objectives' weighted sum is differentiated with respect
-to the student's logits, and the gradients of the hidden rows and of the head are accumulated: one student and one teacher
-projection and two gradient products in all. Totals add, so the result is that of the whole at once. Nothing of size [N, V] lives.
+For each chunk of rows the student's and the teacher's logits are made, the objectives' weighted sum is differentiated
+with respect to the student's logits, and the gradients of the hidden rows and of the head are accumulated: one student
+and one teacher projection and two gradient products in all. Totals add, so the result is that of the whole at once.
+Nothing of size [N, V] lives.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from lit_distill.models.head import Head
 from lit_distill.objectives.base import LossTerm, Objective
 
-CHUNK_ELEMENTS = 2**24
-"""Logits of one chunk: 64 MB in float32; about eight such buffers live at a time."""
+CHUNK_BYTES = {"cpu": 30 * 2**20}
+"""Size of one float32 buffer of a chunk's logits, of which about eight live at a time; elsewhere 128 MB, which keeps a GPU's matrix
+units busy. On a processor it is below 32 MB, up to which the C library recycles a buffer instead of handing its pages back."""
 
 
-def chunk_rows_for(vocabulary_size: int) -> int:
+def chunk_rows_for(head: Head) -> int:
     """How many rows to take at a time where the user does not say."""
-    return max(16, CHUNK_ELEMENTS // vocabulary_size)
+    size = CHUNK_BYTES.get(head.weight.device.type, 128 * 2**20)
+    return max(16, size // (4 * len(head.weight)))
 
 
 class TokenLoss:
@@ -30,8 +33,8 @@ class TokenLoss:
 
     Args:
         objectives: by name.
-        factors: the factor of each objective's sum in the loss: a number or a scalar tensor; typically weight / global count.
-        head: the student's.
+        factors: the factor of each objective's sum in the loss: a number or a scalar tensor; typically weight / global
+        count. head: the student's.
         signals: ``[N]`` each, by name, among them ``labels``.
         teacher: hidden rows ``[N, H]`` and head of the teacher, where an objective asks for it.
         chunk_rows: rows at a time.
@@ -51,7 +54,7 @@ class TokenLoss:
         self.head = head
         self.signals = signals
         self.teacher = teacher
-        self.chunk_rows = chunk_rows or chunk_rows_for(head.weight.shape[0])
+        self.chunk_rows = chunk_rows or chunk_rows_for(head)
         self.needs = frozenset[str]().union(*(objective.needs for objective in objectives.values()))
         self.terms: dict[str, LossTerm] = {}
 

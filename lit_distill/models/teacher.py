@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class FrozenTeacher:
     """A causal language model that is only listened to.
 
-    It is deliberately no `nn.Module`: an attribute of a LightningModule that is none is not saved, optimised, broadcast,
-    set to training mode or converted by a precision plugin.
+    It is deliberately no `nn.Module`: an attribute of a LightningModule that is none is not saved, optimised,
+    broadcast, set to training mode or converted by a precision plugin.
 
     Args:
         lm: the model; its parameters stop requiring gradients.

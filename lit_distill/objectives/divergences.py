@@ -1,7 +1,7 @@
 """Token-level divergences between student and teacher, and plain cross-entropy.
 
-Each is configuration and a call into `lit_distill.functional`. The loss is not multiplied by the square of the temperature:
-set `weight` where a recipe does that (Hinton et al. 2015, section 2.1, has T²).
+Each is configuration and a call into `lit_distill.functional`. The loss is not multiplied by the square of the
+temperature: set `weight` where a recipe does that (Hinton et al. 2015, section 2.1, has T²).
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class ReverseKL(Divergence):
     Args:
         weight: factor in the loss.
         temperature: divides both models' logits, > 0.
-        importance_weighted: multiply each token by the weight that undoes the teacher's share in the sampler (paper: yes,
+        importance_weighted: multiply each token by the weight that undoes the teacher's share in the sampler (paper:
+        yes,
             reference code: no).
     """
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class PolicyGradient(Objective):
     """−A·ρ, clipped, with ρ = q_new/p̃ and the advantage A that the source computed: what a token does to the tokens after it.
 
-    Biased as soon as the student differs from the one that sampled and ρ is clipped; otherwise as biased as the source's scoring.
+    Biased as soon as the student differs from the one that sampled and ρ is clipped; otherwise as biased as the
+    source's scoring.
 
     Args:
         weight: factor in the loss.

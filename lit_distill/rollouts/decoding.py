@@ -1,7 +1,7 @@
 """How a token is drawn: settings, random numbers, and the draw itself.
 
-Every row draws from its own random numbers, fixed beforehand by (seed, item), so that what a row says depends neither on the rows
-decoded beside it nor on the number of ranks.
+Every row draws from its own random numbers, fixed beforehand by (seed, item), so that what a row says depends neither
+on the rows decoded beside it nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 

@@ -1,8 +1,9 @@
 """The decode loop: one for training, evaluation and `predict`; finished rows leave the batch.
 
-Teacher-mixed sampling draws y_t from αp + (1−α)q: throw a coin of chance α, at heads draw from p, else from q. The coins do not depend
-on the text, so they are thrown first and shared by the rows of a decoding batch: whoever's turn it is not need not even read. Each
-row's law is exactly the mixture; sharing coins correlates rows and leaves every mean alone.
+Teacher-mixed sampling draws y_t from αp + (1−α)q: throw a coin of chance α, at heads draw from p, else from q. The
+coins do not depend on the text, so they are thrown first and shared by the rows of a decoding batch: whoever's turn it
+is not need not even read. Each row's law is exactly the mixture; sharing coins correlates rows and leaves every mean
+alone.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _converse(
     stop_ids: Sequence[int],
     uniforms: Tensor | None,
 ) -> tuple[Tensor, Tensor, list[Reader]]:
-    """Ids and mask ``[B, T]`` of a text in which speaker ``turns[t]`` writes token t, and the readers, who have scored all of it."""
+    """Ids and mask ``[B, T]`` of texts whose token t speaker ``turns[t]`` wrote; and the readers, who have scored them."""
     if decoding.temperature > 0 and uniforms is None:
         raise ValueError("decode: sampling at temperature > 0 needs the rows' random numbers; see row_uniforms.")
     device, batch, steps = prompts.input_ids.device, len(prompts), decoding.max_new_tokens

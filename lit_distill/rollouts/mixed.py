@@ -26,8 +26,9 @@ KEY = "model.source.init_args"
 class TeacherMixedRollouts(Source):
     """Responses drawn from p̃ = αp + (1−α)q; a batch of ``data.init_args.batch_size`` prompts is one phase.
 
-    Every random number is a function of ``seed``, the optimiser step and the item, so a resumed run draws what an uninterrupted one
-    would have drawn, and the number of ranks changes nothing. Prompts are all that is needed of the data.
+    Every random number is a function of ``seed``, the optimiser step and the item, so a resumed run draws what an
+    uninterrupted one would have drawn, and the number of ranks changes nothing. Prompts are all that is needed of the
+    data.
 
     Args:
         alpha: share of the teacher in the sampler, in [0, 1]; a callback may schedule it.

@@ -9,20 +9,18 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from lit_distill.functional import entropy
+from lit_distill.models.chunked_head import chunk_rows_for
 
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM, FrozenTeacher
     from lit_distill.types import Prompts
 
-SCORED_ELEMENTS = 2**24
-"""Logits that exist at one time while tokens that somebody else wrote are scored: 64 MB."""
-
 
 class Reader:
     """One model, its key-value cache, and the rows it still reads.
 
-    It reads a token only when it has to speak or when the text is finished, then all it has missed in one forward: its body passes
-    over each token once in all, whoever writes.
+    It reads a token only when it has to speak or when the text is finished, then all it has missed in one forward: its
+    body passes over each token once in all, whoever writes.
 
     Args:
         speaker: the model.
@@ -113,7 +111,7 @@ class Reader:
 
     def _score(self, hidden: Tensor, first: int) -> None:
         """Record the log-probabilities of tokens ``first``, … that ``hidden`` ``[b, s, H]`` predicts, a few columns at a time."""
-        width = max(1, SCORED_ELEMENTS // max(1, len(self.rows) * len(self.head.weight)))
+        width = max(1, chunk_rows_for(self.head) // max(1, len(self.rows)))
         for start in range(0, hidden.shape[1], width):
             part = hidden[:, start : start + width]
             columns = slice(first + start, first + start + part.shape[1])

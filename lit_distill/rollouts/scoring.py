@@ -1,4 +1,4 @@
-"""What a rollout is worth, token by token: rewards, returns and importance weights, with every choice of paper and code as an argument.
+"""What a rollout is worth, token by token; every choice of the paper and of its reference code is an argument.
 
 | | MiniLLM (paper) | reference code |
 |---|---|---|
@@ -38,7 +38,7 @@ class Scoring:
     length_normalize: bool = True
     """Divide a return by the number of its rewards."""
     standardize: Literal["responses", "padded"] | None = None
-    """Shift and scale advantages to mean 0 and variance 1: over response tokens, or over the padded batch as the reference code does."""
+    """Shift and scale advantages to mean 0 and variance 1: over response tokens, or over the padded batch as the code does."""
     reward_scale: float = 1.0
     """Rewards are divided by it."""
     reward_clip: float | None = None

@@ -27,7 +27,7 @@ class Trajectories(TensorRecord):
     responses: Responses
     """[B, T]."""
     signals: Mapping[str, Tensor]
-    """[B, T] float32 each, by name: old_logprobs, teacher_logprobs, advantages, importance_weights, single_step_weights, rewards."""
+    """[B, T] float32 each: old_logprobs, teacher_logprobs, advantages, importance_weights, single_step_weights, rewards."""
     alpha: float
     """Share of the teacher in the sampler."""
     seconds: float
