@@ -1,5 +1,6 @@
 """Lightning callbacks of lit_distill; imported as `lit_distill.callbacks`."""
 
+from lit_distill.callbacks.checkpoint import RunCheckpoint
 from lit_distill.callbacks.comparison import BeforeAfter
 from lit_distill.callbacks.export import HuggingFaceExport
 from lit_distill.callbacks.generation import GenerationEvaluator
@@ -15,6 +16,7 @@ __all__ = [
     "ObjectiveWeightSchedule",
     "PredictionWriter",
     "RolloutMonitor",
+    "RunCheckpoint",
     "RunProgress",
     "TeacherMixSchedule",
 ]

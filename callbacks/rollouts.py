@@ -49,11 +49,10 @@ class RolloutMonitor(Callback):
             "teacher_share": responses.from_teacher,
         }
         sums = {name: (values * mask).sum() for name, values in per_token.items() if values is not None}
-        ended = torch.isin(responses.ids, torch.tensor(pl_module.stop_ids, device=mask.device)) & mask
         sums |= {
             "tokens": mask.sum(),
             "responses": mask.any(dim=-1).sum(),
-            "ended": ended.any(dim=-1).sum(),
+            "ended": responses.finished(pl_module.stop_ids).sum(),
             "weights": weights.sum(),
             "squares": weights.square().sum(),
         }

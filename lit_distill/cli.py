@@ -14,7 +14,7 @@ import datasets
 import transformers
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,7 +25,14 @@ import lit_distill.data
 import lit_distill.objectives
 import lit_distill.rollouts
 import lit_distill.schedulers  # with the others: YAML names the classes of all of these without their modules
-from lit_distill.callbacks import GenerationEvaluator, HuggingFaceExport, PredictionWriter, RolloutMonitor, RunProgress
+from lit_distill.callbacks import (
+    GenerationEvaluator,
+    HuggingFaceExport,
+    PredictionWriter,
+    RolloutMonitor,
+    RunCheckpoint,
+    RunProgress,
+)
 from lit_distill.module import DistillationModule
 from lit_distill.parser import DistillParser
 
@@ -58,7 +65,7 @@ class DistillCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys ``checkpoint``, ``generation`` and ``export``, and say every value once."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(GenerationEvaluator, "generation")
         parser.add_lightning_class_args(HuggingFaceExport, "export")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
@@ -83,7 +90,10 @@ class DistillCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there. Keep the output readable: no bars of transformers where nobody watches, no notes on what is meant to be so."""
+        """Refuse a checkpoint that is not there, and keep the output readable.
+
+        No bars of transformers and datasets where nobody watches, no notes on what is meant to be so.
+        """
         checkpoint = self._get(self.config, "ckpt_path")
         if checkpoint not in (None, *CHECKPOINT_WORDS) and "://" not in checkpoint and not Path(checkpoint).exists():
             raise ValueError(f"ckpt_path: there is no {checkpoint}. Give a .ckpt file, or one of {CHECKPOINT_WORDS}.")

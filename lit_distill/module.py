@@ -7,20 +7,20 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
-from itertools import pairwise, repeat
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from lit_distill.checks import check_trainer
 from lit_distill.evaluation.quality import AgreementQuality, StudentQuality, TermMeans
 from lit_distill.models import (
     CausalLM,
@@ -42,8 +42,11 @@ from lit_distill.rollouts import (
     Source,
     Trajectories,
     decode,
+    prediction_records,
     row_uniforms,
+    share_out,
 )
+from lit_distill.schedulers import parameter_groups
 from lit_distill.types import Batch, Prompts, Sequences
 
 if TYPE_CHECKING:
@@ -152,37 +155,14 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer options that would break a promise, before any weights load."""
-        if stage != "fit":
-            return
-        if self.trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                f"trainer.accumulate_grad_batches: {self.trainer.accumulate_grad_batches} would average micro-batches "
-                "of different lengths. Set data.init_args.batch_size to the items of one optimiser step "
-                "and model.micro_batch_size to the texts that fit in memory at once."
-            )
-        if self.trainer.precision == "16-mixed":
-            raise ValueError(
-                "trainer.precision: 16-mixed overflows in the loss of long rows. Use bf16-mixed or 32-true."
-            )
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not (self.trainer.limit_val_batches and getattr(data, "has_validation", True)):
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, ModelCheckpoint) and (callback.monitor or "").startswith("val/"):
-                    raise ValueError(
-                        f"checkpoint.monitor: {callback.monitor} is watched, and there is no validation. Set "
-                        "data.init_args.validation or validation_size, or checkpoint.monitor: null."
-                    )
-        # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
-        self.automatic_optimization = False
+        if stage == "fit":
+            check_trainer(self.trainer)
+            # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
+            self.automatic_optimization = False
 
     def configure_optimizers(self) -> Any:
         """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = self.optimizer_factory([group for group in groups if group["params"]])
+        optimizer = self.optimizer_factory(parameter_groups(self.parameters()))
         if self.lr_scheduler_factory is None:
             return optimizer
         scheduler = self.lr_scheduler_factory(optimizer)
@@ -204,7 +184,7 @@ class DistillationModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Every mini-batch that the source makes of ``batch`` is one optimiser step."""
         steps = self.source.steps_per_batch(len(batch) * self.trainer.world_size)
-        corpus = self._corpus_by_step(batch.corpus, steps)
+        corpus = share_out(batch.corpus, steps) if self.corpus_objectives else repeat(None, steps)
         for text, plain_text in zip(self.source.mini_batches(batch, self._players()), corpus, strict=False):
             self._optimize(text, plain_text)
             if self.global_step == self.trainer.max_steps:
@@ -220,36 +200,21 @@ class DistillationModule(L.LightningModule):
             if hook := getattr(callback, "on_rollouts", None):
                 hook(self.trainer, self, trajectories)
 
-    def _corpus_by_step(self, corpus: Sequences | None, steps: int) -> Iterator[Sequences | None]:
-        """The corpus rows of a batch, shared out evenly among its optimiser steps."""
-        if not self.corpus_objectives:
-            yield from repeat(None, steps)
-            return
-        if corpus is None:
-            raise ValueError("model.corpus_objectives: there is no corpus. Set data.init_args.corpus.path.")
-        if len(corpus) < steps:
-            raise ValueError(
-                f"data.init_args.corpus.batch_size: {len(corpus)} rows on each rank for the {steps} optimiser steps that "
-                "a batch is good for. Give at least one row a step and rank."
-            )
-        bounds = [len(corpus) * step // steps for step in range(steps + 1)]
-        yield from (corpus.rows(first, last) for first, last in pairwise(bounds))
-
     def _optimize(self, text: Sequences, corpus: Sequences | None) -> None:
-        parts = [(self._text, part) for part in self._micro_batches(text)]
-        if corpus is not None:
-            parts += [(self._corpus, part) for part in self._micro_batches(corpus)]
-        counts = self._global_counts(parts)
-        weights = {name: objective.weight for name, objective in self.all_objectives.items()}
+        # An objective whose weight is 0 does not run.
+        weights = {name: objective.weight for name, objective in self.all_objectives.items() if objective.weight}
+        streams = [(self._text, text)] if corpus is None else [(self._text, text), (self._corpus, corpus)]
+        parts = [(measure, part) for measure, sequences in streams for part in self._micro_batches(sequences)]
+        counts = self._global_counts(parts, weights)
         # A count of zero has a sum of zero; the factor only has to be finite. DDP averages over ranks, so ask for their sum.
         factors = {name: weights[name] * self.trainer.world_size / counts[name].clamp(min=1).float() for name in counts}
 
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         terms: dict[str, LossTerm] = {}
-        for i, (measurement, part) in enumerate(parts):
+        for i, (measure, part) in enumerate(parts):
             with nullcontext() if i == len(parts) - 1 else self._without_gradient_sync():
-                loss, here = measurement(part, {name: factors[name] for name in measurement.objectives})
+                loss, here = measure(part, {name: factors[name] for name in measure.objectives if name in factors})
                 self.manual_backward(loss)
             terms |= {name: add_terms(terms[name], term) if name in terms else term for name, term in here.items()}
         if self.trainer.gradient_clip_val:
@@ -257,20 +222,26 @@ class DistillationModule(L.LightningModule):
                 optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm or "norm"
             )
         optimizer.step()
+        self._log_step(terms, counts, weights)
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
-        self._log_step(terms, counts, weights)
 
     def _micro_batches(self, text: Sequences) -> list[Sequences]:
         size = self.micro_batch_size or len(text)
         return [text.rows(start, start + size) for start in range(0, len(text), size)]
 
-    def _global_counts(self, parts: list[tuple[Measurement, Sequences]]) -> dict[str, Tensor]:
+    def _global_counts(
+        self, parts: Sequence[tuple[Measurement, Sequences]], weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         counts: dict[str, Tensor] = {}
-        for measurement in (self._text, self._corpus):
-            if mine := [part for owner, part in parts if owner is measurement]:
-                counts |= measurement.counts(mine)
+        for measure in (self._text, self._corpus):
+            names = [name for name in measure.objectives if name in weights]
+            mine = [part for owner, part in parts if owner is measure]
+            if names and mine:
+                counts |= measure.counts(mine, names)
+        if not counts:
+            raise ValueError("model.objectives: every weight is 0, so there is nothing to learn. Give one a weight.")
         return dict(zip(counts, self.sum_over_ranks(torch.stack(list(counts.values()))), strict=True))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -367,24 +338,13 @@ class DistillationModule(L.LightningModule):
         return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per item that no earlier run has written: id, prompt, response, references and, if asked for, log-probs."""
+        """One record per item that no earlier run has written; see `prediction_records`."""
         assert batch.prompts is not None
         if self.predicted_ids.issuperset(batch.ids):
             return []
         settings = self.prediction
         responses = self.generate(batch.prompts, batch.ids, settings, settings.seed, settings.speaker)
-        accepted = batch.references or ((),) * len(batch)
-        records: list[dict[str, Any]] = [
-            {"id": item, "prompt": prompt, "response": text, "references": list(references)}
-            for item, prompt, text, references in zip(
-                batch.ids, batch.prompt_texts, self.response_texts(responses), accepted, strict=True
-            )
-        ]
-        if settings.logprobs:
-            for record, ids, logprobs, mask in zip(
-                records, responses.ids.cpu(), responses.logprobs.cpu(), responses.mask.cpu(), strict=True
-            ):
-                record |= {"tokens": ids[mask].tolist(), "logprobs": logprobs[mask].tolist()}
+        records = prediction_records(batch, responses, self.response_texts(responses), self.stop_ids, settings.logprobs)
         return [record for record in records if record["id"] not in self.predicted_ids]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

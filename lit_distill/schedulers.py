@@ -1,11 +1,24 @@
-"""Learning-rate schedules with warm-up, each a pure function of the step; named in YAML as `model.lr_scheduler`."""
+"""What an optimiser is given: groups of parameters, and learning-rate schedules with warm-up (YAML: `model.lr_scheduler`)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameters that train: matrices with the optimiser's weight decay, norms and biases without."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1]},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class WarmupConstant(LambdaLR):

@@ -14,7 +14,7 @@ from lit_distill.data.fields import Fields
 from lit_distill.data.files import ORIGIN
 from lit_distill.data.templates import Template, check_chat_template
 
-VERSION = "1"  # part of every fingerprint: raise it when the rows change
+VERSION = "2"  # part of every fingerprint: raise it when the rows change
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -68,7 +68,7 @@ def tokenize_records(
 
     def rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         found: dict[str, list[Any]] = {name: [] for name in ("id", "references", "prompt_text")}
-        outputs, places = [], []
+        outputs, places, ends = [], [], []
         for position, index in enumerate(indices):
             record = {name: values[position] for name, values in batch.items()}
             where = record.get(ORIGIN) or f"{split}, row {index + 1}"
@@ -78,13 +78,16 @@ def tokenize_records(
             found["references"].append(fields.references(record, where) if with_references else [])
             outputs.append(fields.filled(record, "output", where) if responses else "")
             places.append(where)
+            ends.append([] if record.get("finished") is False else [eos])  # `predict` says which responses were cut off
         prompts = [prefix + ids for ids in encode(tokenizer, found["prompt_text"])]
         for ids, where in zip(prompts, places, strict=True):
             if not ids:
                 raise ValueError(
                     f"{where}: the prompt is empty, so there is nothing to answer. Fill it or remove the item."
                 )
-        answers = [[*ids, eos] for ids in encode(tokenizer, outputs)] if responses else [[] for _ in outputs]
+        answers: list[list[int]] = [[] for _ in outputs]
+        if responses:
+            answers = [ids + end for ids, end in zip(encode(tokenizer, outputs), ends, strict=True)]
         kept = [len(prefix) or int(ids[0] == tokenizer.bos_token_id) for ids in prompts]
         return {**found, "prompt_ids": prompts, "response_ids": answers, "kept": kept}
 

@@ -13,6 +13,7 @@ from lit_distill.objectives import LossTerm, Objective, probe
 
 if TYPE_CHECKING:
     from lit_distill.models.causal_lm import CausalLM
+    from lit_distill.models.head import Head
     from lit_distill.models.teacher import FrozenTeacher
     from lit_distill.types import Sequences
 
@@ -41,7 +42,7 @@ class Measurement:
     ) -> None:
         self.objectives = dict(objectives)
         self.student = student
-        self.teacher = teacher if any("teacher_logits" in o.needs for o in objectives.values()) else None
+        self.teacher = teacher
         self.chunk_rows = chunk_rows
         probed = [probe(objective, student.vocabulary_size, f"{key}.{name}") for name, objective in objectives.items()]
         self._counts_by_value = any(probed)
@@ -51,32 +52,35 @@ class Measurement:
 
         Args:
             text: the sequences to measure; their targets are the N rows.
-            factors: factor of each objective's sum in the loss, by name.
+            factors: factor of each objective's sum in the loss, by name. An objective that is not named does not run, nor
+                does the teacher if only such objectives ask for it.
 
         Returns:
             The loss, ``[]`` float32 with its graph, and each objective's detached sums by name.
         """
         mask = text.target_mask
+        objectives = {name: self.objectives[name] for name in factors}
+        ask_teacher = any("teacher_logits" in objective.needs for objective in objectives.values())
         loss = TokenLoss(
-            self.objectives,
+            objectives,
             factors,
             self.student.head(),
             {"labels": text.input_ids[mask], **{name: signal[mask] for name, signal in text.signals.items()}},
-            None if self.teacher is None else (self._teacher_rows(text), self.teacher.head()),
+            self._teacher_rows(text) if ask_teacher else None,
             self.chunk_rows,
         )
         value = loss(self.student.target_rows(text))
         return value, loss.terms
 
-    def _teacher_rows(self, text: Sequences) -> Tensor:
+    def _teacher_rows(self, text: Sequences) -> tuple[Tensor, Head]:
         assert self.teacher is not None
         if text.teacher_hidden is None:
-            return self.teacher.target_rows(text)
+            return self.teacher.target_rows(text), self.teacher.head()
         targets = text.target_mask[:, -text.teacher_hidden.shape[1] :]
-        return text.teacher_hidden.to(targets.device)[targets]
+        return text.teacher_hidden.to(targets.device)[targets], self.teacher.head()
 
-    def counts(self, parts: Iterable[Sequences]) -> dict[str, Tensor]:
-        """How many items each objective counts in all ``parts`` together, ``[]`` float64, known before any gradient.
+    def counts(self, parts: Iterable[Sequences], names: Iterable[str]) -> dict[str, Tensor]:
+        """How many items the objectives ``names`` count in all ``parts``, ``[]`` float64, known before any gradient.
 
         Objectives that count every row cost nothing here; one whose count depends on values takes a pass without
         gradient.
@@ -84,11 +88,12 @@ class Measurement:
         parts = list(parts)
         if not self._counts_by_value:
             rows = torch.stack([part.target_mask.sum() for part in parts]).sum().double()
-            return dict.fromkeys(self.objectives, rows)
+            return dict.fromkeys(names, rows)
         terms: dict[str, LossTerm] = {}
+        factors = dict.fromkeys(names, 1.0)
         with torch.no_grad():
             for part in parts:
-                _, here = self(part, dict.fromkeys(self.objectives, 1.0))
+                _, here = self(part, factors)
                 terms = {name: add_terms(terms[name], term) if terms else term for name, term in here.items()}
         device = parts[0].input_ids.device
         return {name: torch.as_tensor(term.count, device=device).double() for name, term in terms.items()}

@@ -3,9 +3,9 @@
 from lit_distill.rollouts.decoding import Decoding, row_uniforms
 from lit_distill.rollouts.loop import Responses, decode, decode_mixed
 from lit_distill.rollouts.mixed import TeacherMixedRollouts
-from lit_distill.rollouts.prediction import Prediction
+from lit_distill.rollouts.prediction import Prediction, prediction_records
 from lit_distill.rollouts.scoring import Scoring
-from lit_distill.rollouts.sources import DatasetResponses, Players, Source
+from lit_distill.rollouts.sources import DatasetResponses, Players, Source, share_out
 from lit_distill.rollouts.trajectories import Trajectories
 
 __all__ = [
@@ -20,5 +20,7 @@ __all__ = [
     "Trajectories",
     "decode",
     "decode_mixed",
+    "prediction_records",
     "row_uniforms",
+    "share_out",
 ]

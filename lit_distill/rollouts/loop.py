@@ -50,6 +50,11 @@ class Responses(TensorRecord):
     teacher_entropy: Tensor | None = None
     """[B, T] float32 nats: of the teacher's distribution of each token, in a mixed rollout."""
 
+    def finished(self, stop_ids: Sequence[int]) -> Tensor:
+        """[B] bool: which responses ended by themselves, rather than at ``max_new_tokens``."""
+        stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self.ids.device)
+        return (torch.isin(self.ids, stops) & self.mask).any(dim=-1)
+
 
 def decode(
     speaker: CausalLM | FrozenTeacher,

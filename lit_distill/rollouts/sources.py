@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +29,23 @@ class Players:
     """How many ranks share the data; sizes in the YAML are over all of them."""
     show: Callable[[Trajectories], None]
     """Whom to show what was rolled out: the Trainer's callbacks."""
+
+
+def share_out(corpus: Sequences | None, steps: int) -> Iterator[Sequences]:
+    """The corpus rows of a batch, shared out evenly among its optimiser steps.
+
+    Raises:
+        ValueError: if there is no corpus, or not one row a step.
+    """
+    if corpus is None:
+        raise ValueError("model.corpus_objectives: there is no corpus. Set data.init_args.corpus.path.")
+    if len(corpus) < steps:
+        raise ValueError(
+            f"data.init_args.corpus.batch_size: {len(corpus)} rows on each rank for the {steps} optimiser steps that a batch "
+            "is good for. Give at least one row a step and rank."
+        )
+    bounds = [len(corpus) * step // steps for step in range(steps + 1)]
+    yield from (corpus.rows(first, last) for first, last in pairwise(bounds))
 
 
 class Source(ABC):

@@ -1,0 +1,50 @@
+"""Checkpoints of runs in which one batch may be many optimiser steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+if TYPE_CHECKING:
+    from lit_distill.module import DistillationModule
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's `ModelCheckpoint`, with all of its arguments, and two promises kept.
+
+    ``every_n_train_steps`` saves at the end of the batch in which a multiple of n was passed; Lightning's compares the step
+    modulo n, which a batch of many steps may miss for ever. ``save_last`` is the state at the last validation and at the end of
+    training; Lightning's is that of the last checkpoint among the best.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if a multiple of ``every_n_train_steps`` was passed, or the time has come."""
+        every, before = self._every_n_train_steps, getattr(self, "_step_before", 0)
+        self._step_before = trainer.global_step
+        if every >= 1 and trainer.global_step // every > before // every:
+            if not self._should_skip_saving_checkpoint(trainer):
+                candidates = self._monitor_candidates(trainer)
+                if self.monitor is None or self.monitor in candidates:
+                    self._save_topk_checkpoint(trainer, candidates)
+                if self.save_last:
+                    self._save_last_checkpoint(trainer, candidates)
+        elif self._train_time_interval is not None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Save the best, and the last whether it is among them or not."""
+        super().on_validation_end(trainer, pl_module)
+        self._save_stale_last(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Save the last."""
+        super().on_train_end(trainer, pl_module)
+        self._save_stale_last(trainer)
+
+    def _save_stale_last(self, trainer: Trainer) -> None:
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

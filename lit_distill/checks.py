@@ -1,0 +1,30 @@
+"""Trainer options that would break a promise, refused before any weights load with the name of what to use instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+def check_trainer(trainer: Any) -> None:
+    """Look at a Lightning Trainer that is about to fit a `DistillationModule`.
+
+    Raises:
+        ValueError: naming the key, what was given and what to do.
+    """
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches: {trainer.accumulate_grad_batches} would average micro-batches of different "
+            "lengths. Set data.init_args.batch_size to the items of one optimiser step and model.micro_batch_size to the "
+            "texts that fit in memory at once."
+        )
+    if trainer.precision == "16-mixed":
+        raise ValueError("trainer.precision: 16-mixed overflows in the loss of long rows. Use bf16-mixed or 32-true.")
+    validates = trainer.limit_val_batches and getattr(trainer.datamodule, "has_validation", True)
+    for callback in trainer.callbacks:
+        if isinstance(callback, ModelCheckpoint) and (callback.monitor or "").startswith("val/") and not validates:
+            raise ValueError(
+                f"checkpoint.monitor: {callback.monitor} is watched, and there is no validation. Set "
+                "data.init_args.validation or validation_size, or checkpoint.monitor: null."
+            )

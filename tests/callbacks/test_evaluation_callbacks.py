@@ -1,0 +1,91 @@
+"""Figures of generated text equal a plain computation, at the validations and on the prompts that were asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from command_line import run, tiny_config, write
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_distill.evaluation import exact_match, rouge_l
+
+
+def evaluator(cli):
+    return next(callback for callback in cli.trainer.callbacks if type(callback).__name__ == "GenerationEvaluator")
+
+
+def answers(cli, batch, count: int) -> list[str]:
+    """Greedy responses by transformers itself, one prompt at a time."""
+    model, tokenizer = cli.model.student.model.eval(), cli.model.tokenizer
+    texts = []
+    for prompt in batch.prompt_texts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        new = model.generate(ids, do_sample=False, max_new_tokens=count, pad_token_id=tokenizer.pad_token_id)
+        texts.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize(("max_prompts", "batches"), [(-1, 3), (4, 1), (8, 2)])
+def test_figures_are_the_means_over_the_prompts_asked_for(pair, tmp_path, max_prompts, batches) -> None:
+    options = ("--generation.max_prompts", max_prompts, "--trainer.logger", "false")
+    cli = run("validate", "--config", write(tiny_config(pair), tmp_path / "x.yaml"), *options)
+    rouge, exact = [], []
+    for batch in list(cli.trainer.datamodule.val_dataloader())[:batches]:
+        for text, references in zip(answers(cli, batch, 4), batch.references, strict=True):
+            rouge.append(rouge_l(text, references))
+            exact.append(100.0 * exact_match(text, references))
+    figures = cli.trainer.callback_metrics
+    assert figures["val/rouge_l"].item() == pytest.approx(sum(rouge) / len(rouge), abs=1e-4)
+    assert figures["val/exact_match"].item() == pytest.approx(sum(exact) / len(exact), abs=1e-4)
+
+
+def test_no_prompts_no_figures(pair, tmp_path) -> None:
+    options = ("--generation.max_prompts", 0, "--trainer.logger", "false")
+    cli = run("validate", "--config", write(tiny_config(pair), tmp_path / "x.yaml"), *options)
+    assert "val/rouge_l" not in cli.trainer.callback_metrics
+    assert "val/perplexity" in cli.trainer.callback_metrics
+
+
+@pytest.fixture(scope="module")
+def finished(pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit")
+    config = tiny_config(pair, optimizer={"class_path": "SGD", "init_args": {"lr": 0.5}})
+    config["trainer"] |= {"val_check_interval": 1, "default_root_dir": str(folder), "callbacks": ["BeforeAfter"]}
+    config["trainer"]["callbacks"] = [{"class_path": "BeforeAfter", "init_args": {"max_new_tokens": 4}}]
+    config["generation"] |= {"every_n_validations": 2, "num_samples": 3}
+    path = write(config, folder / "x.yaml")
+    return run("fit", "--config", path), path
+
+
+def test_every_second_validation_answers_and_the_first_is_one(finished) -> None:
+    events = EventAccumulator(finished[0].trainer.log_dir)
+    events.Reload()
+    assert [event.step for event in events.Scalars("val/rouge_l")] == [1, 3]
+    assert [event.step for event in events.Scalars("val/perplexity")] == [1, 2, 3, 4]
+
+
+def test_samples_are_a_table_in_tensorboard(finished) -> None:
+    events = EventAccumulator(finished[0].trainer.log_dir)
+    events.Reload()
+    first, *_ = events.Tensors("val/samples/text_summary")
+    table = first.tensor_proto.string_val[0].decode().splitlines()
+    assert table[0] == "| prompt | response | reference |"
+    assert set(table[1]) == set("|- ")
+    assert len(table) == 2 + 3
+    batch = next(iter(finished[0].trainer.datamodule.val_dataloader()))
+    for row, prompt in zip(table[2:], batch.prompt_texts, strict=False):
+        assert row.startswith("| " + prompt.replace("\n", "<br>"))
+
+
+def test_before_and_after_have_a_row_each_and_equal_an_evaluation(finished, pair) -> None:
+    cli, path = finished
+    table = next(callback for callback in cli.trainer.callbacks if type(callback).__name__ == "BeforeAfter")
+    assert list(table.figures) == ["student before", "student after", "teacher"]
+    assert len(table.table().splitlines()) == 4
+    teacher = ("--model.student.path", pair[1])
+    after = ("--ckpt_path", cli.trainer.checkpoint_callback.last_model_path)
+    for row, options in (("student before", ()), ("student after", after), ("teacher", teacher)):
+        again = run("test", "--config", path, *options, "--trainer.callbacks", "null").trainer.callback_metrics
+        for name, value in table.figures[row].items():
+            if name in ("perplexity", "reverse_kl", "rouge_l", "exact_match"):
+                torch.testing.assert_close(value, again[f"test/{name}"].item(), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,38 @@
+"""A Hugging Face folder from any checkpoint of a run, without the run's YAML.
+
+python tools/export_student.py runs/kd/version_0/checkpoints/last.ckpt student --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lit_distill.callbacks.export import export_checkpoint
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and export."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt file that `lit-distill fit` has written")
+    parser.add_argument("folder", type=Path, help="where to write config, weights, tokenizer and generation config")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as stored"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
+    given = parser.parse_args(arguments)
+    if not given.checkpoint.is_file():
+        sys.exit(f"error: there is no file {given.checkpoint}.")
+    if given.folder.exists() and not given.overwrite and (not given.folder.is_dir() or any(given.folder.iterdir())):
+        sys.exit(f"error: {given.folder} is there already. Name another folder, or say --overwrite.")
+    given.folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = export_checkpoint(given.checkpoint, given.folder, given.dtype)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"Exported the student to {folder}")
+
+
+if __name__ == "__main__":
+    main()
