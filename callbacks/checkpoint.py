@@ -38,7 +38,14 @@ class RunCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Save the best, and the last whether it is among them or not."""
         super().on_validation_end(trainer, pl_module)
-        self._save_stale_last(trainer)
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._save_stale_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """The same, where checkpoints are saved at the end of an epoch."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._save_stale_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Save the last."""

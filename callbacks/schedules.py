@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lit_distill.functional import schedules
+from lit_distill.functional import cosine_schedule, linear_schedule, stepwise_schedule
 from lit_distill.rollouts import TeacherMixedRollouts
 
 if TYPE_CHECKING:
@@ -72,11 +72,11 @@ class Schedule:
     def __call__(self, step: int) -> float:
         """The value at ``step``."""
         if self.shape == "stepwise":
-            return schedules.stepwise(step, self.start, self.stepped)
+            return stepwise_schedule(step, self.start, self.stepped)
         if self.end is None:
             return self.start
         assert self.steps is not None
-        curve = schedules.linear if self.shape == "linear" else schedules.cosine
+        curve = linear_schedule if self.shape == "linear" else cosine_schedule
         return curve(step, self.start, self.end, self.steps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
@@ -32,6 +33,7 @@ _CALLABLE_ARGUMENT = re.compile(
     r"Option '(?P<key>[\w.]+)' is not accepted. Got value: Namespace\(class_path='(?P<owner>[\w.]+)'.*"
 )
 _KEY = re.compile(r"(?:does not accept option|^Option) '(?P<key>[\w.]+)'")
+_GIVEN = re.compile(r"Given value: (?P<value>\{.*\})")
 _CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
 
 
@@ -65,9 +67,25 @@ def readable(message: str, keys: Iterable[str] = ()) -> str:
         return text + _meant(found["key"], accepted) + f"\nIt accepts: {', '.join(accepted)}."
     if found := _CLASS.search(text):
         return f"{text}\nThere is no class {found['name']!r}." + _meant(found["name"], _known_classes())
+    if beside := _beside_class_path(message):
+        listed = ", ".join(map(repr, beside))
+        return f"{text.splitlines()[0]}\n  {listed}: beside class_path there may be init_args, and nothing else."
     if found := _KEY.search(text):
         return text + _meant(found["key"], keys)
     return text
+
+
+def _beside_class_path(message: str) -> list[str]:
+    """Keys that stand where only class_path and init_args may."""
+    if "Not a valid subclass of" not in message or not (given := _GIVEN.search(message)):
+        return []
+    try:
+        value = ast.literal_eval(given["value"])
+    except (ValueError, SyntaxError):  # it holds objects, so it was no plain mapping
+        return []
+    if not isinstance(value, dict) or "class_path" not in value:
+        return []
+    return [key for key in value if key not in ("class_path", "init_args", "dict_kwargs")]
 
 
 def _meant(given: str, possible: Iterable[str]) -> str:

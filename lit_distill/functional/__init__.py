@@ -35,6 +35,7 @@ from lit_distill.functional.preference import (
     token_preference_loss,
     unrepeated_length,
 )
+from lit_distill.functional.schedules import cosine_schedule, linear_schedule, stepwise_schedule
 
 __all__ = [
     "DecisionWeights",
@@ -43,6 +44,7 @@ __all__ = [
     "WeightKind",
     "adaptive_kl",
     "clipped_surrogate",
+    "cosine_schedule",
     "decision_weights",
     "direct_preference_loss",
     "effective_sample_size",
@@ -52,6 +54,7 @@ __all__ = [
     "importance_weights",
     "is_clipped",
     "jensen_shannon",
+    "linear_schedule",
     "reverse_kl",
     "reverse_kl_k1",
     "reverse_kl_k3",
@@ -61,6 +64,7 @@ __all__ = [
     "skew_reverse_kl",
     "soft_cross_entropy",
     "standardize",
+    "stepwise_schedule",
     "token_preference_loss",
     "total_variation",
     "unrepeated_length",

@@ -6,17 +6,17 @@ import math
 from collections.abc import Mapping
 
 
-def linear(step: int, start: float, end: float, steps: int) -> float:
+def linear_schedule(step: int, start: float, end: float, steps: int) -> float:
     """From ``start`` at step 0 to ``end`` at ``steps``, and there ever after."""
     return start + (end - start) * min(1.0, step / steps)
 
 
-def cosine(step: int, start: float, end: float, steps: int) -> float:
+def cosine_schedule(step: int, start: float, end: float, steps: int) -> float:
     """From ``start`` at step 0 to ``end`` at ``steps`` along half a cosine: slow, fast, slow."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def stepwise(step: int, start: float, values: Mapping[int, float]) -> float:
+def stepwise_schedule(step: int, start: float, values: Mapping[int, float]) -> float:
     """``start`` until the first step in ``values``, then the value of the last one passed."""
     passed = [at for at in values if at <= step]
     return values[max(passed)] if passed else start

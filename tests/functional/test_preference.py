@@ -37,9 +37,7 @@ def pairs():
     return (*logprobs, *lengths)
 
 
-def slow_loss(
-    q_t, q_s, p_t, p_s, n_t, n_s, *, variant, beta, length_normalize, smoothing
-):
+def slow_loss(q_t, q_s, p_t, p_s, n_t, n_s, *, variant, beta, length_normalize, smoothing):
     """Each paper's formula for one pair, with the defaults γ = 0.5, λ = 50 (DPOP) and 1 (CPO)."""
     if not length_normalize:
         n_t = n_s = 1
