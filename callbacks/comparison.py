@@ -14,7 +14,14 @@ from lit_distill.rollouts import Decoding
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
 
-FIGURES = ("perplexity", "reverse_kl", "rouge_l", "exact_match")
+FIGURES = {
+    "perplexity": "perplexity",
+    "reverse_kl": "reverse KL",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "exact match %",
+    "response_length": "tokens",
+    "distinct_4": "distinct-4",
+}
 
 
 class BeforeAfter(Callback):
@@ -46,11 +53,10 @@ class BeforeAfter(Callback):
         rank_zero_info("\n" + self.table())
 
     def table(self) -> str:
-        """The figures as text, a row for each model."""
-        heads = ("held-out perplexity", "reverse KL (nats/token)", "ROUGE-L", "exact match (%)")
-        lines = [f"{'':16}" + "".join(f"{head:>25}" for head in heads)]
+        """The figures on held-out data as text, a row for each model; reverse KL to the teacher in nats per token."""
+        lines = [f"{'held out':16}" + "".join(f"{head:>15}" for head in FIGURES.values())]
         for model, row in self.figures.items():
-            lines.append(f"{model:16}" + "".join(f"{row[name]:>25.3f}" for name in FIGURES))
+            lines.append(f"{model:16}" + "".join(f"{row[name]:>15.3f}" for name in FIGURES))
         return "\n".join(lines)
 
     @torch.no_grad()
