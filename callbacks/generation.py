@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
@@ -19,7 +20,7 @@ class GenerationEvaluator(Callback):
     """Answers the prompts of the validation and test data and logs ``val/rouge_l`` and ``val/exact_match`` in percent.
 
     Args:
-        max_prompts: how many prompts of a split to answer, over all ranks; 0 switches it off, -1 takes all.
+        max_prompts: about how many prompts of a split to answer, spread over it; 0 switches it off, -1 takes all.
         every_n_validations: during `fit`, answer at every n-th validation only.
         max_new_tokens: longest response.
         temperature: 0 is greedy.
@@ -59,11 +60,16 @@ class GenerationEvaluator(Callback):
         self._samples = []
         self._scores.to(pl_module.device).reset()
 
-    def _answer(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
-        enough = self.max_prompts >= 0 and self._answered >= self.max_prompts
-        if enough or batch.prompts is None or not batch.references:
+    def _answer(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch, num_batches: int | float) -> None:
+        if batch.prompts is None or not batch.references:
             return
-        self._answered += len(batch) * trainer.world_size
+        if self.max_prompts >= 0:  # evenly from all batches, since those are ordered by length
+            share = self.max_prompts / (num_batches * trainer.world_size)
+            batch = batch.thinned(min(len(batch), math.ceil(share)))
+        if not len(batch):
+            return
+        assert batch.prompts is not None
+        self._answered += len(batch)
         responses = pl_module.generate(batch.prompts, batch.ids, self.decoding, self.seed)
         texts = pl_module.response_texts(responses)
         self._scores.update(texts, batch.references, responses.mask.sum(dim=-1).tolist())
@@ -92,7 +98,7 @@ class GenerationEvaluator(Callback):
     ) -> None:
         """Answer the batch's prompts if this validation's turn has come."""
         if not trainer.sanity_checking and self._validations % self.every_n_validations == 0:
-            self._answer(trainer, pl_module, batch)
+            self._answer(trainer, pl_module, batch, trainer.num_val_batches[dataloader_idx])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Log the figures of all ranks."""
@@ -113,7 +119,7 @@ class GenerationEvaluator(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Answer the batch's prompts."""
-        self._answer(trainer, pl_module, batch)
+        self._answer(trainer, pl_module, batch, trainer.num_test_batches[dataloader_idx])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Log the figures of all ranks."""

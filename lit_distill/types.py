@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -105,6 +105,11 @@ class Prompts(TensorRecord):
         """Prompts ``start`` to ``stop``, with their padding."""
         return Prompts(self.input_ids[start:stop], self.attention_mask[start:stop])
 
+    def select(self, rows: Sequence[int]) -> Prompts:
+        """The prompts at ``rows``, with their padding."""
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.input_ids.device)
+        return Prompts(self.input_ids[index], self.attention_mask[index])
+
 
 @dataclass(frozen=True)
 class Batch(TensorRecord):
@@ -125,3 +130,13 @@ class Batch(TensorRecord):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def thinned(self, count: int) -> Batch:
+        """``count`` of the items, evenly spaced, to be answered: without their sequences and corpus."""
+        rows = [i * len(self) // count for i in range(count)]
+        return Batch(
+            ids=tuple(self.ids[i] for i in rows),
+            prompts=None if self.prompts is None else self.prompts.select(rows),
+            references=tuple(self.references[i] for i in rows),
+            prompt_texts=tuple(self.prompt_texts[i] for i in rows),
+        )
