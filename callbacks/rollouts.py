@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class RolloutMonitor(Callback):
     """Logs every phase of rollouts under ``rollout/``, over all ranks, and some of the responses as text.
 
-    Per response token: ``reward``, ``reverse_kl_k1`` and ``reverse_kl_k3`` (estimates; biased where the teacher is
-    mixed in), ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size`` (share of the
+    Per token that the student itself wrote: ``reverse_kl_k1`` and ``reverse_kl_k3``, unbiased estimates at the prefixes
+    there are. Per response token: ``reward``, ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size`` (share of the
     tokens that the importance weights leave); per response ``response_length`` and ``unfinished`` (share cut off at
     max_new_tokens); and ``tokens_per_second``.
 
@@ -42,14 +42,16 @@ class RolloutMonitor(Callback):
         weights = signals["importance_weights"] * mask
         per_token = {
             "reward": signals["rewards"],
-            "reverse_kl_k1": student - teacher,
-            "reverse_kl_k3": reverse_kl_k3(student, teacher),
             "student_entropy": responses.student_entropy,
             "teacher_entropy": responses.teacher_entropy,
             "teacher_share": responses.from_teacher,
         }
         sums = {name: (values * mask).sum() for name, values in per_token.items() if values is not None}
+        own = mask if responses.from_teacher is None else mask & ~responses.from_teacher
         sums |= {
+            "reverse_kl_k1": ((student - teacher) * own).sum(),
+            "reverse_kl_k3": (reverse_kl_k3(student, teacher) * own).sum(),
+            "own": own.sum(),
             "tokens": mask.sum(),
             "responses": mask.any(dim=-1).sum(),
             "ended": responses.finished(pl_module.stop_ids).sum(),
@@ -60,6 +62,7 @@ class RolloutMonitor(Callback):
         total = dict(zip(sums, totals, strict=True))
         tokens, answered = total["tokens"].clamp(min=1), total["responses"].clamp(min=1)
         figures = {f"rollout/{name}": total[name] / tokens for name in per_token if name in total}
+        figures |= {f"rollout/{name}": total[name] / total["own"] for name in ("reverse_kl_k1", "reverse_kl_k3")}
         figures |= {
             "rollout/response_length": tokens / answered,
             "rollout/unfinished": 1 - total["ended"] / answered,
@@ -67,7 +70,7 @@ class RolloutMonitor(Callback):
             "rollout/tokens_per_second": tokens / trajectories.seconds,
         }
         pl_module.record(figures)
-        pl_module.log("reverse_kl", figures["rollout/reverse_kl_k3"], prog_bar=True, logger=False)
+        pl_module.log("reverse_kl", figures["rollout/reverse_kl_k1"], prog_bar=True, logger=False)
         if self._phases % self.every_n_phases == 0:
             self._show(trainer, pl_module, trajectories)
         self._phases += 1

@@ -192,9 +192,11 @@ def test_the_monitor_reports_what_the_trajectories_say(pair, tmp_path) -> None:
     learner, witness = fit(pair, tmp_path, steps=4, callbacks=[RolloutMonitor()])
     phase, figures = witness.phases[0], witness.figures[0]
     mask = phase.responses.mask
-    gap = (phase.signals["old_logprobs"] - phase.signals["teacher_logprobs"])[mask]
+    gap = phase.signals["old_logprobs"] - phase.signals["teacher_logprobs"]
+    assert figures["rollout/reward"] == pytest.approx(-float(gap[mask].mean()), rel=1e-4, abs=1e-6)
+    gap = gap[mask & ~phase.responses.from_teacher]  # drawn from the student, given what stood before
+    assert 0 < len(gap) < mask.sum()
     assert figures["rollout/reverse_kl_k1"] == pytest.approx(float(gap.mean()), rel=1e-4, abs=1e-6)
-    assert figures["rollout/reward"] == pytest.approx(-float(gap.mean()), rel=1e-4, abs=1e-6)
     k3 = (-gap).exp() - 1 + gap
     assert figures["rollout/reverse_kl_k3"] == pytest.approx(float(k3.mean()), rel=1e-3, abs=1e-6)
     assert figures["rollout/response_length"] == pytest.approx(float(mask.sum(-1).float().mean()))
