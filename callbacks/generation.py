@@ -60,7 +60,7 @@ class GenerationEvaluator(Callback):
         self._samples = []
         self._scores.to(pl_module.device).reset()
 
-    def _answer(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch, num_batches: int | float) -> None:
+    def _answer(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch, num_batches: float) -> None:
         if batch.prompts is None or not batch.references:
             return
         if self.max_prompts >= 0:  # evenly from all batches, since those are ordered by length

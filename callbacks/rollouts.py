@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 class RolloutMonitor(Callback):
     """Logs every phase of rollouts under ``rollout/``, over all ranks, and some of the responses as text.
 
-    Per token that the student itself wrote: ``reverse_kl_k1`` and ``reverse_kl_k3``, unbiased estimates at the prefixes
-    there are. Per response token: ``reward``, ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size`` (share of the
-    tokens that the importance weights leave); per response ``response_length`` and ``unfinished`` (share cut off at
-    max_new_tokens); and ``tokens_per_second``.
+    Per token that the student itself wrote: ``reverse_kl_k1`` and ``reverse_kl_k3``, unbiased at the prefixes there are.
+    Per response token: ``reward``, ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size``
+    (share of the tokens that the importance weights leave). Per response: ``response_length`` and ``unfinished`` (share cut
+    off at max_new_tokens). And ``tokens_per_second``.
 
     Args:
         every_n_phases: show samples at every n-th phase.

@@ -192,7 +192,15 @@ class DistillationModule(L.LightningModule):
 
     def _players(self) -> Players:
         teacher = self.teacher.to(self.device) if self.teacher else None
-        return Players(self.student, teacher, self.stop_ids, self.global_step, self.trainer.world_size, self._show)
+        return Players(
+            self.student,
+            teacher,
+            self.stop_ids,
+            self.global_step,
+            self.trainer.world_size,
+            self.sum_over_ranks,
+            self._show,
+        )
 
     def _show(self, trajectories: Trajectories) -> None:
         """Call ``on_rollouts(trainer, module, trajectories)`` of every callback that has it."""

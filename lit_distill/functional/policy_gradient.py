@@ -22,6 +22,8 @@ Source: MiniLLM, https://arxiv.org/abs/2306.08543.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -170,7 +172,14 @@ def scale_and_clip_rewards(rewards: Tensor, scale: float = 1.0, clip: float | No
 
 
 @torch.no_grad()
-def standardize(values: Tensor, mask: Tensor, *, include_padding: bool = False, eps: float = 1e-8) -> Tensor:
+def standardize(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    include_padding: bool = False,
+    eps: float = 1e-8,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     r"""Values shifted and scaled to mean 0 and variance 1 over the batch.
 
     Biases the policy gradient: the shift and the scale depend on the sampled rewards themselves.
@@ -181,6 +190,8 @@ def standardize(values: Tensor, mask: Tensor, *, include_padding: bool = False, 
         include_padding: take the mean and the variance over all B·T positions with zeros in the padding, as the
             reference code does; then the amount of padding changes the result.
         eps: added to the variance.
+        sum_over_ranks: adds up ``[n]`` sums of all ranks, so that mean and variance are those of all; without it, this
+            rank's.
 
     Returns:
         ``[B, T]``; 0 where the mask is 0, and everywhere if fewer than two values count.
@@ -192,10 +203,14 @@ def standardize(values: Tensor, mask: Tensor, *, include_padding: bool = False, 
     kept = mask.bool()
     values = keep(values, kept)
     counted = values.flatten() if include_padding else values[kept]  # flat: padding cannot reorder the sum
-    if counted.numel() < 2:
-        return torch.zeros_like(values)
-    variance, mean = torch.var_mean(counted, correction=1)
-    return keep((values - mean) * torch.rsqrt(variance + eps), kept)
+    total = sum_over_ranks or (lambda sums: sums)
+    wide = counted.double()
+    count, first = total(torch.stack([wide.new_tensor(float(wide.numel())), wide.sum()]))
+    mean = first / count.clamp(min=1)
+    (squares,) = total((wide - mean).square().sum()[None])
+    variance = squares / (count - 1).clamp(min=1)
+    standardized = (values - mean.to(values.dtype)) * torch.rsqrt(variance + eps).to(values.dtype)
+    return keep(torch.where(count >= 2, standardized, torch.zeros_like(values)), kept)
 
 
 @torch.no_grad()

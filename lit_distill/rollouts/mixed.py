@@ -155,7 +155,7 @@ class TeacherMixedRollouts(Source):
             prompt_texts=batch.prompt_texts,
             prompts=batch.prompts,
             responses=responses,
-            signals=self.scoring.signals(responses, self.alpha),
+            signals=self.scoring.signals(responses, self.alpha, players.sum_over_ranks),
             alpha=self.alpha,
             seconds=time.perf_counter() - start,
         )

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -52,12 +53,15 @@ class Scoring:
         scale_and_clip_rewards(torch.zeros(()), self.reward_scale, self.reward_clip)
 
     @torch.no_grad()
-    def signals(self, responses: Responses, alpha: float) -> dict[str, Tensor]:
+    def signals(
+        self, responses: Responses, alpha: float, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """``[B, T]`` float32 each: rewards, advantages and both importance weights of a mixed rollout.
 
         Args:
             responses: scored by student and teacher.
             alpha: share of the teacher in the sampler.
+            sum_over_ranks: adds up sums of all ranks, for means over all rollouts of a phase.
         """
         assert responses.teacher_logprobs is not None
         mask, student, teacher = responses.mask, responses.logprobs, responses.teacher_logprobs
@@ -71,7 +75,8 @@ class Scoring:
             length_normalize=self.length_normalize,
         )
         if self.standardize is not None:
-            advantages = standardize(advantages, mask, include_padding=self.standardize == "padded")
+            padded = self.standardize == "padded"
+            advantages = standardize(advantages, mask, include_padding=padded, sum_over_ranks=sum_over_ranks)
         return {
             "old_logprobs": student,
             "teacher_logprobs": teacher,

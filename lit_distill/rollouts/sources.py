@@ -9,6 +9,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lit_distill.models import CausalLM, FrozenTeacher
     from lit_distill.objectives import Objective
     from lit_distill.rollouts.trajectories import Trajectories
@@ -27,6 +29,8 @@ class Players:
     """Optimiser steps done so far: together with a seed it fixes every random number of a phase."""
     world_size: int
     """How many ranks share the data; sizes in the YAML are over all of them."""
+    sum_over_ranks: Callable[[Tensor], Tensor]
+    """Adds up a tensor of sums over all ranks."""
     show: Callable[[Trajectories], None]
     """Whom to show what was rolled out: the Trainer's callbacks."""
 

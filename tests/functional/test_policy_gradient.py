@@ -243,3 +243,17 @@ ONES = torch.ones(2, 3)
 def test_an_argument_outside_its_range_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_standardizing_shares_of_a_batch_with_global_sums_is_standardizing_the_batch():
+    values, mask = torch.randn(6, 5), torch.rand(6, 5) < 0.7
+    whole = standardize(values, mask)
+    kept = values[mask].double()
+    sums = iter([torch.stack([torch.tensor(float(len(kept)), dtype=torch.float64), kept.sum()])] * 1)
+    squares = (kept - kept.mean()).square().sum()[None]
+
+    def over_ranks(here):
+        return next(sums, squares)
+
+    share = standardize(values[:2], mask[:2], sum_over_ranks=over_ranks)
+    torch.testing.assert_close(share, whole[:2], rtol=1e-6, atol=1e-6)
