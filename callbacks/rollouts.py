@@ -21,7 +21,7 @@ class RolloutMonitor(Callback):
     Per token that the student itself wrote: ``reverse_kl_k1`` and ``reverse_kl_k3``, unbiased at the prefixes there are.
     Per response token: ``reward``, ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size``
     (share of the tokens that the importance weights leave). Per response: ``response_length`` and ``unfinished`` (share cut
-    off at max_new_tokens). And ``tokens_per_second``.
+    off at max_new_tokens). And ``tokens_per_second``. A source that does not score its responses has only the last three.
 
     Args:
         every_n_phases: show samples at every n-th phase.
@@ -38,39 +38,44 @@ class RolloutMonitor(Callback):
     def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
         """Log the phase."""
         responses, signals = trajectories.responses, trajectories.signals
-        mask, student, teacher = responses.mask, signals["old_logprobs"], signals["teacher_logprobs"]
-        weights = signals["importance_weights"] * mask
+        mask = responses.mask
         per_token = {
-            "reward": signals["rewards"],
+            "reward": signals.get("rewards"),
             "student_entropy": responses.student_entropy,
             "teacher_entropy": responses.teacher_entropy,
             "teacher_share": responses.from_teacher,
         }
         sums = {name: (values * mask).sum() for name, values in per_token.items() if values is not None}
-        own = mask if responses.from_teacher is None else mask & ~responses.from_teacher
         sums |= {
-            "reverse_kl_k1": ((student - teacher) * own).sum(),
-            "reverse_kl_k3": (reverse_kl_k3(student, teacher) * own).sum(),
-            "own": own.sum(),
             "tokens": mask.sum(),
             "responses": mask.any(dim=-1).sum(),
             "ended": responses.finished(pl_module.stop_ids).sum(),
-            "weights": weights.sum(),
-            "squares": weights.square().sum(),
         }
+        if scored := responses.from_teacher is not None:
+            student, teacher = signals["old_logprobs"], signals["teacher_logprobs"]
+            own, weights = mask & ~responses.from_teacher, signals["importance_weights"] * mask
+            sums |= {
+                "reverse_kl_k1": ((student - teacher) * own).sum(),
+                "reverse_kl_k3": (reverse_kl_k3(student, teacher) * own).sum(),
+                "own": own.sum(),
+                "weights": weights.sum(),
+                "squares": weights.square().sum(),
+            }
         totals = pl_module.sum_over_ranks(torch.stack([value.double() for value in sums.values()]))
         total = dict(zip(sums, totals, strict=True))
         tokens, answered = total["tokens"].clamp(min=1), total["responses"].clamp(min=1)
         figures = {f"rollout/{name}": total[name] / tokens for name in per_token if name in total}
-        figures |= {f"rollout/{name}": total[name] / total["own"] for name in ("reverse_kl_k1", "reverse_kl_k3")}
         figures |= {
             "rollout/response_length": tokens / answered,
             "rollout/unfinished": 1 - total["ended"] / answered,
-            "rollout/effective_sample_size": total["weights"].square() / total["squares"].clamp(min=1e-12) / tokens,
             "rollout/tokens_per_second": tokens / trajectories.seconds,
         }
+        if scored:
+            figures |= {f"rollout/{name}": total[name] / total["own"] for name in ("reverse_kl_k1", "reverse_kl_k3")}
+            weighted = total["weights"].square() / total["squares"].clamp(min=1e-12)
+            figures["rollout/effective_sample_size"] = weighted / tokens
+            pl_module.log("reverse_kl", figures["rollout/reverse_kl_k1"], prog_bar=True, logger=False)
         pl_module.record(figures)
-        pl_module.log("reverse_kl", figures["rollout/reverse_kl_k1"], prog_bar=True, logger=False)
         if self._phases % self.every_n_phases == 0:
             self._show(trainer, pl_module, trajectories)
         self._phases += 1
@@ -78,9 +83,9 @@ class RolloutMonitor(Callback):
     def _show(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
         count = self.num_samples
         texts = pl_module.response_texts(trajectories.responses)[:count]
-        rewards = (trajectories.signals["rewards"] * trajectories.responses.mask).sum(dim=-1)[:count].tolist()
-        rows = [
-            (prompt, text, f"{reward:.2f}")
-            for prompt, text, reward in zip(trajectories.prompt_texts, texts, rewards, strict=False)
-        ]
-        show_samples(trainer, "rollout/samples", ("prompt", "response", "reward"), rows, pl_module.global_step)
+        heads, columns = ["prompt", "response"], [trajectories.prompt_texts[:count], texts]
+        if (rewards := trajectories.signals.get("rewards")) is not None:
+            heads.append("reward")
+            columns.append([f"{r:.2f}" for r in (rewards * trajectories.responses.mask).sum(dim=-1)[:count].tolist()])
+        rows = list(zip(*columns, strict=True))
+        show_samples(trainer, "rollout/samples", heads, rows, pl_module.global_step)

@@ -12,6 +12,7 @@ from lit_distill.objectives.divergences import (
     TotalVariation,
 )
 from lit_distill.objectives.policy_gradient import PolicyGradient
+from lit_distill.objectives.preference import TokenPreference
 
 __all__ = [
     "TOKEN_SIGNALS",
@@ -25,6 +26,7 @@ __all__ = [
     "ReverseKL",
     "SkewForwardKL",
     "SkewReverseKL",
+    "TokenPreference",
     "TotalVariation",
     "check_needs",
     "probe",

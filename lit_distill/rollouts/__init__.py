@@ -4,6 +4,7 @@ from lit_distill.rollouts.decoding import Decoding, row_uniforms
 from lit_distill.rollouts.loop import Responses, decode, decode_mixed
 from lit_distill.rollouts.mixed import TeacherMixedRollouts
 from lit_distill.rollouts.prediction import Prediction, prediction_records
+from lit_distill.rollouts.sampled import StudentRollouts, TeacherRollouts
 from lit_distill.rollouts.scoring import Scoring
 from lit_distill.rollouts.sources import DatasetResponses, Players, Source, share_out
 from lit_distill.rollouts.trajectories import Trajectories
@@ -16,7 +17,9 @@ __all__ = [
     "Responses",
     "Scoring",
     "Source",
+    "StudentRollouts",
     "TeacherMixedRollouts",
+    "TeacherRollouts",
     "Trajectories",
     "decode",
     "decode_mixed",
