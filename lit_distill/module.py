@@ -65,8 +65,8 @@ class DistillationModule(L.LightningModule):
         source: whose text; the dataset's responses by default.
         corpus_objectives: what is measured on the plain text of ``data.init_args.corpus``.
         micro_batch_size: texts per forward pass and rank; the loss does not depend on it. All at once by default.
-        head_chunk_rows: tokens whose logits exist at one time; by default some 30 MB of them on a processor, 128 on a
-        GPU. optimizer: AdamW by default; parameters of one dimension (norms, biases) get no weight decay.
+        head_chunk_rows: tokens whose logits exist at one time; by default 30 MB of them on a processor, 128 on a GPU.
+        optimizer: AdamW by default; parameters of one dimension (norms, biases) get no weight decay.
         lr_scheduler: stepped after every optimiser step; none by default.
         prediction: what `predict` writes.
 
@@ -191,10 +191,9 @@ class DistillationModule(L.LightningModule):
                 break
 
     def _players(self) -> Players:
-        teacher = self.teacher.to(self.device) if self.teacher else None
         return Players(
             self.student,
-            teacher,
+            self.teacher,
             self.stop_ids,
             self.global_step,
             self.trainer.world_size,
@@ -336,7 +335,7 @@ class DistillationModule(L.LightningModule):
         """Responses of student or teacher; each is fixed by ``seed`` and its item's id."""
         if speaker == "teacher" and self.teacher is None:
             raise ValueError("model.prediction.speaker: there is no teacher to speak. Set model.teacher.path.")
-        who = self.teacher.to(self.device) if speaker == "teacher" and self.teacher else self.student
+        who = self.teacher if speaker == "teacher" and self.teacher else self.student
         uniforms = None if decoding.temperature == 0 else row_uniforms(seed, ids, decoding.max_new_tokens)
         return decode(who, prompts, decoding, self.stop_ids, uniforms)
 

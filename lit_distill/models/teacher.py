@@ -30,14 +30,15 @@ class FrozenTeacher:
     def __init__(self, lm: CausalLM) -> None:
         self.lm = lm.eval().requires_grad_(False)
 
-    def to(self, device: torch.device) -> FrozenTeacher:
-        """Moves the teacher; costs nothing where it already is."""
-        self.lm.to(device)
-        return self
+    def _follow(self, inputs: Tensor) -> None:
+        """Go where the inputs are: Lightning moves only what it knows of."""
+        if next(self.lm.parameters()).device != inputs.device:
+            self.lm.to(inputs.device)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states ``[B, S, H]``, in the teacher's own dtype whatever the student's precision is; see `CausalLM.forward`."""
+        self._follow(input_ids)
         with torch.autocast(input_ids.device.type, enabled=False):
             hidden: Tensor = self.lm(input_ids, attention_mask, cache)
             return hidden
@@ -45,6 +46,7 @@ class FrozenTeacher:
     @torch.no_grad()
     def target_rows(self, sequences: Sequences) -> Tensor:
         """Hidden rows ``[N, H]`` for the N targets."""
+        self._follow(sequences.input_ids)
         with torch.autocast(sequences.input_ids.device.type, enabled=False):
             return self.lm.target_rows(sequences)
 
