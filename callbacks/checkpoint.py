@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -51,6 +52,12 @@ class RunCheckpoint(ModelCheckpoint):
         """Save the last."""
         super().on_train_end(trainer, pl_module)
         self._save_stale_last(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: DistillationModule, exception: BaseException) -> None:
+        """Say how to go on."""
+        super().on_exception(trainer, pl_module, exception)
+        if last := self.last_model_path or self.best_model_path:
+            rank_zero_info(f"The last checkpoint is {last}. To go on from it, add: --ckpt_path {last}")
 
     def _save_stale_last(self, trainer: Trainer) -> None:
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):

@@ -56,12 +56,13 @@ class BeforeAfter(Callback):
         """The figures on held-out data as text, a row for each model; reverse KL to the teacher in nats per token."""
         lines = [f"{'held out':16}" + "".join(f"{head:>15}" for head in FIGURES.values())]
         for model, row in self.figures.items():
-            lines.append(f"{model:16}" + "".join(f"{row[name]:>15.3f}" for name in FIGURES))
+            lines.append(f"{model:16}" + "".join(f"{row.get(name, float('nan')):>15.3f}" for name in FIGURES))
         return "\n".join(lines)
 
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: DistillationModule, speaker: str) -> dict[str, float]:
         scores = ResponseScores().to(pl_module.device)
+        pl_module.held_out_means.reset()
         was_training = pl_module.student.training
         pl_module.student.eval()
         for index, batch in enumerate(trainer.datamodule.test_dataloader()):  # type: ignore[attr-defined]

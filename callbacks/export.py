@@ -101,6 +101,9 @@ def save_folder(
     """`save_pretrained` of ``weights`` in the shape of ``model``, with its tokenizer, all or nothing."""
     if dtype:
         weights = {name: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for name, w in weights.items()}
+    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        tied = set(model._tied_weights_keys or ())  # by name: stored once, and tied again when they are loaded
+        weights = {name: weight for name, weight in weights.items() if name not in tied}
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     written = next(w.dtype for w in weights.values() if w.is_floating_point())

@@ -30,7 +30,14 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier("predictions")
         if path.exists():
             with path.open(encoding="utf-8") as lines:
-                pl_module.predicted_ids = frozenset(json.loads(line)["id"] for line in lines)
+                records = [json.loads(line) for line in lines]
+            other = {record["speaker"] for record in records} - {pl_module.prediction.speaker}
+            if other:
+                raise ValueError(
+                    f"model.prediction.path: {path} holds what the {other.pop()} said, and now the "
+                    f"{pl_module.prediction.speaker} is to speak. Give another path, or remove the file."
+                )
+            pl_module.predicted_ids = frozenset(record["id"] for record in records)
             if pl_module.predicted_ids:
                 rank_zero_info(
                     f"{path}: {len(pl_module.predicted_ids)} items are there already and are left as they are."

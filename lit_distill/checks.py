@@ -1,10 +1,12 @@
-"""Trainer options that would break a promise, refused before any weights load with the name of what to use instead."""
+"""What is refused: Trainer options that would break a promise, before any weights load, and losses that are no numbers."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 
 def check_trainer(trainer: Any) -> None:
@@ -28,3 +30,16 @@ def check_trainer(trainer: Any) -> None:
                 f"checkpoint.monitor: {callback.monitor} is watched, and there is no validation. Set "
                 "data.init_args.validation or validation_size, or checkpoint.monitor: null."
             )
+
+
+def check_finite(loss: Tensor, name: str, step: int) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        ValueError: if ``loss`` is NaN or infinite.
+    """
+    if not math.isfinite(value := float(loss)):
+        raise ValueError(
+            f"{name} is {value} at step {step}: the run has diverged. Lower model.optimizer.lr, set "
+            "trainer.gradient_clip_val: 1.0, or look for broken items in the data; the last checkpoint is still good."
+        )

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lit_distill.checks import check_trainer
+from lit_distill.checks import check_finite, check_trainer
 from lit_distill.evaluation.quality import AgreementQuality, StudentQuality, TermMeans
 from lit_distill.models import (
     CausalLM,
@@ -276,7 +276,10 @@ class DistillationModule(L.LightningModule):
         optimizer: Any = self.optimizers()
         figures["train/learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self.record(figures, write=self.global_step % every == 0 or self.global_step == 1)
+        due = self.global_step % every == 0 or self.global_step == 1
+        if due:
+            check_finite(figures["train/loss"], "train/loss", self.global_step)
+        self.record(figures, write=due)
 
     def record(self, figures: Mapping[str, Tensor], write: bool = True) -> None:
         """Figures of training, equal on all ranks, for callbacks and, if ``write``, for the loggers at this optimiser step.
@@ -312,9 +315,9 @@ class DistillationModule(L.LightningModule):
 
     def _log_held_out(self, stage: str) -> None:
         means = self.held_out_means.compute()
-        self.held_out_means.reset()
-        if not torch.isfinite(means["nll"]):
+        if not self.held_out_means.counts.any():
             return  # no responses to measure on
+        check_finite(means["nll"], f"{stage}/loss", self.global_step)
         figures = {name: mean for name, mean in means.items() if not name.endswith("nll")}
         figures["perplexity"] = means["nll"].exp()
         if "teacher_nll" in means:
@@ -323,6 +326,12 @@ class DistillationModule(L.LightningModule):
         if trained:
             figures["loss"] = torch.stack([self.objectives[name].weight * means[name] for name in trained]).sum()
         self.log_figures({f"{stage}/{name}": value for name, value in figures.items()})
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self.held_out_means.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
 
     def log_figures(self, figures: Mapping[str, Tensor]) -> None:
         """Log figures that are equal on all ranks, at the optimiser step; Lightning would place them at the batch."""
@@ -351,7 +360,7 @@ class DistillationModule(L.LightningModule):
             return []
         settings = self.prediction
         responses = self.generate(batch.prompts, batch.ids, settings, settings.seed, settings.speaker)
-        records = prediction_records(batch, responses, self.response_texts(responses), self.stop_ids, settings.logprobs)
+        records = prediction_records(batch, responses, self.response_texts(responses), self.stop_ids, settings)
         return [record for record in records if record["id"] not in self.predicted_ids]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import family, ids, make_model, make_tokenizer
+from tiny import VOCABULARY, tiny_llama
 from torch import Tensor
 
 import lit_distill
@@ -14,26 +15,13 @@ from lit_distill.models import CausalLM, FrozenTeacher
 from lit_distill.types import Sequences
 
 __all__ = ["family", "ids", "make_model", "make_tokenizer"]
-VOCABULARY = 41
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 ASSETS = Path(lit_distill.__file__).parent / "assets"
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def tiny_llama(hidden: int = 16, vocabulary: int = VOCABULARY, **config):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 64,
-        **config,
-    }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, **settings)).eval()
 
 
 @pytest.fixture

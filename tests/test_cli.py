@@ -216,3 +216,10 @@ def test_the_cosine_warms_up_linearly_and_ends_at_the_final_ratio(pair, tmp_path
     rates = [float(row["train/learning_rate"]) for row in rows if row["train/learning_rate"]]
     cosine = [0.1 + 0.9 * 0.5 * (1 + torch.tensor(torch.pi * step / 10).cos().item()) for step in range(11)]
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, *cosine[:-1]], abs=1e-6)
+
+
+def test_what_one_model_said_is_not_continued_by_the_other(pair, tmp_path) -> None:
+    config = write(tiny_config(pair), tmp_path / "tiny.yaml")
+    predict(config, "--model.prediction.speaker", "teacher")
+    with pytest.raises(ValueError, match=r"model\.prediction\.path: .* holds what the teacher said"):
+        predict(config, "--model.prediction.speaker", "student")

@@ -211,3 +211,23 @@ def test_a_watched_validation_figure_without_validation_is_refused(pair, tmp_pat
     )
     with pytest.raises(ValueError, match=r"checkpoint\.monitor: val/loss"):
         run.fit(module(pair), data())
+
+
+def test_a_run_that_diverges_stops_and_says_so(pair, tmp_path) -> None:
+    learner = module(pair, optimizer=lambda p: torch.optim.SGD(p, lr=1e12))
+    run = trainer(tmp_path, max_steps=8)
+    with pytest.raises(ValueError, match=r"train/loss is (nan|inf) at step \d+: the run has diverged\. Lower model"):
+        run.fit(learner, data())
+
+
+def test_an_objective_of_weight_zero_does_not_run_nor_the_teacher_for_it(pair, tmp_path) -> None:
+    learner = module(pair, {"ce": NextToken(), "kd": ForwardKL(weight=0.0)})
+    learner.configure_model()
+    calls = []
+    learner.teacher.lm.register_forward_pre_hook(lambda *_: calls.append(1))
+    run = trainer(tmp_path)
+    run.fit(learner, data())
+    assert not calls
+    assert "train/kd" not in run.callback_metrics
+    with pytest.raises(ValueError, match=r"model\.objectives: every weight is 0"):
+        fitted(pair, tmp_path, {"ce": NextToken(weight=0.0)})

@@ -41,14 +41,15 @@ class ResponseScores(Metric):
             self.ngrams.append(_ngrams(texts).to(self.sums.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``rouge_l``, ``exact_match`` (percent), ``response_length`` (tokens) and ``distinct_4``; NaN where there is nothing."""
+        """``rouge_l``, ``exact_match`` (percent) and ``response_length`` (tokens), NaN where nothing was answered; and
+        ``distinct_4``, where any response has four words.
+        """
         rouge, exact, length = (self.sums / self.count).float()
-        ngrams = torch.cat(self.ngrams) if isinstance(self.ngrams, list) and self.ngrams else self.ngrams
-        distinct = (
-            ngrams.unique().numel() / ngrams.numel() if isinstance(ngrams, Tensor) and len(ngrams) else float("nan")
-        )
         figures = {"rouge_l": rouge, "exact_match": exact, "response_length": length}
-        return figures | {"distinct_4": torch.tensor(distinct, device=rouge.device)}
+        ngrams = torch.cat(self.ngrams) if isinstance(self.ngrams, list) and self.ngrams else self.ngrams
+        if isinstance(ngrams, Tensor) and len(ngrams):
+            figures["distinct_4"] = torch.tensor(ngrams.unique().numel() / ngrams.numel(), device=rouge.device)
+        return figures
 
 
 def _ngrams(texts: Sequence[str]) -> Tensor:

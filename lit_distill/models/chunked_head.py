@@ -94,6 +94,11 @@ class TokenLoss:
                 for signal in objective.needs
             }
             term = objective(**given)
+            if torch.is_grad_enabled() and not term.total.requires_grad:
+                raise ValueError(
+                    f"model.objectives.{name}: the total does not depend on the student, so nothing is learnt from it. "
+                    "Compute it from student_logits, without detach()."
+                )
             loss = loss + self.factors[name] * term.total
             detached = LossTerm(term.total.detach(), term.count, {k: v.detach() for k, v in term.metrics.items()})
             self.terms[name] = add_terms(self.terms[name], detached) if name in self.terms else detached
@@ -126,11 +131,6 @@ class _ChunkedLoss(torch.autograd.Function):
                 projection = head.project(rows).float().requires_grad_()
                 with torch.enable_grad():
                     total = loss._weighted_sum(head.finish(projection), part)
-                    if not total.requires_grad:
-                        raise ValueError(
-                            f"model.objectives: the sum of {', '.join(loss.objectives)} does not depend on the student. "
-                            "Each objective's total must be computed from student_logits."
-                        )
                     gradient, *others = torch.autograd.grad(
                         total, [projection, *parameters], allow_unused=True, materialize_grads=True
                     )

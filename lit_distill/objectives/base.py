@@ -109,8 +109,12 @@ def probe(objective: Objective, vocabulary_size: int, key: str) -> bool:
         else -torch.rand(3, generator=generator)
         for name in objective.needs
     }
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        term = objective(**signals)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            term = objective(**signals)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        given = ", ".join(f"{name} {list(signal.shape)}" for name, signal in signals.items())
+        raise ValueError(f"{key}: forward failed on three rows ({given}): {type(error).__name__}: {error}") from error
     if not isinstance(term, LossTerm):
         raise ValueError(f"{key}: forward returned {type(term).__name__}; return LossTerm(total, count, metrics).")
     for name, value in {"total": term.total, **{f"metrics[{m!r}]": v for m, v in term.metrics.items()}}.items():

@@ -20,8 +20,8 @@ class Prediction(Decoding):
     speaker: Literal["student", "teacher"] = "student"
     """Whose responses."""
     path: str = "predictions.jsonl"
-    """JSONL file of id, prompt (as the model reads it), response,
-    finished (whether it ended by itself) and references. An existing file is continued."""
+    """JSONL file of id, speaker, prompt (as the model reads it),
+    response, finished (whether it ended by itself) and references. An existing file is continued."""
     logprobs: bool = False
     """Also write the tokens and their log-probabilities (at the temperature, or 1 if greedy; before truncation)."""
     seed: int = 0
@@ -29,25 +29,32 @@ class Prediction(Decoding):
 
 
 def prediction_records(
-    batch: Batch, responses: Responses, texts: Sequence[str], stop_ids: Sequence[int], logprobs: bool = False
+    batch: Batch, responses: Responses, texts: Sequence[str], stop_ids: Sequence[int], settings: Prediction
 ) -> list[dict[str, Any]]:
-    """One record per item: id, prompt, response, finished, references and, if asked for, tokens and their log-probabilities.
+    """One record per item: id, speaker, prompt, response, finished, references; tokens and log-probabilities on request.
 
     Args:
         batch: what was asked.
         responses: ``[B, T]`` what was answered.
         texts: the same as text.
         stop_ids: the tokens that end a response.
-        logprobs: whether to add tokens and log-probabilities.
+        settings: who spoke, and whether to add tokens and log-probabilities.
     """
     accepted = batch.references or ((),) * len(batch)
     records: list[dict[str, Any]] = [
-        {"id": item, "prompt": prompt, "response": text, "finished": finished, "references": list(references)}
+        {
+            "id": item,
+            "speaker": settings.speaker,
+            "prompt": prompt,
+            "response": text,
+            "finished": finished,
+            "references": list(references),
+        }
         for item, prompt, text, finished, references in zip(
             batch.ids, batch.prompt_texts, texts, responses.finished(stop_ids).tolist(), accepted, strict=True
         )
     ]
-    if logprobs:
+    if settings.logprobs:
         rows = zip(records, responses.ids.cpu(), responses.logprobs.cpu(), responses.mask.cpu(), strict=True)
         for record, ids, values, mask in rows:
             record |= {"tokens": ids[mask].tolist(), "logprobs": values[mask].tolist()}

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run, tiny_config, write
-from conftest import tiny_llama
 from lit_distill.callbacks.export import save_folder
+from safetensors.torch import load_file
+from tiny import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -69,3 +70,17 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path) -> None:
         save_folder(model, other, Tokenizer(broken=True), tmp_path / "x", None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
     torch.testing.assert_close(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_tied_weights_are_stored_once_and_tied_again(tmp_path, make_tokenizer) -> None:
+    from lit_distill.callbacks.export import save_folder
+
+    model = tiny_llama(tie_word_embeddings=True)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}  # as a checkpoint has them
+    folder = save_folder(model, weights, make_tokenizer(), tmp_path / "student", None)
+    stored = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.arange(6)[None]
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
