@@ -41,9 +41,7 @@ class ResponseScores(Metric):
             self.ngrams.append(_ngrams(texts).to(self.sums.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """``rouge_l``, ``exact_match`` (percent) and ``response_length`` (tokens), NaN where nothing was answered; and
-        ``distinct_4``, where any response has four words.
-        """
+        """ROUGE-L and exact match in percent, length in tokens, and distinct-4 where any response has four words."""
         rouge, exact, length = (self.sums / self.count).float()
         figures = {"rouge_l": rouge, "exact_match": exact, "response_length": length}
         ngrams = torch.cat(self.ngrams) if isinstance(self.ngrams, list) and self.ngrams else self.ngrams
