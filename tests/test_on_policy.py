@@ -115,3 +115,11 @@ def test_token_preference_is_log_2_where_favourites_agree_and_learns_where_they_
     assert float(learner.trainer.callback_metrics["train/dpkd"]) >= 0.6931
     with pytest.raises(ValueError, match="beta"):
         TokenPreference(beta=0.0)
+
+
+def test_rollouts_draw_from_the_seed_of_the_run_unless_told_otherwise(monkeypatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
+    assert StudentRollouts().seed == TeacherMixedRollouts().seed == 17
+    assert StudentRollouts(seed=3).seed == 3
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert TeacherRollouts().seed == 0

@@ -34,7 +34,7 @@ FIGURES = ("rouge_l", "exact_match", "reverse_kl", "perplexity", "response_lengt
 def run(variant: str, seed: int, folder: Path, extra: list[str]) -> dict[str, float]:
     """The student's figures after one run."""
     arguments = ["fit", "--config", str(CONFIG), "--seed_everything", str(seed)]
-    arguments += ["--model.source.init_args.seed", str(seed), "--trainer.default_root_dir", str(folder)]
+    arguments += ["--trainer.default_root_dir", str(folder)]
     arguments += ["--run_name", f"{variant.replace(' ', '_')}-{seed}", "--trainer.enable_progress_bar", "false"]
     cli = DistillCLI([*arguments, *VARIANTS[variant], *extra])
     report = next(callback for callback in cli.trainer.callbacks if isinstance(callback, BeforeAfter))

@@ -7,6 +7,7 @@ on the rows decoded beside it nor on the number of ranks.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,11 @@ class Decoding:
         ):
             if not valid:
                 raise ValueError(f"decoding.{name}: expected {wanted}, got {getattr(self, name)}.")
+
+
+def run_seed(seed: int | None) -> int:
+    """``seed``, or that of the run: what `seed_everything` was given, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 def stream(*key: object) -> torch.Generator:

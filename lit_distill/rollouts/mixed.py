@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_distill.objectives import Objective, PolicyGradient
-from lit_distill.rollouts.decoding import Decoding, row_uniforms, stream
+from lit_distill.rollouts.decoding import Decoding, row_uniforms, run_seed, stream
 from lit_distill.rollouts.loop import Responses, decode_mixed
 from lit_distill.rollouts.scoring import Scoring
 from lit_distill.rollouts.sources import Players, Source
@@ -42,7 +42,7 @@ class TeacherMixedRollouts(Source):
         decode_batch_size: rollouts decoded at a time on each rank, with coins of their own; all at once by default.
         hidden_on_host: keep the teacher's hidden rows in host memory between decoding and learning.
         scoring: from log-probabilities to advantages and weights; the paper's by default.
-        seed: of all draws.
+        seed: of all draws; by default ``seed_everything``.
 
     Source: MiniLLM, https://arxiv.org/abs/2306.08543, algorithm 1.
     """
@@ -73,7 +73,7 @@ class TeacherMixedRollouts(Source):
         decode_batch_size: int | None = None,
         hidden_on_host: bool = False,
         scoring: Scoring | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"{KEY}.alpha: expected the teacher's share, in [0, 1], got {alpha}.")
@@ -95,7 +95,7 @@ class TeacherMixedRollouts(Source):
         self.decode_batch_size = decode_batch_size
         self.hidden_on_host = hidden_on_host
         self.scoring = scoring or Scoring()
-        self.seed = seed
+        self.seed = run_seed(seed)
         self._check_truncation()
 
     def _check_truncation(self) -> None:

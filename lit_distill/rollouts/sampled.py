@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lit_distill.rollouts.decoding import Decoding, row_uniforms, stream
+from lit_distill.rollouts.decoding import Decoding, row_uniforms, run_seed, stream
 from lit_distill.rollouts.loop import decode
 from lit_distill.rollouts.sources import DatasetResponses, Players, Source
 from lit_distill.rollouts.trajectories import Trajectories
@@ -26,9 +26,9 @@ class _SampledResponses(Source):
     provides = DatasetResponses.provides
     speaker: Literal["student", "teacher"]
 
-    def __init__(self, decoding: Decoding, seed: int) -> None:
+    def __init__(self, decoding: Decoding, seed: int | None) -> None:
         self.decoding = decoding
-        self.seed = seed
+        self.seed = run_seed(seed)
 
     def mini_batches(self, batch: Batch, players: Players) -> Iterator[Sequences]:
         """What the speaker answers."""
@@ -67,7 +67,7 @@ class StudentRollouts(_SampledResponses):
         temperature: divides the logits; 0 takes the most probable token.
         top_k: draw from the k most probable tokens only; 0 draws from all.
         top_p: draw from the smallest set of tokens with this much probability.
-        seed: of all draws.
+        seed: of all draws; by default ``seed_everything``.
 
     Source: Agarwal et al. 2023, https://arxiv.org/abs/2306.13649.
     """
@@ -81,7 +81,7 @@ class StudentRollouts(_SampledResponses):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(Decoding(max_new_tokens, temperature, top_k, top_p), seed)
         if not 0 <= on_policy_fraction <= 1:
@@ -106,7 +106,7 @@ class TeacherRollouts(_SampledResponses):
         temperature: divides the logits; 0 takes the most probable token.
         top_k: draw from the k most probable tokens only; 0 draws from all.
         top_p: draw from the smallest set of tokens with this much probability.
-        seed: of all draws.
+        seed: of all draws; by default ``seed_everything``.
 
     Source: Kim and Rush 2016, https://arxiv.org/abs/1606.07947.
     """
@@ -115,6 +115,11 @@ class TeacherRollouts(_SampledResponses):
     needs_teacher = True
 
     def __init__(
-        self, max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0
+        self,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(Decoding(max_new_tokens, temperature, top_k, top_p), seed)
