@@ -25,6 +25,12 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError("trainer.precision: 16-mixed overflows in the loss of long rows. Use bf16-mixed or 32-true.")
     validates = trainer.limit_val_batches and getattr(trainer.datamodule, "has_validation", True)
     for callback in trainer.callbacks:
+        if type(callback) is ModelCheckpoint and callback._every_n_train_steps > 0:
+            raise ValueError(
+                f"trainer.callbacks: ModelCheckpoint compares the step modulo every_n_train_steps "
+                f"({callback._every_n_train_steps}), and a batch of many steps may miss it for ever. Set "
+                "checkpoint.every_n_train_steps, or class_path: RunCheckpoint, which saves at the end of such a batch."
+            )
         if isinstance(callback, ModelCheckpoint) and (callback.monitor or "").startswith("val/") and not validates:
             raise ValueError(
                 f"checkpoint.monitor: {callback.monitor} is watched, and there is no validation. Set "
