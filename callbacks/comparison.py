@@ -62,7 +62,7 @@ class BeforeAfter(Callback):
     @torch.no_grad()
     def _measure(self, trainer: Trainer, pl_module: DistillationModule, speaker: str) -> dict[str, float]:
         scores = ResponseScores().to(pl_module.device)
-        pl_module.held_out_means.reset()
+        pl_module.held_out.reset()
         was_training = pl_module.student.training
         pl_module.student.eval()
         for index, batch in enumerate(trainer.datamodule.test_dataloader()):  # type: ignore[attr-defined]
@@ -74,9 +74,9 @@ class BeforeAfter(Callback):
                 responses = pl_module.generate(here.prompts, here.ids, self.decoding, self.seed, speaker)
             scores.update(pl_module.response_texts(responses), here.references, responses.mask.sum(dim=-1).tolist())
         pl_module.student.train(was_training)
-        means = pl_module.held_out_means.compute()
-        pl_module.held_out_means.reset()
-        nll = means["nll" if speaker == "student" else "teacher_nll"]
-        reverse_kl = means.get("reverse_kl", torch.tensor(float("nan"))) if speaker == "student" else torch.tensor(0.0)
-        figures = {"perplexity": nll.exp(), "reverse_kl": reverse_kl, **scores.compute()}
+        figures = pl_module.held_out.figures()
+        pl_module.held_out.reset()
+        if speaker == "teacher":
+            figures |= {"perplexity": figures["teacher_perplexity"], "reverse_kl": torch.tensor(0.0)}
+        figures |= scores.compute()
         return {name: float(value) for name, value in figures.items()}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from lit_distill.checks import check_finite, check_trainer
-from lit_distill.evaluation.quality import AgreementQuality, StudentQuality, TermMeans
+from lit_distill.evaluation.held_out import HeldOut
 from lit_distill.models import (
     CausalLM,
     FrozenTeacher,
@@ -51,8 +51,6 @@ from lit_distill.types import Batch, Prompts, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-EVALUATION = "evaluation"
 
 
 class DistillationModule(L.LightningModule):
@@ -135,15 +133,7 @@ class DistillationModule(L.LightningModule):
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
         self._text = self._measurement(self.objectives, "model.objectives")
         self._corpus = self._measurement(self.corpus_objectives, "model.corpus_objectives")
-        on_dataset = {"student_logits", "labels"} | ({"teacher_logits"} if teacher else set())
-        quality = AgreementQuality() if teacher else StudentQuality()
-        self._held_out = self._measurement(
-            {EVALUATION: quality, **{name: o for name, o in self.objectives.items() if o.needs <= on_dataset}},
-            "model.objectives",
-        )
-        self.held_out_means = TermMeans(
-            (*quality.metric_names, *(name for name in self._held_out.objectives if name != EVALUATION))
-        )
+        self.held_out = HeldOut(dict(self.objectives.items()), self.student, self.teacher, self.head_chunk_rows)
 
     @property
     def all_objectives(self) -> dict[str, Objective]:
@@ -296,12 +286,7 @@ class DistillationModule(L.LightningModule):
         """Token-level figures of the student on held-out responses."""
         if batch.sequences is None:
             return
-        for part in self._micro_batches(batch.sequences):
-            _, terms = self._held_out(part, dict.fromkeys(self._held_out.objectives, 1.0))
-            quality = terms.pop(EVALUATION)
-            totals = {**quality.metrics, **{name: term.total for name, term in terms.items()}}
-            counts = {name: terms[name].count if name in terms else quality.count for name in totals}
-            self.held_out_means.update(totals, counts)
+        self.held_out.update(self._micro_batches(batch.sequences))
 
     test_step = validation_step
 
@@ -314,22 +299,13 @@ class DistillationModule(L.LightningModule):
         self._log_held_out("test")
 
     def _log_held_out(self, stage: str) -> None:
-        means = self.held_out_means.compute()
-        if not self.held_out_means.counts.any():
-            return  # no responses to measure on
-        check_finite(means["nll"], f"{stage}/loss", self.global_step)
-        figures = {name: mean for name, mean in means.items() if not name.endswith("nll")}
-        figures["perplexity"] = means["nll"].exp()
-        if "teacher_nll" in means:
-            figures["teacher_perplexity"] = means["teacher_nll"].exp()
-        trained = [name for name in self._held_out.objectives if name != EVALUATION]
-        if trained:
-            figures["loss"] = torch.stack([self.objectives[name].weight * means[name] for name in trained]).sum()
-        self.log_figures({f"{stage}/{name}": value for name, value in figures.items()})
+        if figures := self.held_out.figures():
+            check_finite(figures["perplexity"].log(), f"{stage}/loss", self.global_step)
+            self.log_figures({f"{stage}/{name}": value for name, value in figures.items()})
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
-        self.held_out_means.reset()
+        self.held_out.reset()
 
     on_test_epoch_start = on_validation_epoch_start
 

@@ -68,5 +68,6 @@ class TermMeans(Metric):
         self.counts += torch.stack([torch.as_tensor(counts[name], device=device).double() for name in self.names])
 
     def compute(self) -> dict[str, Tensor]:
-        """``[]`` each, by name; NaN where nothing was counted."""
-        return dict(zip(self.names, (self.totals / self.counts).float(), strict=True))
+        """``[]`` each, by name, NaN where nothing was counted; and ``count``, of the first."""
+        means = dict(zip(self.names, (self.totals / self.counts).float(), strict=True))
+        return {**means, "count": self.counts[0]}

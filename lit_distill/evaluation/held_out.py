@@ -1,0 +1,72 @@
+"""The figures of a validation or a test: how well the student predicts held-out text and agrees with its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lit_distill.evaluation.quality import AgreementQuality, StudentQuality, TermMeans
+from lit_distill.models import Measurement
+from lit_distill.objectives import Objective
+
+if TYPE_CHECKING:
+    from lit_distill.models import CausalLM, FrozenTeacher
+    from lit_distill.types import Sequences
+
+QUALITY = "quality"
+
+
+class HeldOut(nn.Module):
+    """Token-level figures over the texts of all batches and ranks, with the training objectives that a dataset can feed.
+
+    Args:
+        objectives: of the training, by name; their weighted sum is the held-out ``loss``.
+        student: who is measured.
+        teacher: whom it is compared with, if there is one.
+        chunk_rows: rows of logits at a time.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, Objective],
+        student: CausalLM,
+        teacher: FrozenTeacher | None,
+        chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        known = {"student_logits", "labels"} | ({"teacher_logits"} if teacher else set())
+        self.trained = {name: objective for name, objective in objectives.items() if objective.needs <= known}
+        quality = AgreementQuality() if teacher else StudentQuality()
+        measured: dict[str, Objective] = {QUALITY: quality, **self.trained}
+        self.measure = Measurement(measured, student, teacher, "model.objectives", chunk_rows)
+        self.means = TermMeans((*quality.metric_names, *self.trained))
+
+    def update(self, texts: Iterable[Sequences]) -> None:
+        """Add texts."""
+        for text in texts:
+            _, terms = self.measure(text, dict.fromkeys(self.measure.objectives, 1.0))
+            quality = terms.pop(QUALITY)
+            totals = {**quality.metrics, **{name: term.total for name, term in terms.items()}}
+            counts = {name: terms[name].count if name in terms else quality.count for name in totals}
+            self.means.update(totals, counts)
+
+    def figures(self) -> dict[str, Tensor]:
+        """``[]`` each, by name; nothing where no token was counted. NaN and infinity are left as they are."""
+        means = self.means.compute()
+        if not means.pop("count"):
+            return {}
+        figures = {name: mean for name, mean in means.items() if not name.endswith("nll")}
+        figures["perplexity"] = means["nll"].exp()
+        if "teacher_nll" in means:
+            figures["teacher_perplexity"] = means["teacher_nll"].exp()
+        if self.trained:
+            losses = [objective.weight * means[name] for name, objective in self.trained.items()]
+            figures["loss"] = torch.stack(losses).sum()
+        return figures
+
+    def reset(self) -> None:
+        """Forget all texts."""
+        self.means.reset()
