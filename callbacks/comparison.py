@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from lit_distill.rollouts import Decoding
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
+    from lit_distill.types import Batch
 
 FIGURES = {
     "perplexity": "perplexity",
@@ -41,14 +43,16 @@ class BeforeAfter(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Measure the teacher and the student as it comes."""
         trainer.datamodule.setup("test")  # type: ignore[attr-defined]
-        self.figures["student before"] = self._measure(trainer, pl_module, "student")
-        if pl_module.teacher is not None:
-            self.figures["teacher"] = self._measure(trainer, pl_module, "teacher")
+        before = self._held_out(trainer, pl_module)
+        self.figures["student before"] = before | self._generated(trainer, pl_module, "student")
+        if pl_module.teacher is not None:  # what the pass over the texts has said of it already
+            teacher = {"perplexity": before["teacher_perplexity"], "reverse_kl": 0.0} if before else {}
+            self.figures["teacher"] = teacher | self._generated(trainer, pl_module, "teacher")
 
     def on_fit_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Measure the student as it has become, and print."""
         before, *teacher = self.figures
-        after = self._measure(trainer, pl_module, "student")
+        after = self._held_out(trainer, pl_module) | self._generated(trainer, pl_module, "student")
         self.figures = {before: self.figures[before], "student after": after, **{t: self.figures[t] for t in teacher}}
         rank_zero_info("\n" + self.table())
 
@@ -59,24 +63,28 @@ class BeforeAfter(Callback):
             lines.append(f"{model:16}" + "".join(f"{row.get(name, float('nan')):>15.3f}" for name in FIGURES))
         return "\n".join(lines)
 
+    def _batches(self, trainer: Trainer, pl_module: DistillationModule) -> Iterator[Batch]:
+        for batch in trainer.datamodule.test_dataloader():  # type: ignore[attr-defined]
+            yield batch.to(pl_module.device)
+
     @torch.no_grad()
-    def _measure(self, trainer: Trainer, pl_module: DistillationModule, speaker: str) -> dict[str, float]:
-        scores = ResponseScores().to(pl_module.device)
+    def _held_out(self, trainer: Trainer, pl_module: DistillationModule) -> dict[str, float]:
         pl_module.held_out.reset()
-        was_training = pl_module.student.training
-        pl_module.student.eval()
-        for index, batch in enumerate(trainer.datamodule.test_dataloader()):  # type: ignore[attr-defined]
-            here = batch.to(pl_module.device)
-            with trainer.precision_plugin.val_step_context():
-                pl_module.validation_step(here, index)
-                if here.prompts is None or not here.references:
-                    continue
-                responses = pl_module.generate(here.prompts, here.ids, self.decoding, self.seed, speaker)
-            scores.update(pl_module.response_texts(responses), here.references, responses.mask.sum(dim=-1).tolist())
-        pl_module.student.train(was_training)
+        with pl_module.student.quiet():
+            for index, batch in enumerate(self._batches(trainer, pl_module)):
+                with trainer.precision_plugin.val_step_context():
+                    pl_module.validation_step(batch, index)
         figures = pl_module.held_out.figures()
         pl_module.held_out.reset()
-        if speaker == "teacher":
-            figures |= {"perplexity": figures["teacher_perplexity"], "reverse_kl": torch.tensor(0.0)}
-        figures |= scores.compute()
         return {name: float(value) for name, value in figures.items()}
+
+    @torch.no_grad()
+    def _generated(self, trainer: Trainer, pl_module: DistillationModule, speaker: str) -> dict[str, float]:
+        scores = ResponseScores().to(pl_module.device)
+        for batch in self._batches(trainer, pl_module):
+            if batch.prompts is None or not batch.references:
+                continue
+            with trainer.precision_plugin.val_step_context():
+                responses = pl_module.generate(batch.prompts, batch.ids, self.decoding, self.seed, speaker)
+            scores.update(pl_module.response_texts(responses), batch.references, responses.mask.sum(dim=-1).tolist())
+        return {name: float(value) for name, value in scores.compute().items()}

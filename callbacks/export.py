@@ -48,10 +48,8 @@ class HuggingFaceExport(Callback):
         if not trainer.is_global_zero:
             return
         root = Path(trainer.log_dir or trainer.default_root_dir) / "export"
-        weights = {k.removeprefix(STUDENT_PREFIX): v for k, v in state.items() if k.startswith(STUDENT_PREFIX)}
-        self.folders["last"] = save_folder(
-            pl_module.student.model, weights, pl_module.tokenizer, root / "last", self.dtype
-        )
+        model, weights = pl_module.student.model, student_weights(state)
+        self.folders["last"] = save_folder(model, weights, pl_module.tokenizer, root / "last", self.dtype)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
                 self.folders["best"] = export_checkpoint(Path(callback.best_model_path), root / "best", self.dtype)
@@ -89,10 +87,13 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str | None = None) 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     model.generation_config = GenerationConfig.from_dict(saved["generation_config"])
-    weights = {
-        k.removeprefix(STUDENT_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(STUDENT_PREFIX)
-    }
+    weights = student_weights(content["state_dict"])
     return save_folder(model, weights, load_tokenizer(spec, "model.student"), folder, dtype)
+
+
+def student_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The student's own weights out of the module's, under the names that transformers gives them."""
+    return {k.removeprefix(STUDENT_PREFIX): v for k, v in state.items() if k.startswith(STUDENT_PREFIX)}
 
 
 def save_folder(

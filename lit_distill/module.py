@@ -300,7 +300,7 @@ class DistillationModule(L.LightningModule):
 
     def _log_held_out(self, stage: str) -> None:
         if figures := self.held_out.figures():
-            check_finite(figures["perplexity"].log(), f"{stage}/loss", self.global_step)
+            check_finite(figures["perplexity"], f"{stage}/perplexity", self.global_step)
             self.log_figures({f"{stage}/{name}": value for name, value in figures.items()})
 
     def on_validation_epoch_start(self) -> None:

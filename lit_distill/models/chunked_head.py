@@ -33,8 +33,8 @@ class TokenLoss:
 
     Args:
         objectives: by name.
-        factors: the factor of each objective's sum in the loss: a number or a scalar tensor; typically weight / global
-        count. head: the student's.
+        factors: the factor of each objective's sum in the loss: a number or a scalar tensor; typically weight over count.
+        head: the student's.
         signals: ``[N]`` each, by name, among them ``labels``.
         teacher: hidden rows ``[N, H]`` and head of the teacher, where an objective asks for it.
         chunk_rows: rows at a time.

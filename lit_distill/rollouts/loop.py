@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +49,10 @@ class Responses(TensorRecord):
     """[B, T] float32 nats: of the student's distribution of each token, in a mixed rollout."""
     teacher_entropy: Tensor | None = None
     """[B, T] float32 nats: of the teacher's distribution of each token, in a mixed rollout."""
+
+    def counted(self, items: Sequence[str]) -> Responses:
+        """The same, or, where there are no items, a row that counts nowhere and keeps the ranks together."""
+        return self if items else replace(self, mask=torch.zeros_like(self.mask))
 
     def finished(self, stop_ids: Sequence[int]) -> Tensor:
         """[B] bool: which responses ended by themselves, rather than at ``max_new_tokens``."""

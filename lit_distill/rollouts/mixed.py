@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_distill.objectives import Objective, PolicyGradient
-from lit_distill.rollouts.decoding import Decoding, row_uniforms, run_seed, stream
+from lit_distill.rollouts.decoding import Decoding, phase_uniforms, run_seed, stream
 from lit_distill.rollouts.loop import Responses, decode_mixed
 from lit_distill.rollouts.scoring import Scoring
 from lit_distill.rollouts.sources import Players, Source
@@ -164,14 +164,12 @@ class TeacherMixedRollouts(Source):
         assert batch.prompts is not None
         steps = self.decoding.max_new_tokens
         prompts = batch.prompts.rows(first, last)
-        # A rank without items decodes a row that counts nowhere, so that ranks stay together.
-        keys = [f"{players.step}/{item}" for item in batch.ids[first:last]] or [""] * len(prompts)
         coins = torch.rand(steps, generator=stream(self.seed, players.step, "coins", first)) < self.alpha
-        uniforms = row_uniforms(self.seed, keys, steps)
+        uniforms = phase_uniforms(self.seed, players.step, batch.ids[first:last], steps)
         responses = decode_mixed(
             players.student, teacher, coins.tolist(), prompts, self.decoding, players.stop_ids, uniforms
         )
-        return self._stored(responses if batch.ids else replace(responses, mask=torch.zeros_like(responses.mask)))
+        return self._stored(responses.counted(batch.ids))
 
     def _stored(self, responses: Responses) -> Responses:
         if not self.hidden_on_host or responses.teacher_hidden is None:

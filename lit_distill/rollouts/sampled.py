@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lit_distill.rollouts.decoding import Decoding, row_uniforms, run_seed, stream
+from lit_distill.rollouts.decoding import Decoding, phase_uniforms, run_seed, stream
 from lit_distill.rollouts.loop import decode
 from lit_distill.rollouts.sources import DatasetResponses, Players, Source
 from lit_distill.rollouts.trajectories import Trajectories
@@ -37,12 +36,8 @@ class _SampledResponses(Source):
         who = players.teacher if self.speaker == "teacher" else players.student
         assert who is not None
         start = time.perf_counter()
-        # A rank without items decodes a row that counts nowhere, so that ranks stay together.
-        keys = [f"{players.step}/{item}" for item in batch.ids] or [""]
-        uniforms = row_uniforms(self.seed, keys, self.decoding.max_new_tokens)
-        responses = decode(who, batch.prompts, self.decoding, players.stop_ids, uniforms)
-        if not batch.ids:
-            responses = replace(responses, mask=torch.zeros_like(responses.mask))
+        uniforms = phase_uniforms(self.seed, players.step, batch.ids, self.decoding.max_new_tokens)
+        responses = decode(who, batch.prompts, self.decoding, players.stop_ids, uniforms).counted(batch.ids)
         trajectories = Trajectories(
             ids=batch.ids,
             prompt_texts=batch.prompt_texts,
