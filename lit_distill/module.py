@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,11 @@ from lit_distill.models import (
     FrozenTeacher,
     Measurement,
     ModelSpec,
-    add_terms,
     build_pair,
     load_tokenizer,
     stop_token_ids,
 )
-from lit_distill.objectives import LossTerm, Objective, check_needs
+from lit_distill.objectives import LossTerm, Objective, add_terms, check_needs
 from lit_distill.rollouts import (
     DatasetResponses,
     Decoding,
@@ -40,14 +39,13 @@ from lit_distill.rollouts import (
     Prediction,
     Responses,
     Source,
-    Trajectories,
     decode,
     prediction_records,
     row_uniforms,
     share_out,
 )
 from lit_distill.schedulers import parameter_groups
-from lit_distill.types import Batch, Prompts, Sequences
+from lit_distill.types import Batch, Pairs, Prompts, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +65,12 @@ class DistillationModule(L.LightningModule):
         optimizer: AdamW by default; parameters of one dimension (norms, biases) get no weight decay.
         lr_scheduler: stepped after every optimiser step; none by default.
         prediction: what `predict` writes.
+
+    Hooks:
+        Any callback of the Trainer that has a method of one of these names gets to see, on every rank:
+        ``on_rollouts(trainer, module, trajectories)``: what this rank has just rolled out, before it is learnt from.
+        ``on_loss_terms(trainer, module, terms)``: after each optimiser step, ``[]`` tensors without graph, equal on all ranks:
+        each objective's mean over the step's items, its metrics as ``objective/metric``, and their weighted sum ``loss``.
 
     Raises:
         ValueError: naming the key, if the objectives need what source and teacher do not provide.
@@ -108,10 +112,10 @@ class DistillationModule(L.LightningModule):
         self.prediction = prediction or Prediction()
         self.predicted_ids: frozenset[str] = frozenset()  # what an earlier, interrupted `predict` has written already
         self.teacher: FrozenTeacher | None = None
-        from_teacher = {"teacher_logits"} if teacher else set()
+        from_source = self.source.provides | (self.source.provides_with_teacher if teacher else frozenset())
         on_source = f"the source {type(self.source).__name__}"
-        check_needs(objectives, self.source.provides | from_teacher, "model.objectives", on_source)
-        text_only = DatasetResponses.provides | from_teacher
+        check_needs(objectives, from_source, "model.objectives", on_source)
+        text_only = DatasetResponses.provides | ({"teacher_logits"} if teacher else set())
         self.source.check(objectives)
         if self.source.needs_teacher and teacher is None:
             raise ValueError(
@@ -188,16 +192,15 @@ class DistillationModule(L.LightningModule):
             self.global_step,
             self.trainer.world_size,
             self.sum_over_ranks,
-            self._show,
+            partial(self._tell, "on_rollouts"),
         )
 
-    def _show(self, trajectories: Trajectories) -> None:
-        """Call ``on_rollouts(trainer, module, trajectories)`` of every callback that has it."""
+    def _tell(self, hook: str, news: Any) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if hook := getattr(callback, "on_rollouts", None):
-                hook(self.trainer, self, trajectories)
+            if method := getattr(callback, hook, None):
+                method(self.trainer, self, news)
 
-    def _optimize(self, text: Sequences, corpus: Sequences | None) -> None:
+    def _optimize(self, text: Sequences | Pairs, corpus: Sequences | None) -> None:
         # An objective whose weight is 0 does not run.
         weights = {name: objective.weight for name, objective in self.all_objectives.items() if objective.weight}
         streams = [(self._text, text)] if corpus is None else [(self._text, text), (self._corpus, corpus)]
@@ -224,12 +227,12 @@ class DistillationModule(L.LightningModule):
         if scheduler is not None:
             scheduler.step()
 
-    def _micro_batches(self, text: Sequences) -> list[Sequences]:
+    def _micro_batches(self, text: Sequences | Pairs) -> list[Any]:
         size = self.micro_batch_size or len(text)
         return [text.rows(start, start + size) for start in range(0, len(text), size)]
 
     def _global_counts(
-        self, parts: Sequence[tuple[Measurement, Sequences]], weights: Mapping[str, float]
+        self, parts: Sequence[tuple[Measurement, Any]], weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
         counts: dict[str, Tensor] = {}
         for measure in (self._text, self._corpus):
@@ -270,6 +273,7 @@ class DistillationModule(L.LightningModule):
         if due:
             check_finite(figures["train/loss"], "train/loss", self.global_step)
         self.record(figures, write=due)
+        self._tell("on_loss_terms", {**means, "loss": figures["train/loss"]})
 
     def record(self, figures: Mapping[str, Tensor], write: bool = True) -> None:
         """Figures of training, equal on all ranks, for callbacks and, if ``write``, for the loggers at this optimiser step.

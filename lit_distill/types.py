@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
@@ -90,6 +91,42 @@ class Sequences(TensorRecord):
 
 
 @dataclass(frozen=True)
+class Pairs(TensorRecord):
+    """Two responses to each prompt, of which the first is to be preferred; row i of both answers the same prompt."""
+
+    chosen: Sequences
+    """[B, S]."""
+    rejected: Sequences
+    """[B, S']."""
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def rows(self, start: int, stop: int) -> Pairs:
+        """Pairs ``start`` to ``stop``, without the columns that are padding in all of them."""
+        return Pairs(self.chosen.rows(start, stop), self.rejected.rows(start, stop))
+
+    def select(self, index: Tensor) -> Pairs:
+        """The pairs at ``index`` ``[b]`` int64, in that order."""
+        return Pairs(self.chosen.select(index), self.rejected.select(index))
+
+    def both(self) -> Sequences:
+        """All chosen, then all rejected texts, ``[2B, max(S, S')]``; recorded hidden rows are left out."""
+        width = max(self.chosen.input_ids.shape[1], self.rejected.input_ids.shape[1])
+
+        def join(*values: Tensor) -> Tensor:
+            return torch.cat([F.pad(v, (0, width - v.shape[1])) for v in values])
+
+        chosen, rejected = self.chosen, self.rejected
+        return Sequences(
+            input_ids=join(chosen.input_ids, rejected.input_ids),
+            attention_mask=join(chosen.attention_mask, rejected.attention_mask),
+            target_mask=join(chosen.target_mask, rejected.target_mask),
+            signals={name: join(chosen.signals[name], rejected.signals[name]) for name in chosen.signals},
+        )
+
+
+@dataclass(frozen=True)
 class Prompts(TensorRecord):
     """Prompts padded on the left, so that decoding continues all of them at the same column."""
 
@@ -131,12 +168,14 @@ class Batch(TensorRecord):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def thinned(self, count: int) -> Batch:
-        """``count`` of the items, evenly spaced, to be answered: without their sequences and corpus."""
-        rows = [i * len(self) // count for i in range(count)]
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The items at ``rows``, to be answered: without their sequences and corpus.
+
+        Without rows there remains one prompt that counts nowhere, as for a rank without items.
+        """
         return Batch(
             ids=tuple(self.ids[i] for i in rows),
-            prompts=None if self.prompts is None else self.prompts.select(rows),
-            references=tuple(self.references[i] for i in rows),
-            prompt_texts=tuple(self.prompt_texts[i] for i in rows),
+            prompts=None if self.prompts is None else self.prompts.select(rows or [0]),
+            references=tuple(self.references[i] for i in rows if self.references),
+            prompt_texts=tuple(self.prompt_texts[i] for i in rows if self.prompt_texts),
         )

@@ -1,7 +1,7 @@
 """Students and teachers: Hugging Face causal language models as a body and a head."""
 
 from lit_distill.models.causal_lm import CausalLM, check_head
-from lit_distill.models.chunked_head import TokenLoss, add_terms
+from lit_distill.models.chunked_head import TokenLoss, label_logprobs
 from lit_distill.models.head import Head
 from lit_distill.models.measurement import Measurement
 from lit_distill.models.pair import build_pair
@@ -16,10 +16,10 @@ __all__ = [
     "Measurement",
     "ModelSpec",
     "TokenLoss",
-    "add_terms",
     "build_pair",
     "check_head",
     "common_vocabulary_size",
+    "label_logprobs",
     "load_model",
     "load_tokenizer",
     "stop_token_ids",

@@ -9,13 +9,15 @@ Nothing of size [N, V] lives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_distill.models.head import Head
-from lit_distill.objectives.base import LossTerm, Objective
+from lit_distill.objectives import LossTerm, Objective, add_terms, weighted_sum
 
 CHUNK_BYTES = {"cpu": 30 * 2**20}
 """Size of one float32 buffer of a chunk's logits, of which about eight live at a time; elsewhere 128 MB, which keeps a GPU's matrix
@@ -38,6 +40,7 @@ class TokenLoss:
         signals: ``[N]`` each, by name, among them ``labels``.
         teacher: hidden rows ``[N, H]`` and head of the teacher, where an objective asks for it.
         chunk_rows: rows at a time.
+        leading: how many of the rows, counted from the first, an objective sees; all by default.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class TokenLoss:
         signals: Mapping[str, Tensor],
         teacher: tuple[Tensor, Head] | None = None,
         chunk_rows: int | None = None,
+        leading: Mapping[str, int] | None = None,
     ) -> None:
         self.objectives = objectives
         self.factors = factors
@@ -55,7 +59,7 @@ class TokenLoss:
         self.signals = signals
         self.teacher = teacher
         self.chunk_rows = chunk_rows or chunk_rows_for(head)
-        self.needs = frozenset[str]().union(*(objective.needs for objective in objectives.values()))
+        self.leading = leading or {}
         self.terms: dict[str, LossTerm] = {}
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -78,38 +82,38 @@ class TokenLoss:
         return loss
 
     def _chunks(self, rows: int) -> list[slice]:
-        # A rank without targets still runs one empty chunk: its objectives' sums are zeros that the other ranks expect.
-        return [slice(i, i + self.chunk_rows) for i in range(0, max(rows, 1), self.chunk_rows)]
+        edges = sorted({0, rows, *self.leading.values()})
+        size = self.chunk_rows
+        chunks = [slice(i, min(i + size, end)) for start, end in pairwise(edges) for i in range(start, end, size)]
+        # An objective without targets on this rank still sees an empty chunk: the other ranks expect its sums.
+        return chunks if chunks and 0 not in self.leading.values() else [slice(0, 0), *chunks]
 
     def _weighted_sum(self, student_logits: Tensor, part: slice) -> Tensor:
-        available: dict[str, Tensor] = {"student_logits": student_logits}
-        if "teacher_logits" in self.needs:
+        seen = {name: o for name, o in self.objectives.items() if part.stop <= self.leading.get(name, part.stop)}
+        signals = {"student_logits": student_logits, **{name: signal[part] for name, signal in self.signals.items()}}
+        if any("teacher_logits" in objective.needs for objective in seen.values()):
             assert self.teacher is not None
             teacher_hidden, teacher_head = self.teacher
-            available["teacher_logits"] = teacher_head.logits(teacher_hidden[part])
-        loss = student_logits.new_zeros(())
-        for name, objective in self.objectives.items():
-            given = {
-                signal: available[signal] if signal in available else self.signals[signal][part]
-                for signal in objective.needs
-            }
-            term = objective(**given)
-            if torch.is_grad_enabled() and not term.total.requires_grad:
-                raise ValueError(
-                    f"model.objectives.{name}: the total does not depend on the student, so nothing is learnt from it. "
-                    "Compute it from student_logits, without detach()."
-                )
-            loss = loss + self.factors[name] * term.total
-            detached = LossTerm(term.total.detach(), term.count, {k: v.detach() for k, v in term.metrics.items()})
-            self.terms[name] = add_terms(self.terms[name], detached) if name in self.terms else detached
+            signals["teacher_logits"] = teacher_head.logits(teacher_hidden[part])
+        loss, terms = weighted_sum(seen, self.factors, signals)
+        for name, term in terms.items():
+            self.terms[name] = add_terms(self.terms[name], term) if name in self.terms else term
         return loss
 
 
-def add_terms(a: LossTerm, b: LossTerm) -> LossTerm:
-    """The sums of two shares of the same items."""
-    return LossTerm(
-        a.total + b.total, a.count + b.count, {name: a.metrics[name] + b.metrics[name] for name in a.metrics}
-    )
+@torch.no_grad()
+def label_logprobs(head: Head, hidden: Tensor, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
+    """Log-probability of each label, ``[N]`` float32, a chunk of rows at a time and without gradient.
+
+    Args:
+        head: in the dtype it is to be applied in.
+        hidden: ``[N, H]``.
+        labels: ``[N]`` int64.
+        chunk_rows: rows at a time.
+    """
+    size = chunk_rows or chunk_rows_for(head)
+    parts = [slice(i, i + size) for i in range(0, max(len(hidden), 1), size)]
+    return torch.cat([-F.cross_entropy(head.logits(hidden[p]), labels[p], reduction="none") for p in parts])
 
 
 class _ChunkedLoss(torch.autograd.Function):

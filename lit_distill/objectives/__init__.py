@@ -1,6 +1,15 @@
 """What is measured on a text: objectives that compose in YAML. They know neither Lightning nor transformers."""
 
-from lit_distill.objectives.base import TOKEN_SIGNALS, LossTerm, Objective, check_needs, probe, sum_over_tokens
+from lit_distill.objectives.base import (
+    PAIR_SIGNALS,
+    TEACHER_OF_PAIRS,
+    TOKEN_SIGNALS,
+    LossTerm,
+    Objective,
+    check_needs,
+    probe,
+    sum_over_tokens,
+)
 from lit_distill.objectives.divergences import (
     AdaptiveKL,
     ForwardKL,
@@ -12,11 +21,15 @@ from lit_distill.objectives.divergences import (
     TotalVariation,
 )
 from lit_distill.objectives.policy_gradient import PolicyGradient
-from lit_distill.objectives.preference import TokenPreference
+from lit_distill.objectives.preference import DirectPreference, TokenPreference
+from lit_distill.objectives.terms import add_terms, weighted_sum
 
 __all__ = [
+    "PAIR_SIGNALS",
+    "TEACHER_OF_PAIRS",
     "TOKEN_SIGNALS",
     "AdaptiveKL",
+    "DirectPreference",
     "ForwardKL",
     "JensenShannon",
     "LossTerm",
@@ -28,7 +41,9 @@ __all__ = [
     "SkewReverseKL",
     "TokenPreference",
     "TotalVariation",
+    "add_terms",
     "check_needs",
     "probe",
     "sum_over_tokens",
+    "weighted_sum",
 ]

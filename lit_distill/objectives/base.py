@@ -28,13 +28,28 @@ TOKEN_SIGNALS: Mapping[str, str] = {
 """What a token-level objective may ask for: N rows, each a valid target position; row t scores target t."""
 
 
+PAIR_SIGNALS: Mapping[str, str] = {
+    "student_chosen_logprobs": "[B, T] float32, log q of the preferred text's tokens; carries the gradient",
+    "student_rejected_logprobs": "[B, T] float32, log q of the other text's tokens; carries the gradient",
+    "teacher_chosen_logprobs": "[B, T] float32, log p of the preferred text's tokens, constant",
+    "teacher_rejected_logprobs": "[B, T] float32, log p of the other text's tokens, constant",
+    "chosen_mask": "[B, T] bool: the response's tokens; every row has one; log-probabilities are 0 elsewhere",
+    "rejected_mask": "[B, T] bool: the same for the other text",
+}
+"""What an objective on pairs of texts may ask for: B pairs; column t speaks of token t."""
+
+
+TEACHER_OF_PAIRS = frozenset({"teacher_chosen_logprobs", "teacher_rejected_logprobs"})
+"""Those of them that a teacher gives."""
+
+
 class LossTerm(NamedTuple):
     """What an objective says of the items it was shown."""
 
     total: Tensor
     """[] nats summed over the counted items; carries the graph."""
     count: Tensor | int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
-    """Counted items: tokens, sequences or pairs. Give `len(labels)` where that is all the rows shown; a tensor, where it depends
+    """Counted items: tokens or pairs. Give `len(labels)` where that is all the rows shown; a tensor, where it depends
     on values, is exact too, and costs a counting pass over the batch before each step."""
     metrics: Mapping[str, Tensor] = {}
     """[] each: detached sums over the same items, logged as `train/<objective>/<metric>`."""
@@ -61,6 +76,11 @@ class Objective(nn.Module):
         """The names of the signals that `forward` takes."""
         return frozenset(inspect.signature(self.forward).parameters)
 
+    @property
+    def on_pairs(self) -> bool:
+        """Whether it measures pairs of texts rather than single tokens."""
+        return bool(self.needs & PAIR_SIGNALS.keys())
+
 
 def sum_over_tokens(values: Tensor, **metrics: Tensor) -> LossTerm:
     """The term of an objective that counts every row: ``values`` and each metric are ``[N]``."""
@@ -79,36 +99,38 @@ def check_needs(objectives: Mapping[str, Objective], provided: Iterable[str], ke
     Raises:
         ValueError: naming the objective, the signal, what there is and what to do.
     """
-    available = sorted(provided)
+    provided = frozenset(provided)
     for name, objective in objectives.items():
+        if objective.on_pairs and not objective.needs <= PAIR_SIGNALS.keys():
+            raise ValueError(
+                f"{key}.{name}: {type(objective).__name__} asks for signals of pairs and of tokens at once: "
+                f"{', '.join(sorted(objective.needs))}. Make two objectives of it."
+            )
         for signal in sorted(objective.needs):
-            if signal in available:
+            if signal in provided:
                 continue
             title = f"{key}.{name}: {type(objective).__name__} needs `{signal}`"
-            if signal == "teacher_logits":
+            known = {**TOKEN_SIGNALS, **PAIR_SIGNALS}
+            if signal == "teacher_logits" or (objective.on_pairs and objective.needs - provided == TEACHER_OF_PAIRS):
                 raise ValueError(f"{title}, but there is no teacher. Set model.teacher.path.")
-            if signal not in TOKEN_SIGNALS:
-                close = get_close_matches(signal, TOKEN_SIGNALS, n=1)
+            if signal not in known:
+                close = get_close_matches(signal, known, n=1)
                 hint = f" Did you mean `{close[0]}`?" if close else ""
-                raise ValueError(f"{title}, which is no signal.{hint} Signals: {', '.join(TOKEN_SIGNALS)}.")
-            raise ValueError(f"{title}, which {provider} does not provide. It provides: {', '.join(available)}.")
+                raise ValueError(f"{title}, which is no signal.{hint} Signals: {', '.join(known)}.")
+            if signal in PAIR_SIGNALS:
+                raise ValueError(
+                    f"{title}: it measures pairs, and {provider} gives single texts. Set source: ResponsePairs."
+                )
+            raise ValueError(f"{title}, which {provider} does not provide. It provides: {', '.join(sorted(provided))}.")
 
 
 def probe(objective: Objective, vocabulary_size: int, key: str) -> bool:
-    """Show an objective three rows of random signals, and say whether its count depends on their values.
+    """Show an objective three rows (or pairs) of random signals, and say whether its count depends on their values.
 
     Raises:
         ValueError: if what it returns is not a `LossTerm` of scalar sums.
     """
-    generator = torch.Generator().manual_seed(0)
-    signals = {
-        name: torch.randn(3, vocabulary_size, generator=generator)
-        if name.endswith("logits")
-        else torch.full((3,), min(1, vocabulary_size - 1))
-        if name == "labels"
-        else -torch.rand(3, generator=generator)
-        for name in objective.needs
-    }
+    signals = _random_signals(sorted(objective.needs), vocabulary_size)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             term = objective(**signals)
@@ -128,3 +150,19 @@ def probe(objective: Objective, vocabulary_size: int, key: str) -> bool:
             f"{key}: counted {term.count} of 3 rows as an int. Return len(rows), or a tensor if the count depends on values."
         )
     return isinstance(term.count, Tensor)
+
+
+def _random_signals(names: Iterable[str], vocabulary_size: int) -> dict[str, Tensor]:
+    """Three rows, or pairs of four tokens, of each signal."""
+    generator = torch.Generator().manual_seed(0)
+
+    def signal(name: str) -> Tensor:
+        if name.endswith("mask"):
+            return torch.ones(3, 4, dtype=torch.bool)
+        if name.endswith("logits"):
+            return torch.randn(3, vocabulary_size, generator=generator)
+        if name == "labels":
+            return torch.full((3,), min(1, vocabulary_size - 1))
+        return -torch.rand((3, 4) if name in PAIR_SIGNALS else (3,), generator=generator)
+
+    return {name: signal(name) for name in names}

@@ -3,6 +3,7 @@
 from lit_distill.rollouts.decoding import Decoding, row_uniforms
 from lit_distill.rollouts.loop import Responses, decode, decode_mixed
 from lit_distill.rollouts.mixed import TeacherMixedRollouts
+from lit_distill.rollouts.pairs import ResponsePairs
 from lit_distill.rollouts.prediction import Prediction, prediction_records
 from lit_distill.rollouts.sampled import StudentRollouts, TeacherRollouts
 from lit_distill.rollouts.scoring import Scoring
@@ -14,6 +15,7 @@ __all__ = [
     "Decoding",
     "Players",
     "Prediction",
+    "ResponsePairs",
     "Responses",
     "Scoring",
     "Source",

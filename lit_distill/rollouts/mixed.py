@@ -12,6 +12,7 @@ import torch
 from lit_distill.objectives import Objective, PolicyGradient
 from lit_distill.rollouts.decoding import Decoding, phase_uniforms, run_seed, stream
 from lit_distill.rollouts.loop import Responses, decode_mixed
+from lit_distill.rollouts.phases import KEY, check_sizes, mini_batches
 from lit_distill.rollouts.scoring import Scoring
 from lit_distill.rollouts.sources import Players, Source
 from lit_distill.rollouts.trajectories import Trajectories, join_responses
@@ -19,8 +20,6 @@ from lit_distill.rollouts.trajectories import Trajectories, join_responses
 if TYPE_CHECKING:
     from lit_distill.models import FrozenTeacher
     from lit_distill.types import Batch, Sequences
-
-KEY = "model.source.init_args"
 
 
 class TeacherMixedRollouts(Source):
@@ -79,14 +78,7 @@ class TeacherMixedRollouts(Source):
             raise ValueError(f"{KEY}.alpha: expected the teacher's share, in [0, 1], got {alpha}.")
         if not temperature > 0:
             raise ValueError(f"{KEY}.temperature: expected a number > 0, got {temperature}. Rollouts are sampled.")
-        sizes = {
-            "mini_batch_size": mini_batch_size,
-            "inner_epochs": inner_epochs,
-            "decode_batch_size": decode_batch_size,
-        }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{KEY}.{name}: expected at least 1, got {size}.")
+        check_sizes(mini_batch_size=mini_batch_size, inner_epochs=inner_epochs, decode_batch_size=decode_batch_size)
         self.alpha = alpha
         self.decoding = Decoding(max_new_tokens, temperature, top_k, top_p)
         self.mini_batch_size = mini_batch_size
@@ -123,19 +115,10 @@ class TeacherMixedRollouts(Source):
         """Roll out, score, and go over the rollouts ``inner_epochs`` times."""
         trajectories = self.roll_out(batch, players)
         players.show(trajectories)
-        text = trajectories.sequences()
-        size = -(-self.mini_batch_size // players.world_size)
-        if size > len(text):
-            raise ValueError(
-                f"{KEY}.mini_batch_size: {self.mini_batch_size} is more than the rollouts of a phase, which are as many as "
-                f"data.init_args.batch_size ({len(text) * players.world_size}). Make it smaller, or the batch larger."
-            )
-        for epoch in range(self.inner_epochs):
-            order = torch.arange(len(text))
-            if self.shuffle:
-                order = torch.randperm(len(text), generator=stream(self.seed, players.step, "order", epoch))
-            for start in range(0, len(text), size):
-                yield text.select(order[start : start + size])
+        key = (self.seed, players.step) if self.shuffle else None
+        yield from mini_batches(
+            trajectories.sequences(), self.mini_batch_size, self.inner_epochs, players.world_size, key
+        )
 
     def roll_out(self, batch: Batch, players: Players) -> Trajectories:
         """One scored rollout per prompt of ``batch``."""

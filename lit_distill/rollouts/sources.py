@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lit_distill.models import CausalLM, FrozenTeacher
     from lit_distill.objectives import Objective
     from lit_distill.rollouts.trajectories import Trajectories
-    from lit_distill.types import Batch, Sequences
+    from lit_distill.types import Batch, Pairs, Sequences
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,14 @@ class Source(ABC):
     """Whose text the objectives see, and how often it is used."""
 
     provides: frozenset[str]
-    """The signals its text carries, besides the teacher's logits, which a teacher gives."""
+    """The signals its text carries."""
+    provides_with_teacher: frozenset[str] = frozenset({"teacher_logits"})
+    """The signals that a teacher adds to them, where there is one."""
     needs_teacher = False
     """Whether the teacher speaks or scores."""
 
     @abstractmethod
-    def mini_batches(self, batch: Batch, players: Players) -> Iterator[Sequences]:
+    def mini_batches(self, batch: Batch, players: Players) -> Iterator[Sequences | Pairs]:
         """The texts of each optimiser step that ``batch`` is good for.
 
         Raises:

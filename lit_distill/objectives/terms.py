@@ -1,0 +1,44 @@
+"""What several objectives say together: their weighted sum, and the sums of shares of the same items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lit_distill.objectives.base import LossTerm, Objective
+
+
+def add_terms(a: LossTerm, b: LossTerm) -> LossTerm:
+    """The sums of two shares of the same items."""
+    return LossTerm(
+        a.total + b.total, a.count + b.count, {name: a.metrics[name] + b.metrics[name] for name in a.metrics}
+    )
+
+
+def weighted_sum(
+    objectives: Mapping[str, Objective], factors: Mapping[str, Tensor | float], signals: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, LossTerm]]:
+    """The objectives' weighted sum on some items, ``[]`` with its graph, and each one's detached sums.
+
+    Args:
+        objectives: by name.
+        factors: of each objective's sum: a number or a scalar tensor.
+        signals: of the items, by name; each objective gets those that it needs.
+
+    Raises:
+        ValueError: under gradient, if a total does not depend on the student.
+    """
+    loss = next(iter(signals.values())).new_zeros((), dtype=torch.float32)
+    terms: dict[str, LossTerm] = {}
+    for name, objective in objectives.items():
+        term = objective(**{signal: signals[signal] for signal in objective.needs})
+        if torch.is_grad_enabled() and not term.total.requires_grad:
+            raise ValueError(
+                f"model.objectives.{name}: the total does not depend on the student, so nothing is learnt from it. "
+                "Compute it from the student's signals, without detach()."
+            )
+        loss = loss + factors[name] * term.total
+        terms[name] = LossTerm(term.total.detach(), term.count, {k: v.detach() for k, v in term.metrics.items()})
+    return loss, terms
