@@ -5,6 +5,7 @@ from lit_distill.rollouts.loop import Responses, decode, decode_mixed
 from lit_distill.rollouts.mixed import TeacherMixedRollouts
 from lit_distill.rollouts.pairs import ResponsePairs
 from lit_distill.rollouts.prediction import Prediction, prediction_records
+from lit_distill.rollouts.replay import ReplayRollouts
 from lit_distill.rollouts.sampled import StudentRollouts, TeacherRollouts
 from lit_distill.rollouts.scoring import Scoring
 from lit_distill.rollouts.sources import DatasetResponses, Players, Source, share_out
@@ -15,6 +16,7 @@ __all__ = [
     "Decoding",
     "Players",
     "Prediction",
+    "ReplayRollouts",
     "ResponsePairs",
     "Responses",
     "Scoring",

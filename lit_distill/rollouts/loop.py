@@ -8,7 +8,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 COMPACT_EVERY = 8
 """Steps between two looks at which rows have finished; each look waits for the device."""
+
+WATCHERS: list[Callable[[int, int, int], None]] = []
+"""Called with (step, max_new_tokens, rows still read) before every step of every decode loop of this process, and with
+step = max_new_tokens when it is done. For progress bars: they must not wait for the device."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,8 @@ def _converse(
     stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
     with ExitStack() as stack:
         for speaker in speakers:
-            stack.enter_context(speaker.quiet())
+            stack.enter_context(speaker.speaking())
+        together = any(speaker.runs_together for speaker in speakers)
         mixed = len(speakers) > 1
         readers = [
             Reader(speaker, prompts, ids, decoding.temperature, measure_entropy=mixed, keep_hidden=mixed and index > 0)
@@ -146,6 +151,7 @@ def _converse(
         ]
         for step in range(steps):
             reader = readers[turns[step]]
+            _tell_watchers(step, steps, len(reader.rows))
             logits = reader.next_logits(step)
             rows = reader.rows
             tokens = draw(logits, numbers[rows, step], decoding)
@@ -154,10 +160,24 @@ def _converse(
             mask[rows, step] = alive[rows]
             alive[rows] &= ~torch.isin(tokens, stops)
             if step - reader.looked_at >= COMPACT_EVERY:
-                reader.keep(alive, step)
-                if len(reader.rows) == 0:
+                reader.keep(alive, step, at_least_one=together)
+                if _agreed(alive.sum(), together) == 0:
                     break
         length = int(mask.sum(dim=-1).max()) if batch else 0
+        longest = _agreed(torch.tensor(length, device=device), together)
         for reader in readers:
-            reader.finish(length)
+            reader.finish(longest)
+    _tell_watchers(steps, steps, 0)
     return ids[:, :length], mask[:, :length], readers
+
+
+def _agreed(count: Tensor, together: bool) -> int:
+    """The largest ``[]`` count of all ranks, where none may run a model without the others; else this rank's own."""
+    if together:
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+    return int(count)
+
+
+def _tell_watchers(step: int, steps: int, rows: int) -> None:
+    for watcher in WATCHERS:
+        watcher(step, steps, rows)

@@ -14,7 +14,7 @@ from lit_distill.rollouts.sources import DatasetResponses, Players, Source
 from lit_distill.rollouts.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from lit_distill.types import Batch, Sequences
+    from lit_distill.types import Batch, Prompts, Sequences
 
 KEY = "model.source.init_args"
 
@@ -31,17 +31,16 @@ class _SampledResponses(Source):
 
     def mini_batches(self, batch: Batch, players: Players) -> Iterator[Sequences]:
         """What the speaker answers."""
-        if batch.prompts is None:
-            raise ValueError(f"model.source: {type(self).__name__} needs prompts, and the data module gives none.")
+        prompts = self._prompts(batch)
         who = players.teacher if self.speaker == "teacher" else players.student
         assert who is not None
         start = time.perf_counter()
         uniforms = phase_uniforms(self.seed, players.step, batch.ids, self.decoding.max_new_tokens)
-        responses = decode(who, batch.prompts, self.decoding, players.stop_ids, uniforms).counted(batch.ids)
+        responses = decode(who, prompts, self.decoding, players.stop_ids, uniforms).counted(batch.ids)
         trajectories = Trajectories(
             ids=batch.ids,
             prompt_texts=batch.prompt_texts,
-            prompts=batch.prompts,
+            prompts=prompts,
             responses=responses,
             signals={},
             alpha=float(self.speaker == "teacher"),
@@ -49,6 +48,11 @@ class _SampledResponses(Source):
         )
         players.show(trajectories)
         yield trajectories.sequences()
+
+    def _prompts(self, batch: Batch) -> Prompts:
+        if batch.prompts is None:
+            raise ValueError(f"model.source: {type(self).__name__} needs prompts, and the data module gives none.")
+        return batch.prompts
 
 
 class StudentRollouts(_SampledResponses):

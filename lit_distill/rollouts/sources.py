@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,10 @@ class Players:
     """The tokens that end a response."""
     step: int
     """Optimiser steps done so far: together with a seed it fixes every random number of a phase."""
+    total_steps: Callable[[], int]
+    """Optimiser steps of the whole run; to be asked only by who needs them, since a run may be bounded by time alone."""
+    rank: int
+    """Which of the ranks this is: rank r of W has the items r, r + W, … of every batch."""
     world_size: int
     """How many ranks share the data; sizes in the YAML are over all of them."""
     sum_over_ranks: Callable[[Tensor], Tensor]
@@ -81,17 +85,50 @@ class Source(ABC):
             ValueError: naming both keys.
         """
 
+    def check_trainer(self, trainer: Any) -> None:  # noqa: B027
+        """Refuse a Trainer that is about to fit and lacks what the source needs, before anything loads.
+
+        Raises:
+            ValueError: naming the key.
+        """
+
+    def observe_validation(self, figures: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Look at the held-out figures of a validation while fitting, equal on all ranks; ``loss`` is that of the objectives.
+
+        Raises:
+            ValueError: if one that the source needs is not there.
+        """
+
+    def figures(self) -> dict[str, float]:
+        """What to log under ``rollout/`` at an optimiser step, equal on all ranks."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know, equal on all ranks: tensors, numbers, and lists and dictionaries of them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on from what `state_dict` gave; ``state`` is empty if the checkpoint is that of another source."""
+
+
+_NO_RESPONSES = (
+    "model.source: DatasetResponses learns from the responses in the data, and there are none. "
+    "Set data.init_args.responses: true, or choose a source that generates."
+)
+
 
 class DatasetResponses(Source):
     """The responses of the dataset, each used once: SFT, KD, and SeqKD from a file that `predict` wrote."""
 
     provides = frozenset({"student_logits", "labels"})
 
+    def check_trainer(self, trainer: Any) -> None:
+        """Refuse data without responses."""
+        if not getattr(trainer.datamodule, "responses", True):
+            raise ValueError(_NO_RESPONSES)
+
     def mini_batches(self, batch: Batch, players: Players) -> Iterator[Sequences]:
         """The batch itself."""
         if batch.sequences is None:
-            raise ValueError(
-                "model.source: DatasetResponses learns from the responses in the data, and there are none. "
-                "Set data.init_args.responses: true, or choose a source that generates."
-            )
+            raise ValueError(_NO_RESPONSES)
         yield batch.sequences
