@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from itertools import takewhile
@@ -15,7 +17,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, GenerationConfig, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, GenerationConfig, GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config
 
 from lit_distill.cli import DistillCLI, main
 from lit_distill.models import ModelSpec
@@ -65,7 +67,20 @@ QWEN_SEVEN = Qwen2Config(
     num_key_value_heads=4,
     tie_word_embeddings=False,
 )
-QWEN_TOKENS = 151_665  # of its tokenizer; the heads have more rows
+
+
+def opt(hidden: int, layers: int, heads: int) -> OPTConfig:
+    return OPTConfig(
+        vocab_size=50_272,
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        ffn_dim=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
+
+
+TOKENS = {QWEN_HALF.vocab_size: 151_665, 50_272: 50_265}  # of the tokenizers whose heads have more rows
 GPT2_XL = GPT2Config(n_layer=48, n_embd=1600, n_head=25)
 SMOLLM2_FOLDER = "~/.cache/lit_distill/SmolLM2-135M-Instruct"
 
@@ -75,6 +90,9 @@ PUBLISHED: dict[str, tuple[PreTrainedConfig, int]] = {
     "openai-community/gpt2-xl": (GPT2_XL, 1_557_611_200),
     "runs/gpt2_sft/version_0/export/best": (GPT2Config(), 124_439_808),
     "runs/gpt2_xl_sft/version_0/export/best": (GPT2_XL, 1_557_611_200),
+    "runs/gpt2_init/version_0/export/best": (GPT2Config(), 124_439_808),
+    "runs/opt_1.3b_sft/version_0/export/best": (opt(2048, 24, 32), 1_315_758_080),
+    "runs/opt_13b_sft/version_0/export/best": (opt(5120, 40, 40), 12_853_473_280),
     "HuggingFaceTB/SmolLM2-135M": (SMOLLM2_135M, 134_515_008),
     "HuggingFaceTB/SmolLM2-360M": (SMOLLM2_360M, 361_821_120),
     SMOLLM2_FOLDER: (SMOLLM2_135M, 134_515_008),
@@ -126,6 +144,13 @@ def head(path: Path) -> str:
     return "\n".join(takewhile(lambda line: line.startswith("#"), lines))
 
 
+def commands(path: Path) -> list[list[str]]:
+    """The arguments of every ``lit-distill`` that the head of a YAML shows."""
+    text = re.sub(r"\\\n# *", "", head(path))
+    shown = [shlex.split(line[1:], comments=True) for line in text.splitlines() if line[1:].strip().startswith("lit-")]
+    return [words[1:] for words in shown]
+
+
 def levels(node: Any, way: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """The way to every mapping of a YAML whose keys are not names of the user's own."""
     if isinstance(node, dict) and not {"objectives", "corpus_objectives"} & {*way[-1:]}:
@@ -173,7 +198,7 @@ def stand_ins(pair, tmp_path) -> Callable[[Path], Path]:
         data = small["data"].setdefault("init_args", {})
         for split in {"train", "validation", "test", "predict"} & data.keys():
             data[split]["path"] = str(records)
-        if "corpus" in data:
+        if "path" in data.get("corpus", {}):
             data["corpus"] = {"path": str(tmp_path / "corpus.txt"), "length": 16, "batch_size": 8}
         if data.get("template") == "chat":
             data["template"] = "{instruction} {input}"
@@ -199,6 +224,18 @@ def stand_ins(pair, tmp_path) -> Callable[[Path], Path]:
 
 def test_the_head_of_a_config_gives_the_command_that_runs_it(config: Path) -> None:
     assert f"lit-distill fit --config configs/{config.name}" in head(config)
+
+
+def test_every_command_in_the_head_of_a_config_parses(config: Path) -> None:
+    shown = commands(config)
+    parser = instantiate(config).parser if any(len(words) > 3 for words in shown) else None
+    for stage, flag, path, *overrides in shown:
+        assert stage in ("fit", "predict", "test")
+        assert flag == "--config"
+        if overrides:  # a command without is that of another config, which has these tests of its own
+            parser.parse_args(["--config", str(config.with_name(Path(path).name)), *overrides])
+        else:
+            assert config.with_name(Path(path).name).is_file()
 
 
 def test_a_config_parses_and_instantiates(config: Path) -> None:
@@ -261,7 +298,7 @@ def test_student_and_teacher_of_a_config_fit_each_other_at_full_size(config: Pat
         assert all("assets" in spec.path or spec.from_scratch for spec in specs), "add its shape to PUBLISHED"
         return
     rows = PUBLISHED[specs[0].path][0].vocab_size
-    tokens = QWEN_TOKENS if rows == QWEN_HALF.vocab_size else rows
+    tokens = TOKENS.get(rows, rows)
     words = SimpleNamespace(
         get_vocab=lambda: {str(n): n for n in range(tokens)},
         **dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"), "0"),
@@ -304,6 +341,60 @@ def test_the_baselines_have_the_numbers_of_minillm(name: str, rate: float, epoch
     assert (data.validation_size, data.template.text) == (1000, "alpaca")
     weights = {type(objective).__name__: objective.weight for objective in cli.model.objectives.values()}
     assert weights == ({"ForwardKL": 0.5, "NextToken": 0.5} if name == "gpt2_kd" else {"NextToken": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "epochs", "batch", "objectives", "corpus"),
+    [
+        ("seqkd_gpt2", 5e-4, 20, 32, {"NextToken": 1.0}, {}),
+        ("gkd_gpt2", 5e-4, 20, 32, {"JensenShannon": 1.0}, {}),
+        ("distillm_gpt2", 5e-4, 20, 32, {"SkewForwardKL": 1.0}, {"NextToken": 1.0}),
+        ("dpkd_gpt2", 5e-4, 20, 8, {"DirectPreference": 0.5, "NextToken": 0.5}, {"NextToken": 0.5}),
+        (
+            "dpkd_token_gpt2",
+            5e-4,
+            20,
+            8,
+            {"TokenPreference": 0.5, "NextToken": 0.5},
+            {"NextToken": 0.25, "ForwardKL": 0.25},
+        ),
+        ("dpkd_opt", 5e-5, 10, 32, {"DirectPreference": 0.5, "NextToken": 0.5}, {"NextToken": 0.5}),
+    ],
+)
+def test_the_other_methods_have_the_numbers_of_their_scripts(
+    name: str, rate: float, epochs: int, batch: int, objectives: dict[str, float], corpus: dict[str, float]
+) -> None:
+    cli = instantiate(KD.with_name(f"{name}.yaml"))
+    module, data = cli.model, cli.datamodule
+    optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
+    schedule = module.lr_scheduler_factory(optimizer)
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (rate, 1e-2)
+    assert isinstance(schedule, WarmupCosine)
+    assert schedule.warmup_steps == 0
+    assert rate * schedule.final_ratio == pytest.approx(1e-7)
+    assert (cli.trainer.max_epochs, cli.trainer.gradient_clip_val) == (epochs, 1.0)
+    assert (data.limits.max_prompt_length, data.limits.max_length) == (256, 512)
+    assert (getattr(module.source, "mini_batch_size", None) or data.batch_size) == batch
+    for given, terms in ((objectives, module.objectives), (corpus, module.corpus_objectives)):
+        assert {type(objective).__name__: objective.weight for objective in terms.values()} == given
+    if corpus:  # as many rows of plain text as responses
+        assert (data.corpus.length, data.corpus.batch_size) == (512, data.batch_size)
+    if (decoding := getattr(module.source, "decoding", None)) is not None:
+        assert (decoding.max_new_tokens, decoding.temperature, decoding.top_k, decoding.top_p) == (256, 1.0, 0, 1.0)
+
+
+def test_preference_jsd_and_replay_have_the_settings_of_the_papers_and_their_code() -> None:
+    dpkd, token, gkd, distillm = (
+        instantiate(KD.with_name(f"{name}_gpt2.yaml")).model for name in ("dpkd", "dpkd_token", "gkd", "distillm")
+    )
+    preference = dpkd.objectives["dpkd"]
+    assert (preference.beta, preference.variant, preference.length_normalize) == (0.1, "dpkd", True)
+    assert (token.objectives["dpkd"].beta, token.objectives["dpkd"].variant) == (0.1, "dpkd")
+    assert (gkd.objectives["jsd"].beta, gkd.source.on_policy_fraction) == (pytest.approx(1 - 0.9), 0.5)
+    assert distillm.objectives["skl"].skew == 0.1
+    replay = distillm.source
+    assert (replay.probability, replay.increment, replay.tolerance, replay.capacity) == (0.0, 0.1, 0.1, 1000)
+    assert replay.replay_schedule == "decreasing"
 
 
 def test_the_overrides_in_the_heads_do_what_they_say() -> None:
