@@ -75,6 +75,10 @@ class Sequences(TensorRecord):
             teacher_hidden=hidden,
         )
 
+    def uncounted(self) -> Sequences:
+        """The same texts without targets: they count nowhere, and a rank that has no more may run them with the others."""
+        return replace(self, target_mask=torch.zeros_like(self.target_mask))
+
     def select(self, index: Tensor) -> Sequences:
         """The texts at ``index`` ``[b]`` int64, in that order."""
 
@@ -105,6 +109,10 @@ class Pairs(TensorRecord):
     def rows(self, start: int, stop: int) -> Pairs:
         """Pairs ``start`` to ``stop``, without the columns that are padding in all of them."""
         return Pairs(self.chosen.rows(start, stop), self.rejected.rows(start, stop))
+
+    def uncounted(self) -> Pairs:
+        """The same pairs without targets, which count nowhere."""
+        return Pairs(self.chosen.uncounted(), self.rejected.uncounted())
 
     def select(self, index: Tensor) -> Pairs:
         """The pairs at ``index`` ``[b]`` int64, in that order."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lit_distill.models import CausalLM, FrozenTeacher
     from lit_distill.types import Sequences
 
-QUALITY = "quality"
+QUALITY = ".quality"  # no objective of a config has a dot in its name
 
 
 class HeldOut(nn.Module):
@@ -44,18 +44,27 @@ class HeldOut(nn.Module):
         self.measure = Measurement(measured, student, teacher, "model.objectives", chunk_rows)
         self.means = TermMeans((*quality.metric_names, *self.trained))
 
+    def listen(self, name: str, objective: Objective) -> None:
+        """Show ``objective`` the same rows from now on, so that no model runs twice; its term counts nowhere.
+
+        Args:
+            name: of who listens; a second objective of that name replaces the first.
+            objective: may ask for ``student_logits``, ``labels`` and, where there is a teacher, ``teacher_logits``.
+        """
+        self.measure.objectives[f".{name}"] = objective
+
     def update(self, texts: Iterable[Sequences]) -> None:
         """Add texts."""
         for text in texts:
             _, terms = self.measure(text, dict.fromkeys(self.measure.objectives, 1.0))
-            quality = terms.pop(QUALITY)
-            totals = {**quality.metrics, **{name: term.total for name, term in terms.items()}}
-            counts = {name: terms[name].count if name in terms else quality.count for name in totals}
+            quality = terms[QUALITY]
+            totals = {**quality.metrics, **{name: terms[name].total for name in self.trained}}
+            counts = {name: terms[name].count if name in self.trained else quality.count for name in totals}
             self.means.update(totals, counts)
 
     def figures(self) -> dict[str, Tensor]:
         """``[]`` each, by name; nothing where no token was counted. NaN and infinity are left as they are."""
-        means = self.means.compute()
+        means = dict(self.means.compute())  # a copy: torchmetrics keeps the original
         if not means.pop("count"):
             return {}
         figures = {name: mean for name, mean in means.items() if not name.endswith("nll")}

@@ -95,12 +95,16 @@ def repetition_rate(texts: Iterable[Sequence[Hashable]], n: int = 4) -> float:
 
     Source: Welleck et al. 2020, https://arxiv.org/abs/1908.04319, there averaged over texts.
     """
-    num_repeated = num_all = 0
-    for text in texts:
-        ngrams = list(_ngrams(text, n))
-        num_all += len(ngrams)
-        num_repeated += len(ngrams) - len(set(ngrams))
-    return num_repeated / num_all if num_all else 0.0
+    _check_size(n)
+    texts = list(texts)
+    num_all = sum(max(0, len(text) - n + 1) for text in texts)
+    return sum(count_repeated(text, n) for text in texts) / num_all if num_all else 0.0
+
+
+def count_repeated(text: Sequence[Hashable], n: int) -> int:
+    """How many n-grams of ``text`` it already contains further left."""
+    ngrams = list(_ngrams(text, n))
+    return len(ngrams) - len(set(ngrams))
 
 
 @cache
@@ -115,9 +119,13 @@ def _normalized(text: str) -> str:
 
 
 def _ngrams(text: Sequence[Hashable], n: int) -> Iterable[tuple[Hashable, ...]]:
+    _check_size(n)
+    return zip(*(islice(text, start, None) for start in range(n)), strict=False)
+
+
+def _check_size(n: int) -> None:
     if n < 1:
         raise ValueError(f"n: expected at least 1 token per n-gram, got {n}.")
-    return zip(*(islice(text, start, None) for start in range(n)), strict=False)
 
 
 def _check_references(references: Sequence[str]) -> None:

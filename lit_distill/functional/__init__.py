@@ -1,5 +1,12 @@
 """Tensors in, tensors out: the mathematics of distillation as pure functions that import torch alone."""
 
+from lit_distill.functional.calibration import (
+    CalibrationBins,
+    brier_score,
+    equal_mass_bins,
+    equal_width_bins,
+    expected_calibration_error,
+)
 from lit_distill.functional.distributions import entropy
 from lit_distill.functional.divergences import (
     adaptive_kl,
@@ -11,6 +18,7 @@ from lit_distill.functional.divergences import (
     soft_cross_entropy,
     total_variation,
 )
+from lit_distill.functional.exposure_bias import ExposureBias, exposure_bias
 from lit_distill.functional.importance import (
     DecisionWeights,
     WeightKind,
@@ -38,17 +46,24 @@ from lit_distill.functional.preference import (
 from lit_distill.functional.schedules import cosine_schedule, linear_schedule, stepwise_schedule
 
 __all__ = [
+    "CalibrationBins",
     "DecisionWeights",
+    "ExposureBias",
     "PreferenceVariant",
     "TokenPreferenceVariant",
     "WeightKind",
     "adaptive_kl",
+    "brier_score",
     "clipped_surrogate",
     "cosine_schedule",
     "decision_weights",
     "direct_preference_loss",
     "effective_sample_size",
     "entropy",
+    "equal_mass_bins",
+    "equal_width_bins",
+    "expected_calibration_error",
+    "exposure_bias",
     "forward_kl",
     "implicit_reward",
     "importance_weights",
