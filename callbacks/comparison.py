@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lit_distill.callbacks.answers import answer_and_score
 
 from lit_distill.evaluation.generation import ResponseScores
 from lit_distill.rollouts import Decoding
@@ -82,9 +83,10 @@ class BeforeAfter(Callback):
     def _generated(self, trainer: Trainer, pl_module: DistillationModule, speaker: str) -> dict[str, float]:
         scores = ResponseScores().to(pl_module.device)
         for batch in self._batches(trainer, pl_module):
-            if batch.prompts is None or not batch.references:
+            if batch.prompts is None or (len(batch) and not batch.references):
                 continue
             with trainer.precision_plugin.val_step_context():
-                responses = pl_module.generate(batch.prompts, batch.ids, self.decoding, self.seed, speaker)
-            scores.update(pl_module.response_texts(responses), batch.references, responses.mask.sum(dim=-1).tolist())
+                answer_and_score(pl_module, batch, self.decoding, self.seed, speaker, scores)
+        if not scores.update_called:
+            return {}
         return {name: float(value) for name, value in scores.compute().items()}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
+from lit_distill.callbacks.answers import PromptEvaluator, Stage, answer_and_score
 from lit_distill.callbacks.samples import show_samples
 
 from lit_distill.evaluation.generation import ResponseScores
@@ -13,11 +14,17 @@ from lit_distill.rollouts import Decoding
 from lit_distill.types import Batch
 
 if TYPE_CHECKING:
+    import torch
+
     from lit_distill.module import DistillationModule
 
 
-class GenerationEvaluator(Callback):
-    """Answers the prompts of the validation and test data and logs ``val/rouge_l`` and ``val/exact_match`` in percent.
+class GenerationEvaluator(PromptEvaluator):
+    """Answers the prompts of the validation and test data and logs ``val/rouge_l``, ``val/exact_match`` and more.
+
+    Also logged are ``response_length``, ``unfinished``, ``distinct_1`` to ``distinct_4`` and ``repetition_4``, as `ResponseScores`
+    has them. `test` adds the figures by reference length (``test/rouge_l/under_30_words``), the standard deviation over seeds
+    (``test/rouge_l_std``) and the teacher's (``test/teacher_rouge_l``).
 
     Args:
         max_prompts: about how many prompts of a split to answer, spread over it; 0 switches it off, -1 takes all.
@@ -27,8 +34,13 @@ class GenerationEvaluator(Callback):
         top_k: draw from the k most probable tokens only; 0 draws from all.
         top_p: draw from the smallest set of tokens with this much probability.
         seed: of the draws; together with an item's id it fixes the response.
+        seeds: instead of ``seed``: `test` answers once with each and logs the mean; a validation takes the first.
+        reference_lengths: numbers of words at which a bucket of reference lengths begins; the default has MiniLLM's three.
+        teacher: let the teacher answer too, at `test`, where there is one.
         num_samples: how many responses to show as text in TensorBoard.
     """
+
+    needs_references = True
 
     def __init__(
         self,
@@ -39,88 +51,108 @@ class GenerationEvaluator(Callback):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        seeds: list[int] | None = None,
+        reference_lengths: list[int] = [30, 71],  # noqa: B006 - the YAML's default, never changed
+        teacher: bool = True,
         num_samples: int = 8,
     ) -> None:
-        if max_prompts < -1:
-            raise ValueError(f"generation.max_prompts: expected -1 (all), 0 (off) or more, got {max_prompts}.")
-        if every_n_validations < 1:
-            raise ValueError(f"generation.every_n_validations: expected at least 1, got {every_n_validations}.")
-        self.max_prompts = max_prompts
-        self.every_n_validations = every_n_validations
+        super().__init__("generation", max_prompts, every_n_validations)
         self.decoding = Decoding(max_new_tokens, temperature, top_k, top_p)
-        self.seed = seed
+        self.seeds = _checked_seeds([seed] if seeds is None else seeds, temperature)
+        if reference_lengths != sorted(set(reference_lengths)) or min(reference_lengths, default=1) < 1:
+            raise ValueError(
+                f"generation.reference_lengths: expected ascending numbers of words, at least 1, got {reference_lengths}."
+            )
+        self.reference_lengths = reference_lengths
+        self.teacher = teacher
         self.num_samples = num_samples
-        self._validations = 0
-        self._answered = 0
-        self._samples: list[tuple[str, str, str]] = []
-        self._scores = ResponseScores()
+        self._scores: dict[str, list[ResponseScores]] = {}
+        self._samples: list[dict[str, Any]] = []
+        self._report: dict[str, Any] = {}
 
-    def _start(self, pl_module: DistillationModule) -> None:
-        self._answered = 0
+    def begin(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
+        """Forget the last time."""
+        testing = stage == "test"
+        speakers = ["student", "teacher"] if testing and self.teacher and pl_module.teacher_spec else ["student"]
+        seeds, starts = (self.seeds, self.reference_lengths) if testing else (self.seeds[:1], [])
+        self._scores = {who: [ResponseScores(starts).to(pl_module.device) for _ in seeds] for who in speakers}
         self._samples = []
-        self._scores.to(pl_module.device).reset()
+        self._report = {}
 
-    def _answer(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch, num_batches: float) -> None:
-        if batch.prompts is None or not batch.references:
-            return
-        if self.max_prompts >= 0:  # evenly from all batches, since those are ordered by length
-            share = self.max_prompts / (num_batches * trainer.world_size)
-            batch = batch.thinned(min(len(batch), math.ceil(share)))
-        if not len(batch):
-            return
-        assert batch.prompts is not None
-        self._answered += len(batch)
-        responses = pl_module.generate(batch.prompts, batch.ids, self.decoding, self.seed)
-        texts = pl_module.response_texts(responses)
-        self._scores.update(texts, batch.references, responses.mask.sum(dim=-1).tolist())
-        rows = zip(batch.prompt_texts, texts, (accepted[0] for accepted in batch.references), strict=True)
-        self._samples = [*self._samples, *rows][: self.num_samples]
+    def measure(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
+        """Let everybody answer, once with each seed."""
+        said: dict[str, list[str]] = {}
+        for speaker, per_seed in self._scores.items():
+            texts = [
+                answer_and_score(pl_module, batch, self.decoding, seed, speaker, scores)
+                for seed, scores in zip(self.seeds, per_seed, strict=False)
+            ]
+            said[speaker] = texts[0]
+        for row in range(min(len(batch), self.num_samples - len(self._samples))):
+            known = {"id": batch.ids[row], "prompt": batch.prompt_texts[row], "reference": batch.references[row][0]}
+            self._samples.append(known | {speaker: texts[row] for speaker, texts in said.items()})
 
-    def _finish(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        if not self._answered:
-            return
-        pl_module.log_figures({f"{stage}/{name}": value for name, value in self._scores.compute().items()})
-        heads = ("prompt", "response", "reference")
-        show_samples(trainer, f"{stage}/samples", heads, self._samples, pl_module.global_step)
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Forget the last validation."""
-        self._start(pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: DistillationModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Answer the batch's prompts if this validation's turn has come."""
-        if not trainer.sanity_checking and self._validations % self.every_n_validations == 0:
-            self._answer(trainer, pl_module, batch, trainer.num_val_batches[dataloader_idx])
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+    def conclude(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
         """Log the figures of all ranks."""
-        self._finish(trainer, pl_module, "val")
-        self._validations += not trainer.sanity_checking
+        if not all(scores.update_called for per_seed in self._scores.values() for scores in per_seed):
+            return  # the split has no prompts with references
+        summaries = {
+            who: over_seeds([scores.compute() for scores in per_seed]) for who, per_seed in self._scores.items()
+        }
+        figures = {}
+        for who, summary in summaries.items():
+            prefix = "" if who == "student" else f"{who}_"
+            for name, score in summary.items():
+                whole = "/" not in name
+                if whole or name.startswith(("rouge_l/", "exact_match/")):
+                    figures[f"{stage}/{prefix}{name}"] = score["mean"]
+                if whole and score["n"] > 1:
+                    figures[f"{stage}/{prefix}{name}_std"] = score["std"]
+        pl_module.log_figures(figures)
+        speakers = list(summaries)
+        heads = ["prompt", "response", *speakers[1:], "reference"]
+        rows = [[sample[key] for key in ("prompt", *speakers, "reference")] for sample in self._samples]
+        show_samples(trainer, f"{stage}/samples", heads, rows, pl_module.global_step)
+        if stage == "test":
+            self._report = {"generation": [self._section(who, summary) for who, summary in summaries.items()]}
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Forget the last run."""
-        self._start(pl_module)
+    def _section(self, speaker: str, summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        buckets = []
+        for bucket in self._scores[speaker][0].buckets:
+            scores = {
+                name.split("/")[0]: score["mean"] for name, score in summary.items() if name.endswith("/" + bucket.tag)
+            }
+            if scores:
+                edges = {"label": bucket.label, "low": bucket.low, "high": bucket.high}
+                buckets.append(edges | {"count": int(scores.pop("count")), "scores": scores})
+        samples = [
+            {"id": s["id"], "prompt": s["prompt"], "response": s[speaker], "reference": s["reference"]}
+            for s in self._samples
+        ]
+        scores = {name: score for name, score in summary.items() if "/" not in name}
+        return {"speaker": speaker, "scores": scores, "buckets": buckets, "samples": samples}
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: DistillationModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Answer the batch's prompts."""
-        self._answer(trainer, pl_module, batch, trainer.num_test_batches[dataloader_idx])
+    def report(self) -> dict[str, Any]:
+        """The last test: scores of every speaker, by bucket too, and samples of the same prompts; empty without one."""
+        return self._report
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Log the figures of all ranks."""
-        self._finish(trainer, pl_module, "test")
+
+def over_seeds(figures: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
+    """Mean, standard deviation (None for one) and number of the seeds' figures, by name."""
+    summary = {}
+    for name in dict.fromkeys(name for seed in figures for name in seed):
+        values = [float(seed[name]) for seed in figures if name in seed]
+        std = stdev(values) if len(values) > 1 else None
+        summary[name] = {"mean": fmean(values), "std": std, "n": len(values)}
+    return summary
+
+
+def _checked_seeds(seeds: list[int], temperature: float) -> list[int]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"generation.seeds: expected different numbers, at least one, got {seeds}.")
+    if len(seeds) > 1 and temperature == 0:
+        raise ValueError(
+            f"generation.seeds: {seeds} with temperature 0, at which every seed gives the same response. "
+            "Give one seed, or generation.temperature: 1.0."
+        )
+    return seeds

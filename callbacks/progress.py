@@ -1,21 +1,38 @@
-"""How far a run has come: one line that fits the terminal, or now and then a line of a log file."""
+"""How far a run has come: bars that fit the terminal, or now and then a line of a log file."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lit_distill.rollouts.loop import WATCHERS
+
+if TYPE_CHECKING:
+    from lit_distill.module import DistillationModule
+    from lit_distill.rollouts import Trajectories
+    from lit_distill.types import Batch
+
+PHASE_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+NOT_SAID = {"distinct_1", "distinct_2", "distinct_3", "repetition_4", "unfinished"}
+"""Figures of a validation that are logged and not printed, so that the line stays readable."""
+SECONDS_BETWEEN_FIGURES = 1.0
+SECONDS_BEFORE_A_BAR = 0.5
+
 
 class RunProgress(TQDMProgressBar):
-    """Optimiser steps, loss and speed; the figures of every validation stay on the screen.
+    """Optimiser steps, time left, loss, and response tokens per second; a second bar for rollouts, inner epochs and decoding.
 
-    Where nobody watches (standard output is no terminal), there is no bar but a line every few seconds.
+    A response token counts once, however many inner epochs learn from it. The figures of every validation stay on the
+    screen. Where nobody watches (standard output is no terminal), there is no bar but a line every few seconds.
 
     Args:
         seconds_between_lines: without a terminal, the least time between two lines.
@@ -24,41 +41,218 @@ class RunProgress(TQDMProgressBar):
     def __init__(self, seconds_between_lines: float = 30.0) -> None:
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else 0)
         self.seconds_between_lines = seconds_between_lines
-        self._last_line = (time.monotonic(), 0)
+        self._phase_bar: Tqdm | None = None
+        self._phase = 0
+        self._rolled_out = False
+        self._decoding = ""
+        self._decoded = 0
+        self._decoding_since = 0.0
+        self._evaluated = ""
+        self._figures_at = 0.0
+        self._start_clock(0)
+
+    def _start_clock(self, step: int) -> None:
+        self._first_step, self._since = step, time.monotonic()
+        self._last_line = (self._since, step)
+        self._tokens: torch.Tensor | int = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watch the decode loop."""
+        super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero and self._on_decoding_step not in WATCHERS:
+            WATCHERS.append(self._on_decoding_step)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop watching."""
+        self._close_phase_bar()
+        if self._on_decoding_step in WATCHERS:
+            WATCHERS.remove(self._on_decoding_step)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop watching."""
+        self.teardown(trainer, pl_module, "")
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands beside the bar."""
         figures = super().get_metrics(trainer, pl_module)
         figures.pop("v_num", None)  # the run's folder is said at the end
-        return {"step": _step(trainer), **figures}
+        return figures | {"tok/s": f"{self._tokens_per_second(trainer):.0f}"}
+
+    def _tokens_per_second(self, trainer: Trainer) -> float:
+        return float(self._tokens) * trainer.world_size / max(1e-9, time.monotonic() - self._since)
+
+    @override
+    def init_train_tqdm(self) -> Tqdm:
+        """A bar of optimiser steps; a batch may be many."""
+        return Tqdm(
+            total=total_steps(self.trainer),
+            initial=self.trainer.global_step,
+            unit=" steps",
+            disable=self.is_disabled,
+            leave=True,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+            miniters=1,
+            bar_format=self.BAR_FORMAT,
+        )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
-        self._last_line = (time.monotonic(), trainer.global_step)
+        self._start_clock(trainer.global_step)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which epoch."""
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Another phase, if the source generates."""
+        self._phase, self._rolled_out = batch_idx + 1, False
+
+    def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
+        """Count the tokens, and show the inner epochs to come."""
+        self._rolled_out = True
+        self._tokens = self._tokens + trajectories.responses.mask.sum()
+        steps = pl_module.source.steps_per_batch(len(trajectories.ids) * trainer.world_size)
+        if steps > 1:
+            self._open_phase_bar(steps)
+
+    def on_loss_terms(self, trainer: Trainer, pl_module: DistillationModule, terms: Any) -> None:
+        """Move the bars after an optimiser step."""
+        bar, now = self.train_progress_bar, time.monotonic()
+        if not bar.disable and now - self._figures_at >= SECONDS_BETWEEN_FIGURES:
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            self._figures_at = now
+        bar.update(trainer.global_step - bar.n)
+        if (phase := self._phase_bar) is not None:
+            epochs = getattr(pl_module.source, "inner_epochs", 1)
+            epoch = min(epochs, int(phase.n * epochs // (phase.total or 1)) + 1)
+            phase.set_description(f"phase {self._phase}: inner epoch {epoch}/{epochs}", refresh=False)
+            phase.update()
+        self._line_if_due()
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Move the bar, or print a line if it is time."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        now, (then, step) = time.monotonic(), self._last_line
-        if self.is_disabled and now - then >= self.seconds_between_lines:
-            speed = (trainer.global_step - step) / (now - then)
-            self._say(f"step {_step(trainer)}: {_figures(trainer.progress_bar_metrics)} · {speed:.2f} steps/s")
-            self._last_line = (now, trainer.global_step)
+        """Show the figures."""
+        self._close_phase_bar()
+        if not self._rolled_out and batch.sequences is not None:
+            self._tokens = self._tokens + batch.sequences.target_mask.sum()
+        bar = self.train_progress_bar
+        if not bar.disable and time.monotonic() - self._figures_at >= SECONDS_BETWEEN_FIGURES:
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
+            self._figures_at = time.monotonic()
+        self._line_if_due()
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Say which batch, and of how many."""
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._evaluating("validation", batch_idx, self.total_val_batches_current_dataloader)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Say which batch, and of how many."""
+        super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._evaluating("test", batch_idx, self.total_test_batches_current_dataloader)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Say which batch, and of how many."""
+        super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._evaluating("prediction", batch_idx, self.total_predict_batches_current_dataloader)
+
+    def _evaluating(self, what: str, index: int, total: float) -> None:
+        self._evaluated = f"{what}: batch {index + 1}/{total}"
+        self._line_if_due()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the figures on the screen."""
         super().on_validation_end(trainer, pl_module)
+        self._evaluated = ""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            every = trainer.callback_metrics.items()
-            figures = {name.removeprefix("val/"): value for name, value in every if name.startswith("val/")}
+            every = {name.removeprefix("val/"): v for name, v in trainer.callback_metrics.items() if "val/" in name}
+            figures = {name: value for name, value in every.items() if name not in NOT_SAID}
             self._say(f"validation at step {_step(trainer)}: {_figures(figures)}")
+
+    def _on_decoding_step(self, step: int, steps: int, rows: int) -> None:
+        """Called by the decode loop."""
+        if step == 0:
+            self._decoded, self._decoding_since = 0, time.monotonic()
+            self._open_phase_bar(steps)
+        if step == steps:
+            self._decoding = ""
+            self._close_phase_bar()
+            return
+        speed = self._decoded / max(1e-9, time.monotonic() - self._decoding_since)
+        self._decoding = f"{rows} responses, {speed:.0f} tok/s"
+        if (bar := self._phase_bar) is not None:
+            training = self.trainer.training and not self._evaluated
+            bar.set_description(f"phase {self._phase}: rollouts" if training else "decoding", refresh=False)
+            bar.set_postfix_str(self._decoding, refresh=False)
+            bar.update(step - bar.n)
+        self._decoding = f"decoding {step}/{steps} tokens of {self._decoding}"
+        self._decoded += rows
+        self._line_if_due()
+
+    def _open_phase_bar(self, total: int) -> None:
+        self._close_phase_bar()
+        if self.is_enabled:
+            above = (
+                self._train_progress_bar,
+                self._val_progress_bar,
+                self._test_progress_bar,
+                self._predict_progress_bar,
+            )
+            self._phase_bar = Tqdm(
+                total=total,
+                position=sum(bar is not None and not bar.disable for bar in above),
+                leave=False,
+                delay=SECONDS_BEFORE_A_BAR,
+                dynamic_ncols=True,
+                file=sys.stdout,
+                miniters=1,
+                bar_format=PHASE_FORMAT,
+            )
+
+    def _close_phase_bar(self) -> None:
+        if self._phase_bar is not None:
+            self._phase_bar.close()
+            self._phase_bar = None
+
+    def _line_if_due(self) -> None:
+        now, (then, step) = time.monotonic(), self._last_line
+        if not self.is_disabled or now - then < self.seconds_between_lines:
+            return
+        trainer = self.trainer
+        self._last_line = (now, trainer.global_step)
+        parts = [self._evaluated, self._decoding]
+        if trainer.state.fn == "fit":
+            if done := trainer.global_step - step:
+                parts = [_figures(trainer.progress_bar_metrics), f"{done / (now - then):.2f} steps/s", *parts]
+                parts.insert(2, f"{self._tokens_per_second(trainer):.0f} tok/s")
+            total, here = total_steps(trainer), trainer.global_step - self._first_step
+            if total and here:
+                left = (total - trainer.global_step) * (now - self._since) / here
+                parts.append(f"{Tqdm.format_interval(left)} left")
+            parts.insert(0, f"step {_step(trainer)}")
+        rank_zero_info(" · ".join(part for part in parts if part))
 
     def _say(self, text: str) -> None:
         if self.is_disabled:
@@ -67,9 +261,18 @@ class RunProgress(TQDMProgressBar):
             self.print(text)
 
 
+def total_steps(trainer: Trainer) -> int | None:
+    """Optimiser steps of the whole run; None if no number of steps or epochs ends it."""
+    module: Any = trainer.lightning_module
+    if not 0 < trainer.estimated_stepping_batches < math.inf:
+        return None
+    total = int(module.total_steps())
+    return min(total, trainer.max_steps) if trainer.max_steps > 0 else total
+
+
 def _step(trainer: Trainer) -> str:
-    total = trainer.max_steps
-    return f"{trainer.global_step}/{total}" if total and total > 0 else str(trainer.global_step)
+    total = total_steps(trainer)
+    return f"{trainer.global_step}/{total}" if total else str(trainer.global_step)
 
 
 def _figures(figures: Any) -> str:

@@ -1,0 +1,146 @@
+"""Exposure bias on held-out prompts: how much more a student errs along its own texts than along its teacher's."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lit_distill.callbacks.answers import PromptEvaluator, Stage, answer
+from lit_distill.callbacks.figures import show_figure
+
+from lit_distill.evaluation.exposure_bias import STEP, WRITERS, AccumulatedErrors, StepErrors, step_errors, written_text
+from lit_distill.rollouts import Decoding
+from lit_distill.types import Batch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from lit_distill.module import DistillationModule
+
+
+class ExposureBiasMonitor(PromptEvaluator):
+    r"""Excess accumulated error at `test`: the curve as a figure, ``test/ex_acc_err_<l>`` in percent at chosen lengths l.
+
+    With e_t = KL(p‖q) of token t, R(l) is the sum of the mean e_1 … e_l along texts that the student wrote, l·ε(l) the same along
+    texts of the teacher, and ExAccErr(l) = (R(l) − l·ε(l)) / (l·ε(l)). Both write at temperature 1, and from the same random
+    numbers: that leaves the mean of either alone and most of the noise out of their difference. The first response token is
+    counted. A text counts with e_t = 0 after its end; see `StepErrors`.
+
+    Args:
+        max_prompts: about how many prompts of a split, spread over it; 0 switches it off, -1 takes all. Both models write.
+        num_samples: texts of each model per prompt.
+        max_new_tokens: longest text, and the curve's largest l.
+        lengths: the l of the scalars; by default ``max_new_tokens``.
+        seed: of the draws; together with an item's id it fixes the texts.
+        every_n_validations: take part in every n-th validation too; by default in none.
+
+    Source: MiniLLM, https://arxiv.org/abs/2306.08543, section 3.3; its code leaves out the first token.
+    """
+
+    def __init__(
+        self,
+        max_prompts: int = 0,
+        num_samples: int = 4,
+        max_new_tokens: int = 128,
+        lengths: list[int] | None = None,
+        seed: int = 0,
+        every_n_validations: int | None = None,
+    ) -> None:
+        super().__init__("exposure_bias", max_prompts, every_n_validations)
+        if num_samples < 1:
+            raise ValueError(f"exposure_bias.num_samples: expected at least 1, got {num_samples}.")
+        self.decoding = Decoding(max_new_tokens, temperature=1.0)
+        self.lengths = [max_new_tokens] if lengths is None else lengths
+        if not all(1 <= length <= max_new_tokens for length in self.lengths):
+            raise ValueError(
+                f"exposure_bias.lengths: expected lengths from 1 to exposure_bias.max_new_tokens ({max_new_tokens}), got {lengths}."
+            )
+        self.num_samples = num_samples
+        self.seed = seed
+        self._errors = StepErrors(max_new_tokens)
+        self._report: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
+        """Refuse a run without a teacher, before anything loads."""
+        if self.max_prompts and stage != "predict" and pl_module.teacher_spec is None:
+            raise ValueError(
+                f"exposure_bias.max_prompts: {self.max_prompts}, but there is no teacher to err against. "
+                "Set model.teacher.path, or exposure_bias.max_prompts: 0."
+            )
+
+    def begin(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
+        """Forget the last time."""
+        self._errors.to(pl_module.device).reset()
+        self._report = {}
+
+    def measure(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
+        """Let both write, and measure each token."""
+        assert batch.prompts is not None
+        assert pl_module.teacher is not None
+        for sample in range(self.num_samples):
+            for writer in WRITERS:
+                with trainer.precision_plugin.val_step_context():
+                    responses = answer(pl_module, batch, self.decoding, self.seed, writer, sample)
+                    text = written_text(batch.prompts, responses)
+                    size = pl_module.micro_batch_size or len(text)
+                    for start in range(0, len(text), size):
+                        part = text.rows(start, start + size)
+                        errors = step_errors(pl_module.student, pl_module.teacher, part, pl_module.head_chunk_rows)
+                        steps = part.signals[STEP][part.target_mask]
+                        self._errors.update(writer, errors, steps, num_texts=len(part) if len(batch) else 0)
+
+    def conclude(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
+        """Log the figures of all ranks."""
+        if not self._errors.update_called:
+            return  # the split has no prompts
+        found = self._errors.compute()
+        if found is None:
+            return
+        reached = [length for length in self.lengths if length <= found.longest]
+        if beyond := [length for length in self.lengths if length > found.longest]:
+            rank_zero_info(
+                f"exposure_bias.lengths: no text has {min(beyond)} tokens, the longest has {found.longest}; "
+                f"nothing is logged at {', '.join(map(str, beyond))}."
+            )
+        pl_module.log_figures({f"{stage}/ex_acc_err_{at}": found.curves.excess[at - 1].float() for at in reached})
+        curves = {name: values[: found.longest].tolist() for name, values in found.curves._asdict().items()}
+        show_figure(trainer, f"{stage}/exposure_bias", lambda axes: draw_curves(axes, **curves), pl_module.global_step)
+        if stage == "test":
+            self._report = {"exposure_bias": self._section(curves, found)}
+
+    def _section(self, curves: dict[str, list[float]], found: AccumulatedErrors) -> dict[str, Any]:
+        return {
+            "lengths": list(range(1, found.longest + 1)),
+            "ex_acc_err": _finite(curves["excess"]),
+            "regret_student": _finite(curves["regret"]),
+            "regret_teacher": _finite(curves["baseline"]),
+            "num_prompts": found.num_texts // self.num_samples,
+            "num_samples": self.num_samples,
+        }
+
+    def report(self) -> dict[str, Any]:
+        """The curves of the last test, None where a value is not finite; empty without one."""
+        return self._report
+
+
+def draw_curves(axes: Axes, regret: list[float], baseline: list[float], excess: list[float]) -> None:
+    """ExAccErr above, R and l·ε below, over the length l; in the place of ``axes``."""
+    figure: Any = axes.figure
+    axes.remove()
+    above, below = figure.subplots(2, 1, sharex=True)
+    lengths = range(1, len(excess) + 1)
+    above.plot(lengths, excess)
+    above.axhline(0, color="grey", linewidth=0.8)
+    above.set_ylabel("ExAccErr(l), %")
+    below.plot(lengths, regret, label="student's texts: R(l)")
+    below.plot(lengths, baseline, label="teacher's texts: l·ε(l)", linestyle="--")
+    below.set_ylabel("accumulated KL(p‖q), nats")
+    below.set_xlabel("l, response tokens")
+    below.legend()
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    """JSON has no infinity."""
+    return [value if math.isfinite(value) else None for value in values]

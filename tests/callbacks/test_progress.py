@@ -1,0 +1,178 @@
+"""Progress is told in optimiser steps, also while a phase decodes and learns; without a terminal it is quiet."""
+
+from __future__ import annotations
+
+import io
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks.progress import tqdm_progress
+from lit_distill.callbacks import GenerationEvaluator, RunProgress, progress
+
+from lit_distill.data import ProceduralData
+from lit_distill.models import ModelSpec
+from lit_distill.module import DistillationModule
+from lit_distill.objectives import ForwardKL, PolicyGradient, ReverseKL
+from lit_distill.rollouts import Decoding, TeacherMixedRollouts, decode, loop
+from lit_distill.types import Prompts
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> Terminal:
+    screen = Terminal()
+    for module in (progress, tqdm_progress):
+        monkeypatch.setattr(module, "sys", SimpleNamespace(stdout=screen))
+    monkeypatch.setattr(progress, "Tqdm", partial(progress.Tqdm, mininterval=0))
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_BAR", 0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_FIGURES", 0)
+    return screen
+
+
+@pytest.fixture
+def lines(monkeypatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(progress, "rank_zero_info", said.append)
+    return said
+
+
+def fit(pair, *callbacks: Callback, generates: bool = True, ckpt_path=None, **settings) -> L.Trainer:
+    """Phases of six optimiser steps, two of them in an epoch; or batches of one."""
+    student, teacher = pair
+    mixed = TeacherMixedRollouts(max_new_tokens=4, mini_batch_size=4, inner_epochs=3)
+    objectives = {"long": PolicyGradient(), "single": ReverseKL()} if generates else {"kd": ForwardKL()}
+    learner = DistillationModule(
+        ModelSpec(str(student)),
+        objectives,
+        ModelSpec(str(teacher)),
+        mixed if generates else None,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+    )
+    given = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, **settings}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        **given,
+    )
+    trainer.fit(learner, ProceduralData(num_train=16, num_validation=4, num_test=4, batch_size=8), ckpt_path=ckpt_path)
+    return trainer
+
+
+def shown(screen: Terminal) -> list[str]:
+    return [part for part in re.split(r"[\r\n]", screen.getvalue()) if part.strip()]
+
+
+@pytest.mark.parametrize(
+    ("settings", "total"), [({}, 12), ({"max_steps": 9, "max_epochs": 5}, 9), ({"max_epochs": 2}, 24)]
+)
+def test_the_bar_counts_optimiser_steps_to_the_end_of_the_run(pair, terminal, settings, total) -> None:
+    trainer = fit(pair, RunProgress(), **settings)
+    assert trainer.global_step == total
+    steps = [int(n) for part in shown(terminal) for n in re.findall(rf"^Epoch.* (\d+)/{total} ", part)]
+    assert steps == sorted(steps)
+    assert set(steps) & {1, 2, 3, 4, 5}  # it moves inside a phase
+    assert steps[-1] == total
+    assert re.search(r"steps/s, .*loss=.*tok/s=", shown(terminal)[-1])
+
+
+def test_rollouts_and_inner_epochs_have_a_bar_of_their_own(pair, terminal) -> None:
+    fit(pair, RunProgress())
+    phases = [re.sub(r": +\d+%.*\| (\d+/\d+) .*", r" \1", part) for part in shown(terminal) if part.startswith("phase")]
+    first = [f"phase 1: rollouts {n}/4" for n in (1, 2, 3)]
+    first += [f"phase 1: inner epoch {n}/3 {step}/6" for n, step in ((1, 1), (1, 2), (2, 3), (2, 4), (3, 5), (3, 6))]
+    assert [part for part in phases if part.startswith("phase 1")] == first
+    assert phases[-1] == "phase 2: inner epoch 3/3 6/6"
+
+
+def test_evaluation_shows_decoding_below_its_batches(pair, terminal, monkeypatch) -> None:
+    below = []
+    original = RunProgress._open_phase_bar
+
+    def note(bars: RunProgress, total: int) -> None:
+        original(bars, total)
+        assert bars._phase_bar is not None
+        below.append((bars.trainer.validating, abs(bars._phase_bar.pos)))
+
+    monkeypatch.setattr(RunProgress, "_open_phase_bar", note)
+    fit(pair, RunProgress(), GenerationEvaluator(max_new_tokens=5), generates=False, limit_val_batches=1)
+    assert below == [(True, 2)]  # two bars above: the training's and the validation's
+    decoding = [part for part in shown(terminal) if part.startswith("decoding")]
+    assert re.search(r"4/5 \[.*, 4 responses, \d+ tok/s\]", decoding[-1])
+
+
+def test_without_a_terminal_it_is_quiet_between_two_lines(pair, lines, capsys) -> None:
+    fit(pair, RunProgress())
+    assert lines == []
+    assert "|" not in capsys.readouterr().out
+
+
+def test_lines_say_step_speed_time_left_and_what_is_going_on(pair, lines) -> None:
+    fit(pair, RunProgress(seconds_between_lines=0.0))
+    assert re.fullmatch(r"step 0/12 · decoding 0/4 tokens of 8 responses, \d+ tok/s", lines[0])
+    after = [line for line in lines if line.startswith("step 3/12")]
+    assert re.match(r"step 3/12 · .*loss .* · [\d.]+ steps/s · \d+ tok/s · \d\d:\d\d left$", after[0])
+    assert any(line.startswith("step 12/12") for line in lines)
+
+
+def test_a_token_counts_once_however_often_it_is_learnt_from(pair, lines) -> None:
+    class Count(Callback):
+        rolled_out = 0
+
+        def on_rollouts(self, trainer, pl_module, trajectories) -> None:
+            self.rolled_out += int(trajectories.responses.mask.sum())
+
+    bars, count = RunProgress(), Count()
+    fit(pair, bars, count)
+    assert int(bars._tokens) == count.rolled_out > 0
+    bars = RunProgress()
+    trainer = fit(pair, bars, generates=False)
+    batches = [batch.sequences.target_mask for batch in trainer.datamodule.train_dataloader()]
+    assert int(bars._tokens) == sum(int(mask.sum()) for mask in batches)
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(pair, terminal, tmp_path) -> None:
+    trainer = fit(pair, RunProgress(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    terminal.truncate(0)
+    fit(pair, RunProgress(), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    steps = [int(n) for part in shown(terminal) for n in re.findall(r"(\d+)/24 ", part)]
+    assert min(steps) == 12
+    assert max(steps) == 24
+
+
+class Stop(Callback):
+    def on_rollouts(self, trainer, pl_module, trajectories) -> None:
+        raise RuntimeError("stop")
+
+
+def test_nobody_watches_the_decode_loop_after_the_run_also_after_one_that_failed(pair, lines) -> None:
+    fit(pair, RunProgress())
+    assert loop.WATCHERS == []
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(pair, RunProgress(), Stop())
+    assert loop.WATCHERS == []
+
+
+def test_a_watcher_sees_every_step_and_the_end(student, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(loop, "WATCHERS", [lambda *news: seen.append(news)])
+    prompts = Prompts(torch.tensor([[3, 4], [5, 6]]), torch.ones(2, 2, dtype=torch.int64))
+    decode(student, prompts, Decoding(5, temperature=0.0), [])
+    assert seen == [*((step, 5, 2) for step in range(5)), (5, 5, 0)]
+    seen.clear()
+    everything = range(41)  # every token ends a text
+    decode(student, prompts, Decoding(50, temperature=0.0), list(everything))
+    assert seen[-1] == (50, 50, 0)
+    assert len(seen) < 15
