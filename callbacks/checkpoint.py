@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+
+from lit_distill.parallel import AtomicCheckpointIO
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -19,6 +22,12 @@ class RunCheckpoint(ModelCheckpoint):
     modulo n, which a batch of many steps may miss for ever. ``save_last`` is the state at the last validation and at the end of
     training; Lightning's is that of the last checkpoint among the best.
     """
+
+    def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
+        """Let checkpoints be written whole or not at all, and read from folders of shards too."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.models import ModelSpec, load_tokenizer
+from lit_distill.parallel import gathered, read_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,10 +44,10 @@ class HuggingFaceExport(Callback):
         """Write the folders and say where they are."""
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        state = trainer.strategy.lightning_module_state_dict()
+        root = Path(trainer.log_dir or trainer.default_root_dir) / "export"  # all ranks ask, since one tells the others
+        state = gathered(trainer.strategy.lightning_module_state_dict(), keep=trainer.is_global_zero)
         if not trainer.is_global_zero:
             return
-        root = Path(trainer.log_dir or trainer.default_root_dir) / "export"
         model, weights = pl_module.student.model, student_weights(state)
         self.folders["last"] = save_folder(model, weights, pl_module.tokenizer, root / "last", self.dtype)
         for callback in trainer.checkpoint_callbacks:
@@ -62,21 +62,16 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str | None = None) 
     """Write the student of a Lightning checkpoint as a Hugging Face folder.
 
     Args:
-        checkpoint: a ``.ckpt`` file of `DistillationModule`.
+        checkpoint: of `DistillationModule`: a ``.ckpt`` file, or a folder into which each rank has written its shards.
         folder: where to; replaced if it exists.
         dtype: of the written weights; as stored by default.
 
     Raises:
-        ValueError: if the file is no such checkpoint.
+        ValueError: if it is no such checkpoint.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    try:
-        content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:  # no zip, cut off, or more than tensors
-        raise ValueError(
-            f"{checkpoint} cannot be read as a checkpoint of plain tensors: {str(error).splitlines()[0]}"
-        ) from error
+    content: Any = read_checkpoint(checkpoint, parts=["state_dict"])
     if not isinstance(content, dict) or "student" not in content:
         raise ValueError(
             f"{checkpoint} is not a checkpoint of a DistillationModule: it does not say what its student is."

@@ -3,10 +3,66 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lit_distill.schedulers import parameter_groups
+
+if TYPE_CHECKING:
+    from lit_distill.module import DistillationModule
+
+STRATEGIES = ("auto", "ddp", "fsdp2")
+REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+LARGEST_SEED = 2**32 - 1
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse a ``seed_everything`` that numpy does not take."""
+    if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed_everything: expected a whole number from 0 to {LARGEST_SEED}, got {seed}.")
+
+
+def check_trainer_options(options: Mapping[str, Any], subcommand: str) -> None:
+    """Look at what a Trainer is to be made of, where its own message would come late or mean something else.
+
+    Raises:
+        ValueError: naming the key, what was given and what to do.
+    """
+    strategy = options.get("strategy")
+    if isinstance(strategy, str) and strategy not in STRATEGIES and not strategy.startswith("ddp_"):
+        raise ValueError(
+            f"trainer.strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}. fsdp2 shards student and teacher, ddp "
+            "keeps both whole on each device."
+        )
+    if subcommand == "fit" and str(options.get("precision")) in ("16", "16-mixed", "16-true"):
+        raise ValueError(
+            f"trainer.precision: {options['precision']} overflows in the loss of long rows. Use bf16-mixed or 32-true."
+        )
+    if subcommand == "fit" and options.get("enable_checkpointing") is False:
+        raise ValueError(
+            "trainer.enable_checkpointing: false, but every run has the callback of the key checkpoint. To keep no checkpoints, "
+            "set checkpoint.save_top_k: 0 and checkpoint.save_last: false instead."
+        )
+    if options.get("barebones"):
+        raise ValueError("trainer.barebones: true forbids the logs and checkpoints that every run has. Remove it.")
+
+
+def check_strategy(trainer: Any) -> None:
+    """Look at how a Lightning Trainer spreads a `DistillationModule` over devices.
+
+    Raises:
+        ValueError: if the strategy would cut the student into shards in a way of its own.
+    """
+    name = type(trainer.strategy).__name__
+    if name in REFUSED_STRATEGIES:
+        raise ValueError(
+            f"trainer.strategy: {name} does not know the teacher, and its shards not the chunked head. Use fsdp2, which shards "
+            "both models, or ddp, where both fit on each device."
+        )
 
 
 def check_trainer(trainer: Any) -> None:
@@ -21,8 +77,17 @@ def check_trainer(trainer: Any) -> None:
             "lengths. Set data.init_args.batch_size to the items of one optimiser step and model.micro_batch_size to the "
             "texts that fit in memory at once."
         )
-    if trainer.precision == "16-mixed":
-        raise ValueError("trainer.precision: 16-mixed overflows in the loss of long rows. Use bf16-mixed or 32-true.")
+    if trainer.precision in ("16-mixed", "16-true"):
+        raise ValueError(
+            f"trainer.precision: {trainer.precision} overflows in the loss of long rows. Use bf16-mixed or 32-true."
+        )
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(f"trainer.{name}: 0 would learn nothing. Give a larger number, or remove the key.")
+    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
+        raise ValueError(
+            f"trainer.gradient_clip_val: expected 0 (off) or more, got {trainer.gradient_clip_val}. Usual is 1.0."
+        )
     validates = trainer.limit_val_batches and getattr(trainer.datamodule, "has_validation", True)
     for callback in trainer.callbacks:
         if type(callback) is ModelCheckpoint and callback._every_n_train_steps > 0:
@@ -36,6 +101,99 @@ def check_trainer(trainer: Any) -> None:
                 f"checkpoint.monitor: {callback.monitor} is watched, and there is no validation. Set "
                 "data.init_args.validation or validation_size, or checkpoint.monitor: null."
             )
+
+
+def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> None:
+    """Refuse names of objectives that are missing, taken, or mean something else in the names of figures.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    names, others = list(objectives), list(corpus_objectives)
+    if not names:
+        raise ValueError("model.objectives: at least one is needed, such as `kd: ForwardKL`.")
+    if both := sorted(set(names) & set(others)):
+        raise ValueError(f"model.corpus_objectives: {both[0]!r} is also in model.objectives; give it another name.")
+    for name in (*names, *others):
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"model.objectives: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and no word of Python's "
+                "dictionaries."
+            )
+
+
+def check_fit(module: DistillationModule) -> None:
+    """Look at a run that is about to begin: Trainer, data, source and objectives together; no weights are loaded yet.
+
+    Raises:
+        ValueError: naming the key, what was given and what to do.
+    """
+    trainer: Any = module.trainer
+    check_trainer(trainer)
+    check_optimizer(module.optimizer_factory, module.lr_scheduler_factory)
+    if not any(objective.weight for objective in module.all_objectives.values()):
+        raise ValueError("model.objectives: every weight is 0, so there is nothing to learn. Give one a weight.")
+    module.source.check_trainer(trainer)
+    _check_corpus(module, trainer)
+    count = getattr(trainer.datamodule, "num_items", lambda split: None)("train")
+    if count is not None:
+        _check_batches(trainer, count // trainer.datamodule.batch_size, count)
+
+
+def check_optimizer(optimizer_of: Any, scheduler_of: Any) -> None:
+    """Make optimiser and scheduler for a model of two by two numbers, since their own checks would come after loading.
+
+    Raises:
+        ValueError: naming the key, with what they say.
+    """
+    key = "model.optimizer"
+    try:
+        optimizer = optimizer_of(parameter_groups(nn.Linear(2, 2).parameters()))
+        for group in optimizer.param_groups:
+            if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
+                raise ValueError(f"lr: expected a finite number >= 0, got {group['lr']}.")
+        key = "model.lr_scheduler"
+        scheduler = None if scheduler_of is None else scheduler_of(optimizer)
+    except Exception as error:  # of any class: it is the user's choice
+        said = str(error)
+        raise ValueError(said if said.startswith(key) else f"{key}: {said}") from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            f"{key}: ReduceLROnPlateau waits for a figure, and the schedule moves at every optimiser step. Use WarmupCosine, "
+            "WarmupConstant or another one of torch.optim.lr_scheduler."
+        )
+
+
+def _check_corpus(module: DistillationModule, trainer: Any) -> None:
+    if not len(module.corpus_objectives):
+        return
+    data: Any = trainer.datamodule
+    corpus = getattr(data, "corpus", None)
+    if corpus is None:
+        if hasattr(data, "corpus"):
+            raise ValueError("model.corpus_objectives: there is no corpus. Set data.init_args.corpus.path.")
+        return
+    steps, rows = module.source.steps_per_batch(data.batch_size), corpus.batch_size // trainer.world_size
+    if rows < steps:
+        raise ValueError(
+            f"data.init_args.corpus.batch_size: {corpus.batch_size} rows are {rows} on each rank, for the {steps} optimiser steps "
+            "that a batch is good for. Give at least one row a step and rank."
+        )
+
+
+def _check_batches(trainer: Any, num_batches: int, num_items: int) -> None:
+    if not num_batches:
+        raise ValueError(
+            f"data.init_args.batch_size: {trainer.datamodule.batch_size} items are a batch, and there are {num_items} to train on. "
+            "Make it smaller."
+        )
+    every = trainer.val_check_interval
+    by_epochs = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
+    if by_epochs and isinstance(every, int) and every > num_batches and not trainer.overfit_batches:
+        raise ValueError(
+            f"trainer.val_check_interval: validation every {every} batches, and an epoch has {num_batches}. Make it smaller, or set "
+            "trainer.check_val_every_n_epoch: null to count over epochs."
+        )
 
 
 def check_finite(loss: Tensor, name: str, step: int) -> None:

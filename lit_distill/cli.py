@@ -16,7 +16,6 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -26,25 +25,50 @@ import lit_distill.objectives
 import lit_distill.rollouts
 import lit_distill.schedulers  # with the others: YAML names the classes of all of these without their modules
 from lit_distill.callbacks import (
+    CalibrationMonitor,
+    ExposureBiasMonitor,
     GenerationEvaluator,
     HuggingFaceExport,
     PredictionWriter,
     RolloutMonitor,
     RunCheckpoint,
     RunProgress,
+    RunReport,
 )
+from lit_distill.blame import ERRORS, blaming, said_of_trainer
+from lit_distill.checks import check_seed, check_trainer, check_trainer_options
 from lit_distill.module import DistillationModule
 from lit_distill.parser import DistillParser
+from lit_distill.rollouts import Prediction
+from lit_distill.runs import best_checkpoint, last_checkpoint, run_loggers
 
 CHECKPOINT_WORDS = ("best", "last", "hpc")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+CALLBACKS = {
+    "checkpoint": RunCheckpoint,
+    "generation": GenerationEvaluator,
+    "calibration": CalibrationMonitor,
+    "exposure_bias": ExposureBiasMonitor,
+    "export": HuggingFaceExport,
+    "report": RunReport,
+    "predictions": PredictionWriter,
+    "rollouts": RolloutMonitor,
+}
+"""What every run has, by the key of its arguments."""
 
 
 class DistillCLI(LightningCLI):
     """The command line: one module, any data module, and the callbacks that every run wants as keys of their own."""
 
+    _continued: Path | None = None
+    """The checkpoint of which this run is the continuation."""
+
     def __init__(self, args: ArgsType = None, **arguments: Any) -> None:
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what the fields of ModelSpec mean, in --help
+        words = sys.argv[1:] if args is None else list(args)
+        self._asked = words[0] if words and words[0] in SUBCOMMANDS else None
+        # What the fields of ModelSpec mean, for those who ask: it takes longer than everything else together.
+        explains = any(word == "-h" or "help" in word or "print_config" in word for word in words)
+        set_parsing_settings(docstring_parse_attribute_docstrings=explains)
         super().__init__(
             DistillationModule,
             LightningDataModule,
@@ -56,20 +80,22 @@ class DistillCLI(LightningCLI):
                 "prog": "lit-distill",
                 "version": lit_distill.__version__,
                 "description": "Distil a small language model from a large one. A method is a YAML file.",
-                **{name: {"usage": f"lit-distill {name} --config FILE [--KEY VALUE ...]"} for name in SUBCOMMANDS},
+                **{name: {"usage": f"lit-distill {name} --config FILE [--KEY VALUE ...]"} for name in self.subcommands()},
             },
             args=args,
             auto_configure_optimizers=False,
             **arguments,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Of `fit`, `validate`, `test` and `predict` the one that was asked for, whose keys are then the only ones to collect."""
+        everything = LightningCLI.subcommands()
+        return {self._asked: everything[self._asked]} if self._asked else everything
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the keys ``checkpoint``, ``generation`` and ``export``, and say every value once."""
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(GenerationEvaluator, "generation")
-        parser.add_lightning_class_args(HuggingFaceExport, "export")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
-        parser.add_lightning_class_args(RolloutMonitor, "rollouts")
+        """Add the keys of the callbacks that every run has, from ``checkpoint`` to ``report``, and say every value once."""
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
         parser.add_argument(
             "--run_name",
             type=str | None,
@@ -89,14 +115,21 @@ class DistillCLI(LightningCLI):
         )
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and look at what is used before anything else."""
+        super().parse_arguments(parser, args)
+        check_seed(self._whole_config().get("seed_everything"))
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the whole checkpoint to find hyperparameters, of which ours has none."""
+
     def before_instantiate_classes(self) -> None:
         """Refuse a checkpoint that is not there, and keep the output readable.
 
         No bars of transformers and datasets where nobody watches, no notes on what is meant to be so.
         """
-        checkpoint = self._get(self.config, "ckpt_path")
-        if checkpoint not in (None, *CHECKPOINT_WORDS) and "://" not in checkpoint and not Path(checkpoint).exists():
-            raise ValueError(f"ckpt_path: there is no {checkpoint}. Give a .ckpt file, or one of {CHECKPOINT_WORDS}.")
+        if self.subcommand:
+            self._find_checkpoint(self.config[self.subcommand])
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()
@@ -105,6 +138,34 @@ class DistillCLI(LightningCLI):
         if self.subcommand != "fit":  # a checkpoint brings the state of a ModelCheckpoint that will not write anything
             warnings.filterwarnings("ignore", message="The dirpath has changed")
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # CSV beside TensorBoard
+
+    def _find_checkpoint(self, config: Any) -> None:
+        """Say which file the words `last` and `best` mean: the newest of all versions of this run."""
+        checkpoint = config.get("ckpt_path")
+        if checkpoint in ("last", "best") and config.checkpoint.dirpath is None:
+            last = last_checkpoint(config.trainer.default_root_dir, run_name(config))
+            if last is None and (checkpoint == "best" or self.subcommand != "fit"):
+                raise ValueError(
+                    f"ckpt_path: there is no `{checkpoint}` checkpoint of the run {run_name(config)!r} in "
+                    f"{config.trainer.default_root_dir}. Give a .ckpt file, or run `fit` first."
+                )
+            if last is None:
+                rank_zero_info("ckpt_path: there is no checkpoint yet, so the run starts from the beginning.")
+            config.ckpt_path = last and str(last if checkpoint == "last" else best_checkpoint(last))
+            if self.subcommand == "fit" and checkpoint == "last":
+                self._continued = last
+            rank_zero_info(f"ckpt_path: {config.ckpt_path}")
+        elif checkpoint not in (None, *CHECKPOINT_WORDS) and "://" not in checkpoint and not Path(checkpoint).exists():
+            raise ValueError(f"ckpt_path: there is no {checkpoint}. Give a .ckpt file, or one of {CHECKPOINT_WORDS}.")
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a class says of its arguments is said with their key."""
+        config = self._whole_config()
+        keys = {callback: key for key, callback in CALLBACKS.items()} | {Prediction: "model.prediction"}
+        with blaming(config.as_dict(), keys):
+            super().instantiate_classes()
+        if self.subcommand == "fit":
+            check_trainer(self.trainer)
 
     def after_fit(self) -> None:
         """Say where to look."""
@@ -116,20 +177,30 @@ class DistillCLI(LightningCLI):
         """A Trainer that logs to TensorBoard with CSV beside it and has our progress bar, unless the config says otherwise."""
         config = self._get(self.config_init, "trainer")
         if config.get("logger") in (None, True):
-            tensorboard = TensorBoardLogger(config.default_root_dir, name=self._run_name())
-            beside = CSVLogger(config.default_root_dir, name=tensorboard.name, version=tensorboard.version)
-            kwargs["logger"] = [tensorboard, beside]
+            name = run_name(self._whole_config())
+            kwargs["logger"] = run_loggers(config.default_root_dir, name, self._continued)
         configured = config.get("callbacks") or []
         callbacks = configured if isinstance(configured, list) else [configured]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             kwargs["callbacks"] = [*callbacks, RunProgress()]
-        return super().instantiate_trainer(**kwargs)
+        if self.subcommand:
+            check_trainer_options(config, self.subcommand)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (*ERRORS, MisconfigurationException) as error:
+            raise ValueError(said_of_trainer(error, config.as_dict())) from error
 
-    def _run_name(self) -> str:
-        if name := self._get(self.config_init, "run_name"):
-            return str(name)
-        configs = self._get(self.config, "config") or []
-        return Path(str(configs[0])).stem if configs else "run"
+    def _whole_config(self) -> Any:
+        subcommand = self.config.get("subcommand")
+        return self.config[subcommand] if subcommand else self.config
+
+
+def run_name(config: Any) -> str:
+    """The folder of a run below ``trainer.default_root_dir``: ``run_name``, or the name of its first config."""
+    if config.run_name:
+        return str(config.run_name)
+    configs = config.config or []
+    return Path(str(configs[0])).stem if configs else "run"
 
 
 def main(args: ArgsType = None) -> None:

@@ -8,7 +8,7 @@ ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import repeat
@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lit_distill.checks import check_finite, check_trainer
+from lit_distill.checks import check_finite, check_fit, check_names, check_strategy
 from lit_distill.evaluation.held_out import HeldOut
 from lit_distill.models import (
     CausalLM,
@@ -32,6 +32,7 @@ from lit_distill.models import (
     stop_token_ids,
 )
 from lit_distill.objectives import LossTerm, Objective, add_terms, check_needs
+from lit_distill.parallel import most_over_ranks, sharding_of, without_gradient_sync
 from lit_distill.rollouts import (
     DatasetResponses,
     Decoding,
@@ -95,11 +96,7 @@ class DistillationModule(L.LightningModule):
         for key, value in (("micro_batch_size", micro_batch_size), ("head_chunk_rows", head_chunk_rows)):
             if value is not None and value < 1:
                 raise ValueError(f"model.{key}: expected at least 1, got {value}.")
-        if not objectives:
-            raise ValueError("model.objectives: at least one is needed, such as `kd: ForwardKL`.")
-        both = sorted(set(objectives) & set(corpus_objectives or {}))
-        if both:
-            raise ValueError(f"model.corpus_objectives: {both[0]!r} is also in model.objectives; give it another name.")
+        check_names(objectives, corpus_objectives or {})
         self.student_spec = student
         self.teacher_spec = teacher
         self.source = source or DatasetResponses()
@@ -132,7 +129,7 @@ class DistillationModule(L.LightningModule):
         """Load student and teacher; called by the Trainer once it knows the device and the strategy."""
         if hasattr(self, "student"):
             return
-        self.student, teacher = build_pair(self.student_spec, self.teacher_spec, self.tokenizer)
+        self.student, teacher = build_pair(self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self))
         self.teacher = FrozenTeacher(teacher) if teacher else None
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
         self._text = self._measurement(self.objectives, "model.objectives")
@@ -149,8 +146,9 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer options that would break a promise, before any weights load."""
+        check_strategy(self.trainer)
         if stage == "fit":
-            check_trainer(self.trainer)
+            check_fit(self)
             # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
             self.automatic_optimization = False
 
@@ -161,15 +159,14 @@ class DistillationModule(L.LightningModule):
             return optimizer
         scheduler = self.lr_scheduler_factory(optimizer)
         if getattr(scheduler, "total_steps", 0) is None:
-            scheduler.total_steps = self._total_steps()  # type: ignore[attr-defined]
+            scheduler.total_steps = self.total_steps()  # type: ignore[attr-defined]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _total_steps(self) -> int:
-        batches = self.trainer.estimated_stepping_batches
-        if batches == self.trainer.max_steps:
-            return int(batches)
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run, over all of its batches."""
+        batches = int(self.trainer.estimated_stepping_batches)
         batch_size = getattr(self.trainer.datamodule, "batch_size", 1)  # type: ignore[attr-defined]
-        return int(batches * self.source.steps_per_batch(batch_size))
+        return batches if batches == self.trainer.max_steps else batches * self.source.steps_per_batch(batch_size)
 
     def on_fit_start(self) -> None:
         """Weights come from Hugging Face in evaluation mode; gradient checkpointing and dropout want the other."""
@@ -185,15 +182,8 @@ class DistillationModule(L.LightningModule):
                 break
 
     def _players(self) -> Players:
-        return Players(
-            self.student,
-            self.teacher,
-            self.stop_ids,
-            self.global_step,
-            self.trainer.world_size,
-            self.sum_over_ranks,
-            partial(self._tell, "on_rollouts"),
-        )
+        run = (self.stop_ids, self.global_step, self.total_steps, self.global_rank, self.trainer.world_size)
+        return Players(self.student, self.teacher, *run, self.sum_over_ranks, partial(self._tell, "on_rollouts"))
 
     def _tell(self, hook: str, news: Any) -> None:
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -204,7 +194,8 @@ class DistillationModule(L.LightningModule):
         # An objective whose weight is 0 does not run.
         weights = {name: objective.weight for name, objective in self.all_objectives.items() if objective.weight}
         streams = [(self._text, text)] if corpus is None else [(self._text, text), (self._corpus, corpus)]
-        parts = [(measure, part) for measure, sequences in streams for part in self._micro_batches(sequences)]
+        asked = [(measure, texts) for measure, texts in streams if weights.keys() & measure.objectives.keys()]
+        parts = [(measure, part) for measure, texts in asked for part in self._micro_batches(texts)]
         counts = self._global_counts(parts, weights)
         # A count of zero has a sum of zero; the factor only has to be finite. DDP averages over ranks, so ask for their sum.
         factors = {name: weights[name] * self.trainer.world_size / counts[name].clamp(min=1).float() for name in counts}
@@ -213,7 +204,7 @@ class DistillationModule(L.LightningModule):
         optimizer.zero_grad()
         terms: dict[str, LossTerm] = {}
         for i, (measure, part) in enumerate(parts):
-            with nullcontext() if i == len(parts) - 1 else self._without_gradient_sync():
+            with nullcontext() if i == len(parts) - 1 else without_gradient_sync(self):
                 loss, here = measure(part, {name: factors[name] for name in measure.objectives if name in factors})
                 self.manual_backward(loss)
             terms |= {name: add_terms(terms[name], term) if name in terms else term for name, term in here.items()}
@@ -229,7 +220,8 @@ class DistillationModule(L.LightningModule):
 
     def _micro_batches(self, text: Sequences | Pairs) -> list[Any]:
         size = self.micro_batch_size or len(text)
-        return [text.rows(start, start + size) for start in range(0, len(text), size)]
+        parts: list[Any] = [text.rows(start, start + size) for start in range(0, len(text), size)]
+        return parts + [text.rows(0, 1).uncounted()] * (most_over_ranks(self, len(parts)) - len(parts))
 
     def _global_counts(
         self, parts: Sequence[tuple[Measurement, Any]], weights: Mapping[str, float]
@@ -249,11 +241,6 @@ class DistillationModule(L.LightningModule):
         summed: Tensor = self.trainer.strategy.reduce(values, reduce_op="sum")
         return summed
 
-    def _without_gradient_sync(self) -> AbstractContextManager[None]:
-        block = getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
-        context: AbstractContextManager[None] = block()
-        return context
-
     def _log_step(
         self, terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> None:
@@ -268,6 +255,7 @@ class DistillationModule(L.LightningModule):
         self.log("loss", figures["train/loss"], prog_bar=True, logger=False)
         optimizer: Any = self.optimizers()
         figures["train/learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        figures |= {f"rollout/{name}": torch.tensor(value) for name, value in self.source.figures().items()}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = self.global_step % every == 0 or self.global_step == 1
         if due:
@@ -295,17 +283,20 @@ class DistillationModule(L.LightningModule):
     test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
-        """Log the figures of all ranks' batches under ``val/``."""
-        self._log_held_out("val")
+        """Log the figures of all ranks' batches under ``val/``; while fitting, the source may act on them."""
+        figures = self._log_held_out("val")
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.source.observe_validation(figures)
 
     def on_test_epoch_end(self) -> None:
         """Log the figures of all ranks' batches under ``test/``."""
         self._log_held_out("test")
 
-    def _log_held_out(self, stage: str) -> None:
+    def _log_held_out(self, stage: str) -> dict[str, Tensor]:
         if figures := self.held_out.figures():
             check_finite(figures["perplexity"], f"{stage}/perplexity", self.global_step)
             self.log_figures({f"{stage}/{name}": value for name, value in figures.items()})
+        return figures
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
@@ -336,7 +327,7 @@ class DistillationModule(L.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One record per item that no earlier run has written; see `prediction_records`."""
         assert batch.prompts is not None
-        if self.predicted_ids.issuperset(batch.ids):
+        if not most_over_ranks(self, not self.predicted_ids.issuperset(batch.ids)):
             return []
         settings = self.prediction
         responses = self.generate(batch.prompts, batch.ids, settings, settings.seed, settings.speaker)
@@ -344,9 +335,14 @@ class DistillationModule(L.LightningModule):
         return [record for record in records if record["id"] not in self.predicted_ids]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what it takes to rebuild the student without the run's YAML."""
+        """Keep what the source remembers, and what it takes to rebuild the student without the run's YAML."""
+        checkpoint["source"] = self.source.state_dict()
         checkpoint["student"] = {
             "spec": asdict(self.student_spec),
             "config": self.student.model.config.to_dict(),
             "generation_config": self.student.model.generation_config.to_dict(),
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the source back what it remembered; a checkpoint may be older than that."""
+        self.source.load_state_dict(checkpoint.get("source", {}))

@@ -16,14 +16,16 @@ BELOW = {
     "functional": set(),
     "types": set(),
     "schedulers": set(),
-    "checks": set(),
+    "blame": set(),
     "parallel": set(),
+    "runs": set(),
     "objectives": {"functional", "types"},
-    "models": {"functional", "types", "objectives"},
+    "models": {"functional", "types", "objectives", "parallel"},
     "data": {"functional", "types", "objectives"},
     "rollouts": {"functional", "types", "objectives", "models", "data"},
     "evaluation": {"functional", "types", "objectives", "models", "data", "rollouts"},
 }
+BELOW["checks"] = {"schedulers", "models", "types", "objectives", "functional", "parallel"}
 BELOW["module"] = {*BELOW, "evaluation"}
 BELOW["callbacks"] = {*BELOW, "module"}
 BELOW["parser"] = {*BELOW, "callbacks"}

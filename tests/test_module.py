@@ -153,6 +153,11 @@ def test_corpus_objectives_add_to_the_loss(pair, tmp_path) -> None:
     )
     figures = learner.trainer.callback_metrics
     torch.testing.assert_close(figures["train/loss"], figures["train/kd"] + 0.3 * figures["train/lm"])
+    for weights in ({"kd": 0.0, "lm": 1.0}, {"kd": 1.0, "lm": 0.0}):  # a text of which nobody asks anything is not read
+        objectives = {"kd": ForwardKL(weight=weights["kd"])}, {"lm": NextToken(weight=weights["lm"])}
+        learner = fitted(pair, tmp_path, objectives[0], corpus=corpus, corpus_objectives=objectives[1])
+        asked = {name for name in weights if f"train/{name}" in learner.trainer.callback_metrics}
+        assert asked == {name for name, weight in weights.items() if weight}
     with pytest.raises(
         ValueError, match=r"model\.corpus_objectives: there is no corpus.*data\.init_args\.corpus\.path"
     ):

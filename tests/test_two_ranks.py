@@ -2,60 +2,106 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_on_ranks
+from tiny import tiny_llama
 
 SCRIPT = """
 import sys
 import lightning as L, torch
-from lit_distill.callbacks import GenerationEvaluator
+from lit_distill.callbacks import ExposureBiasMonitor, GenerationEvaluator
 from lit_distill.data import ProceduralData
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
-from lit_distill.objectives import ForwardKL, NextToken, PolicyGradient, ReverseKL
-from lit_distill.rollouts import Scoring, TeacherMixedRollouts
+from lit_distill.objectives import DirectPreference, ForwardKL, JensenShannon, NextToken, PolicyGradient, ReverseKL
+from lit_distill.parallel import FSDP2Strategy, gathered
+from lit_distill.rollouts import ResponsePairs, Scoring, StudentRollouts, TeacherMixedRollouts
 
-student, teacher, method, devices, out = sys.argv[1:]
-mixed = TeacherMixedRollouts(
-    alpha=0.3, max_new_tokens=8, mini_batch_size=4, inner_epochs=2, shuffle=False, scoring=Scoring(standardize="responses")
-)
-source, objectives = {
-    "kd": (None, {"kd": ForwardKL(), "ce": NextToken(weight=0.5)}),
-    "minillm": (mixed, {"long": PolicyGradient(), "single": ReverseKL(importance_weighted=True)}),
-}[method]
-learner = DistillationModule(
-    ModelSpec(student), objectives, ModelSpec(teacher), source,
-    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), micro_batch_size=2,
-)
-trainer = L.Trainer(
-    accelerator="cpu", devices=int(devices), strategy="ddp" if devices == "2" else "auto", max_steps=4, val_check_interval=2,
-    check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, callbacks=[GenerationEvaluator(max_new_tokens=4)],
-)
-trainer.fit(learner, ProceduralData(num_train=32, num_validation=7, num_test=4, batch_size=8, eval_batch_size=4))
+untied, tied, teacher, strategy, devices, out = sys.argv[1:]
+mixed = dict(max_new_tokens=10, mini_batch_size=4, inner_epochs=2, shuffle=False)
+minillm = {"long": PolicyGradient(), "single": ReverseKL(importance_weighted=True)}
+kd = {"kd": ForwardKL(), "ce": NextToken(weight=0.5)}
+cases = {  # student, teacher, source, objectives, how much of it is gathered, other settings
+    "sft": (untied, None, None, {"ce": NextToken()}, {}, {}),
+    "kd": (tied, teacher, None, kd, {}, {}),
+    "kd, checkpointed and clipped": (tied, teacher, None, kd, {}, {"gradient_clip_val": 0.1}),
+    "dpkd": (
+        tied, teacher, ResponsePairs(max_new_tokens=10, mini_batch_size=4, inner_epochs=2, shuffle=False),
+        {"dpkd": DirectPreference(beta=1.0), "ce": NextToken(weight=0.5)}, {}, {},
+    ),
+    "gkd": (untied, teacher, StudentRollouts(0.5, max_new_tokens=10), {"jsd": JensenShannon()}, {"gather_student": False}, {}),
+    "minillm": (untied, teacher, TeacherMixedRollouts(alpha=0.3, scoring=Scoring(standardize="responses"), **mixed), minillm, {}, {}),
+    "minillm, all sharded": (
+        tied, teacher, TeacherMixedRollouts(alpha=0.3, **mixed), minillm, {"gather_student": False}, {},
+    ),
+    "minillm, all gathered": (tied, teacher, TeacherMixedRollouts(alpha=0.3, **mixed), minillm, {"gather_teacher": True}, {}),
+}
+results = {}
+for name, (student, expert, source, objectives, gathers, settings) in cases.items():
+    learner = DistillationModule(
+        ModelSpec(student, gradient_checkpointing="checkpointed" in name), objectives, expert and ModelSpec(expert), source,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), micro_batch_size=3,
+    )
+    callbacks = [GenerationEvaluator(max_new_tokens=10)]
+    if expert and "minillm" in name:
+        callbacks.append(ExposureBiasMonitor(max_prompts=3, num_samples=1, max_new_tokens=6, every_n_validations=1))
+    trainer = L.Trainer(
+        accelerator="cpu", devices=int(devices), strategy=FSDP2Strategy(**gathers) if strategy == "fsdp2" else strategy, max_steps=4,
+        val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, **settings,
+    )
+    trainer.fit(learner, ProceduralData(num_train=32, num_validation=7, num_test=4, batch_size=8, eval_batch_size=4))
+    state = gathered(dict(learner.student.named_parameters()), keep=True)
+    results[name] = {
+        "weights": torch.cat([p.detach().flatten() for p in state.values()]),
+        "figures": {k: float(v) for k, v in trainer.callback_metrics.items()},
+    }
 if trainer.is_global_zero:
-    weights = torch.cat([p.detach().flatten() for p in learner.student.parameters()])
-    torch.save({"weights": weights, "figures": {k: float(v) for k, v in trainer.callback_metrics.items()}}, out)
+    torch.save(results, out)
 """
+CASES = [line.split('"')[1] for line in SCRIPT.split("results = {}")[0].splitlines() if line.startswith('    "')]
+
+
+@pytest.fixture(scope="module")
+def students(pair: tuple[Path, Path], tmp_path_factory) -> tuple[Path, Path, Path]:
+    """An untied and a tied student, and their teacher."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pair[0])
+    folder = tmp_path_factory.mktemp("tied")
+    torch.manual_seed(5)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    tiny_llama(16, len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, **ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return pair[0], folder, pair[1]
+
+
+@pytest.fixture(scope="module")
+def learn(students, tmp_path_factory):
+    """What a strategy makes of all cases, learnt once."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    script = folder / "fit.py"
+    script.write_text(SCRIPT)
+    done: dict[str, dict] = {}
+
+    def results(strategy: str) -> dict:
+        if strategy not in done:
+            ranks = 1 if strategy == "auto" else 2
+            run_on_ranks(script, ranks, *students, strategy, ranks, folder / strategy)
+            done[strategy] = torch.load(folder / strategy, weights_only=True)
+        return done[strategy]
+
+    return results
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["kd", "minillm"])
-def test_two_ranks_equal_one_process_at_the_same_global_batch(pair: tuple[Path, Path], tmp_path, method: str) -> None:
-    script = tmp_path / "fit.py"
-    script.write_text(SCRIPT)
-    results = []
-    for devices in ("1", "2"):
-        out = tmp_path / f"{devices}.pt"
-        command = [sys.executable, "-W", "ignore", str(script), *map(str, pair), method, devices, str(out)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(torch.load(out, weights_only=True))
-    one, two = results
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one_process_at_the_same_global_batch(learn, strategy: str, case: str) -> None:
+    one, two = learn("auto")[case], learn(strategy)[case]
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-5)
     assert set(one["figures"]) == set(two["figures"])
     for name, value in one["figures"].items():

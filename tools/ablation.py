@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
-
-from lit_distill.callbacks import BeforeAfter
 
 from lit_distill.cli import DistillCLI
 
@@ -51,11 +50,12 @@ def run(method: str, variant: str, seed: int, folder: Path, extra: list[str]) ->
     arguments = ["fit", "--config", str(CONFIGS / f"{method}_quickstart.yaml"), "--seed_everything", str(seed)]
     arguments += ["--trainer.default_root_dir", str(folder)]
     arguments += ["--run_name", f"{variant.replace(' ', '_')}-{seed}", "--trainer.enable_progress_bar", "false"]
+    arguments += ["--trainer.callbacks", "[]", "--generation.max_prompts", "-1", "--generation.every_n_validations", "1000000"]
+    sys.argv = sys.argv[:1]  # Lightning warns where a command line stands beside its arguments
     cli = DistillCLI([*arguments, *VARIANTS[method][variant], *extra])
-    report = next(callback for callback in cli.trainer.callbacks if isinstance(callback, BeforeAfter))
-    last = {name: float(value) for name, value in cli.trainer.callback_metrics.items() if name in OF_TRAINING}
-    before = {f"before/{name}": value for name, value in report.figures["student before"].items()}
-    return report.figures["student after"] | before | last
+    figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items() if name in OF_TRAINING}
+    (after,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+    return figures | {name.removeprefix("test/"): value for name, value in after.items()}
 
 
 def main() -> None:

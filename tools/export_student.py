@@ -15,15 +15,15 @@ from lit_distill.callbacks.export import export_checkpoint
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a .ckpt file that `lit-distill fit` has written")
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt that `lit-distill fit` has written: file or folder")
     parser.add_argument("folder", type=Path, help="where to write config, weights, tokenizer and generation config")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as stored"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
     given = parser.parse_args(arguments)
-    if not given.checkpoint.is_file():
-        sys.exit(f"error: there is no file {given.checkpoint}.")
+    if not given.checkpoint.exists():
+        sys.exit(f"error: there is no file or folder {given.checkpoint}.")
     if given.folder.exists() and not given.overwrite and (not given.folder.is_dir() or any(given.folder.iterdir())):
         sys.exit(f"error: {given.folder} is there already. Name another folder, or say --overwrite.")
     given.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -113,6 +113,10 @@ class InstructionData(LightningDataModule):
         """Whether `setup` found anything to validate on."""
         return "validation" in self._datasets
 
+    def num_items(self, split: str) -> int | None:
+        """How many items `setup` found in "train", "validation", "test" or "predict"; None where there is no such split."""
+        return len(self._datasets[split][1]) if split in self._datasets else None
+
     def read_split(self, name: str) -> datasets.Dataset | None:
         """The raw columns of "train", "validation", "test" or "predict"; None where there are no such records.
 

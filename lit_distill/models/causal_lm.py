@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lit_distill.models.head import Head, head_of
+from lit_distill.models.sharding import gather_ends, held_whole, is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -33,6 +34,9 @@ class CausalLM(nn.Module):
         self.model = model
         self.training = model.training
         self.vocabulary_size = vocabulary_size or model.get_output_embeddings().weight.shape[0]
+        self.gathers = False
+        """Whether a sharded model is gathered once to write text, rather than for each token."""
+        self._whole = False
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         if compile_body:
             model.base_model.compile(dynamic=True)
@@ -68,7 +72,11 @@ class CausalLM(nn.Module):
         return hidden[:, :-1][sequences.target_mask[:, 1:]]
 
     def head(self) -> Head:
-        """The output projection over the common vocabulary; gathered if it is sharded."""
+        """The output projection over the common vocabulary; where it is sharded, a collective that gathers it.
+
+        It is good until the backward through it, or, without gradient, until the next optimiser step.
+        """
+        gather_ends(self)
         return head_of(self.model, self.vocabulary_size)
 
     def decoding_head(self) -> Head:
@@ -90,23 +98,41 @@ class CausalLM(nn.Module):
         finally:
             self.train(was_training)
 
+    @property
+    def runs_together(self) -> bool:
+        """Whether each forward is a collective: sharded, and not gathered for a while."""
+        return is_sharded(self) and not self._whole
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Quiet while text is being written, and, where `gathers` says so, whole: then ranks need not wait for each other."""
+        hold = self.gathers and self.runs_together
+        with self.quiet(), held_whole(self) if hold else nullcontext():
+            self._whole |= hold
+            try:
+                yield
+            finally:
+                self._whole &= not hold
+
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel, key: str) -> None:
-    """Compare the model's own logits with its head applied to its body, on a few tokens.
+def check_head(lm: CausalLM, key: str, device: torch.device | None = None) -> None:
+    """Compare the model's own logits with its head applied to its body, on a few tokens; a collective if it is sharded.
+
+    Args:
+        lm: the model.
+        key: its YAML key, for messages.
+        device: where its inputs go; by default where its weights are.
 
     Raises:
         ValueError: if the model does something to its logits that `Head` does not know.
     """
-    parts = CausalLM(model)
-    was_training = model.training
-    model.eval()
-    device = model.get_output_embeddings().weight.device
-    ids = torch.arange(8, device=device)[None] % parts.vocabulary_size
+    model = lm.model
+    ids = torch.arange(8, device=device or model.device)[None] % lm.vocabulary_size
     mask = torch.ones_like(ids)
-    own = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
-    ours = parts.head().logits(parts(ids, mask)[0])
-    model.train(was_training)
+    with lm.quiet():  # ours first: the forward of a sharded model begins with its outermost module
+        ours = lm.head().logits(lm(ids, mask)[0])
+        own = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, :, : lm.vocabulary_size].float()
     if not torch.allclose(own, ours, rtol=0.05, atol=0.05 * float(own.abs().max())):
         raise ValueError(
             f"{key}.path: {type(model).__name__} does something to its logits beyond bias, scale and soft-capping "

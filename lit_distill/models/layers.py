@@ -78,7 +78,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """
     config = model.config.get_text_config(decoder=True)
     total = config.num_hidden_layers
-    parent, name = _decoder_layers(model, total)
+    parent, name = decoder_layers(model, total)
     decoder = getattr(parent, name)
     kept = nn.ModuleList(decoder[layer] for layer in layers)
     for position, layer in enumerate(kept):
@@ -94,7 +94,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     _check_rebuilds(model, kept, layers)
 
 
-def _decoder_layers(model: PreTrainedModel, total: int) -> tuple[nn.Module, str]:
+def decoder_layers(model: PreTrainedModel, total: int) -> tuple[nn.Module, str]:
     """The owner of the decoder's layers and the attribute they are under: the outermost list of that length."""
     for path, module in model.get_decoder().named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
@@ -116,7 +116,7 @@ def _check_rebuilds(model: PreTrainedModel, kept: nn.ModuleList, layers: Sequenc
         config = _reread(model.config)
         with torch.device("meta"):
             rebuilt = type(model)._from_config(config)
-        parent, name = _decoder_layers(rebuilt, len(kept))
+        parent, name = decoder_layers(rebuilt, len(kept))
         same = [_description(layer) for layer in getattr(parent, name)] == [_description(layer) for layer in kept]
         reason = "the saved config would build layers of other kinds"
     except (ValueError, TypeError, IndexError, AttributeError) as error:

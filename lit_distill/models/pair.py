@@ -1,21 +1,30 @@
-"""A student and its teacher, loaded and cut to the tokens they share."""
+"""A student and its teacher, loaded, cut to the tokens they share and, where the strategy says so, spread over the ranks."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from lit_distill.models.causal_lm import CausalLM, check_head
-from lit_distill.models.spec import ModelSpec, load_model, load_tokenizer
+from lit_distill.models.sharding import free_ends, shard
+from lit_distill.models.spec import ModelSpec, fill_model, load_model, load_tokenizer, open_model
 from lit_distill.models.vocabulary import common_vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lit_distill.parallel import Sharding
+
+log = logging.getLogger(__name__)
+
 
 def build_pair(
-    student: ModelSpec, teacher: ModelSpec | None, tokenizer: PreTrainedTokenizerBase
+    student: ModelSpec,
+    teacher: ModelSpec | None,
+    tokenizer: PreTrainedTokenizerBase,
+    sharding: Sharding | None = None,
 ) -> tuple[CausalLM, CausalLM | None]:
     """The student in float32 and the teacher as stored, unless their specs say otherwise.
 
@@ -23,21 +32,57 @@ def build_pair(
         student: key ``model.student``.
         teacher: key ``model.teacher``; None where nothing needs one.
         tokenizer: the student's.
+        sharding: how both are spread over the ranks, all of which call this; None loads them whole.
 
     Raises:
         ValueError: if a model cannot be loaded, or the two do not share their tokens.
     """
     if teacher is None:
-        return CausalLM(_load(student, "model.student", torch.float32), compile_body=student.compile), None
-    models = _load(student, "model.student", torch.float32), _load(teacher, "model.teacher", None)
-    rows = [model.get_output_embeddings().weight.shape[0] for model in models]
+        return _Loading(student, "model.student", torch.float32, sharding).finish(None), None
+    learner = _Loading(student, "model.student", torch.float32, sharding)
+    expert = _Loading(teacher, "model.teacher", None, sharding)
+    rows = [part.model.get_output_embeddings().weight.shape[0] for part in (learner, expert)]
     size = common_vocabulary_size(tokenizer, load_tokenizer(teacher, "model.teacher"), *rows)
-    learner, expert = models
-    return CausalLM(learner, size, student.compile), CausalLM(expert, size, teacher.compile)
+    return learner.finish(size), expert.finish(size, frozen=True)
 
 
-def _load(spec: ModelSpec, key: str, dtype: torch.dtype | None) -> PreTrainedModel:
-    model = load_model(spec, key, dtype)
-    if model.device.type != "meta":
-        check_head(model, key)
-    return model
+class _Loading:
+    """A model on its way: its shapes are known, its weights may not have been read."""
+
+    def __init__(self, spec: ModelSpec, key: str, dtype: torch.dtype | None, sharding: Sharding | None) -> None:
+        self.spec = spec
+        self.key = key
+        self.sharding = sharding
+        self.model: PreTrainedModel
+        self.names: dict[str, str] | None = None
+        if sharding is None:
+            self.model = load_model(spec, key, dtype)
+            return
+        self.model, self.names = open_model(spec, key, dtype)
+        if self.names is None:
+            log.info("%s.path: each process loads the whole of %s before it is cut into shards.", key, spec.path)
+
+    def finish(self, vocabulary_size: int | None, frozen: bool = False) -> CausalLM:
+        """Read, shard and check it."""
+        sharding = self.sharding
+        if sharding is None:
+            lm = CausalLM(self.model, vocabulary_size, self.spec.compile)
+            device = self.model.device
+        else:
+            lm = CausalLM(self.model, vocabulary_size)
+            device = self._spread(lm, sharding, frozen)
+        if device.type != "meta":
+            check_head(lm, self.key, device)
+            free_ends(lm)
+        return lm
+
+    def _spread(self, lm: CausalLM, sharding: Sharding, frozen: bool) -> torch.device:
+        kind = sharding.mesh.device_type
+        device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+        if frozen:
+            lm.requires_grad_(False)
+        shard(lm, sharding, frozen, self.spec.compile)
+        if self.names is not None:
+            offload = sharding.offload_teacher if frozen else sharding.offload_student
+            fill_model(self.model, self.names, self.spec, self.key, torch.device("cpu") if offload else device)
+        return device

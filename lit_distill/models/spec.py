@@ -15,7 +15,16 @@ from lit_distill.models.weights import check_causal, check_finite, check_report
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelSpec", "build_on_meta", "disable_dropout", "load_config", "load_model", "load_tokenizer"]
+__all__ = [
+    "ModelSpec",
+    "build_on_meta",
+    "disable_dropout",
+    "fill_model",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "open_model",
+]
 
 
 @dataclass
@@ -123,6 +132,66 @@ def load_model(spec: ModelSpec, key: str, dtype: torch.dtype | None = None) -> P
             model.generation_config = generation_config
     else:
         model = _read(spec, key, config, dtype)
+    return _adapted(model, layers, spec, key)
+
+
+def open_model(
+    spec: ModelSpec, key: str, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, dict[str, str] | None]:
+    """The model without its weights: parameters on the meta device, buffers with their values.
+
+    Args:
+        spec: the model.
+        key: its YAML key, for messages.
+        dtype: as for `load_model`.
+
+    Returns:
+        The model, pruned and in evaluation mode, and where its weights are: the name in `StoredWeights` of each parameter by its
+        name. If they are not stored as the model has them (a GGUF file, renamed or fused weights, none at all for
+        ``from_scratch``), the model of `load_model`, with its weights, and None.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    from lit_distill.models.stored import StoredWeights, parameters_on_meta
+
+    source = _source(spec, key)
+    config = load_config(spec, key)
+    if spec.from_scratch or source.gguf_file is not None or hasattr(config, "quantization_config"):
+        return load_model(spec, key, dtype), None
+    check_folder(source, f"{key}.path", weights=True)
+    with naming(f"{key}.path", source):
+        stored = StoredWeights(source)
+        own: torch.dtype | None = config.dtype or stored.dtype()  # type: ignore[assignment]
+        wanted = getattr(torch, spec.dtype) if spec.dtype is not None else dtype or own
+        with parameters_on_meta():
+            model = _build(config, wanted, spec.trust_remote_code)
+        names = stored.plan(model)
+    if names is None:
+        return load_model(spec, key, dtype), None
+    total = config.get_text_config(decoder=True).num_hidden_layers
+    layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
+    if (generation_config := _generation_config(spec, key)) is not None:
+        model.generation_config = generation_config
+    model = _adapted(model, layers, spec, key)
+    return model, {name: names[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def fill_model(model: PreTrainedModel, names: dict[str, str], spec: ModelSpec, key: str, device: torch.device) -> None:
+    """Read this rank's shards of what `open_model` left without values.
+
+    Raises:
+        ValueError: if a weight is NaN or infinite.
+    """
+    from lit_distill.models.stored import StoredWeights
+
+    source = _source(spec, key)
+    with naming(f"{key}.path", source):
+        stored = StoredWeights(source)
+    stored.fill(model, names, device, f"{key}.path: {source.location}")
+
+
+def _adapted(model: PreTrainedModel, layers: list[int] | None, spec: ModelSpec, key: str) -> PreTrainedModel:
     if layers is not None:
         keep_layers(model, layers)
     if spec.gradient_checkpointing:

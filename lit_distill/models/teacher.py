@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from lit_distill.models.sharding import forget_forwards, is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,7 +34,7 @@ class FrozenTeacher:
 
     def _follow(self, inputs: Tensor) -> None:
         """Go where the inputs are: Lightning moves only what it knows of."""
-        if next(self.lm.parameters()).device != inputs.device:
+        if not is_sharded(self.lm) and next(self.lm.parameters()).device != inputs.device:
             self.lm.to(inputs.device)
 
     @torch.no_grad()
@@ -41,14 +43,17 @@ class FrozenTeacher:
         self._follow(input_ids)
         with torch.autocast(input_ids.device.type, enabled=False):
             hidden: Tensor = self.lm(input_ids, attention_mask, cache)
-            return hidden
+        forget_forwards(self.lm)
+        return hidden
 
     @torch.no_grad()
     def target_rows(self, sequences: Sequences) -> Tensor:
         """Hidden rows ``[N, H]`` for the N targets."""
         self._follow(sequences.input_ids)
         with torch.autocast(sequences.input_ids.device.type, enabled=False):
-            return self.lm.target_rows(sequences)
+            rows = self.lm.target_rows(sequences)
+        forget_forwards(self.lm)
+        return rows
 
     def head(self) -> Head:
         """The teacher's output projection over the common vocabulary."""
@@ -61,6 +66,11 @@ class FrozenTeacher:
         """The model's config."""
         return self.lm.config
 
-    def quiet(self) -> AbstractContextManager[None]:
-        """Nothing to do: a frozen teacher is always in evaluation mode."""
-        return nullcontext()
+    @property
+    def runs_together(self) -> bool:
+        """See `CausalLM`."""
+        return self.lm.runs_together
+
+    def speaking(self) -> AbstractContextManager[None]:
+        """See `CausalLM`."""
+        return self.lm.speaking()

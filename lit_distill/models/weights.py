@@ -48,12 +48,19 @@ def check_report(report: dict[str, Any], where: str) -> None:
 
 def check_finite(model: PreTrainedModel, where: str) -> None:
     """Refuse NaN and infinite weights, naming their tensors."""
-    bad = [name for name, weight in model.named_parameters() if weight.numel() and not _is_finite(weight.detach())]
+    refuse_infinite(
+        [name for name, weight in model.named_parameters() if weight.numel() and not is_finite(weight.detach())], where
+    )
+
+
+def refuse_infinite(bad: list[str], where: str) -> None:
+    """Say that the weights ``bad`` are damaged, if there are any."""
     if bad:
         raise ValueError(f"{where} has NaN or infinite weights in {_some(bad)}. The file is damaged; get it again.")
 
 
-def _is_finite(weight: torch.Tensor) -> bool:
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether a tensor, which is not empty, has neither NaN nor infinite values."""
     smallest, largest = torch.aminmax(weight)  # one pass and no copy; NaN reaches both
     return bool(torch.isfinite(smallest) & torch.isfinite(largest))
 

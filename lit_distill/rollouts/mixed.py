@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lit_distill.objectives import Objective, PolicyGradient
 from lit_distill.rollouts.decoding import Decoding, phase_uniforms, run_seed, stream
 from lit_distill.rollouts.loop import Responses, decode_mixed
-from lit_distill.rollouts.phases import KEY, check_sizes, mini_batches
+from lit_distill.rollouts.phases import KEY, check_phase, check_sizes, mini_batches
 from lit_distill.rollouts.scoring import Scoring
 from lit_distill.rollouts.sources import Players, Source
 from lit_distill.rollouts.trajectories import Trajectories, join_responses
@@ -106,6 +106,10 @@ class TeacherMixedRollouts(Source):
                     f"model.objectives.{name}.temperature is {objective.temperature}, but {KEY}.temperature, at which the rollouts "
                     f"are drawn, is {self.decoding.temperature}. Make them equal."
                 )
+
+    def check_trainer(self, trainer: Any) -> None:
+        """Refuse mini-batches that are larger than the phase."""
+        check_phase(self.mini_batch_size, trainer)
 
     def steps_per_batch(self, batch_size: int) -> int:
         """Inner epochs times mini-batches."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from lit_distill.models import label_logprobs
 from lit_distill.objectives import PAIR_SIGNALS, TEACHER_OF_PAIRS, Objective
 from lit_distill.rollouts.decoding import Decoding, row_uniforms, run_seed
 from lit_distill.rollouts.loop import decode
-from lit_distill.rollouts.phases import KEY, check_sizes, mini_batches
+from lit_distill.rollouts.phases import KEY, check_phase, check_sizes, mini_batches
 from lit_distill.rollouts.sources import DatasetResponses, Players, Source
 from lit_distill.rollouts.trajectories import Trajectories, join_responses
 from lit_distill.types import Pairs, Sequences
@@ -83,6 +83,14 @@ class ResponsePairs(Source):
                 "Add one on pairs, such as `dpkd: DirectPreference`, or set source: DatasetResponses or TeacherRollouts."
             )
         self._teacher_scores = any(objective.needs & TEACHER_OF_PAIRS for objective in objectives.values())
+
+    def check_trainer(self, trainer: Any) -> None:
+        """Refuse mini-batches that are larger than the phase, and a choice of responses that the data do not have."""
+        check_phase(self.mini_batch_size, trainer)
+        if self.chosen == "dataset" and not getattr(trainer.datamodule, "responses", True):
+            raise ValueError(
+                f"{KEY}.chosen: the data has no responses to choose. Set data.init_args.responses: true, or chosen: teacher."
+            )
 
     def steps_per_batch(self, batch_size: int) -> int:
         """Inner epochs times mini-batches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,20 @@ def check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and size < 1:
             raise ValueError(f"{KEY}.{name}: expected at least 1, got {size}.")
+
+
+def check_phase(mini_batch_size: int | None, trainer: Any) -> None:
+    """Refuse mini-batches that are larger than a phase, which is as large as a batch of the data.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    batch_size = getattr(trainer.datamodule, "batch_size", None)
+    if mini_batch_size is not None and batch_size is not None and mini_batch_size > batch_size:
+        raise ValueError(
+            f"{KEY}.mini_batch_size: {mini_batch_size} is more than the texts of a phase, which are as many as "
+            f"data.init_args.batch_size ({batch_size}). Make it smaller, or the batch larger."
+        )
 
 
 def mini_batches(

@@ -80,10 +80,18 @@ class Reader:
             hidden = self._read(length - 1)
             self._score(hidden, length - hidden.shape[1])
 
-    def keep(self, alive: Tensor, step: int) -> None:
-        """Stop reading rows that have ended by ``step``; ``alive`` is ``[B]`` bool. Call it right after `next_logits`."""
+    def keep(self, alive: Tensor, step: int, at_least_one: bool = False) -> None:
+        """Stop reading rows that have ended by ``step``. Call it right after `next_logits`.
+
+        Args:
+            alive: ``[B]`` bool.
+            step: of the last token written.
+            at_least_one: read on with one row that has ended, since other ranks wait for this one.
+        """
         self.looked_at = step
         here = alive[self.rows].nonzero()[:, 0]
+        if at_least_one and len(here) == 0:
+            here = here.new_zeros(1)
         if len(here) < len(self.rows):
             self.rows = self.rows[here]
             self.cache.batch_select_indices(here)

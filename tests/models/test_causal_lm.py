@@ -70,7 +70,7 @@ def text() -> Sequences:
 @pytest.mark.parametrize("chunk_rows", [1, 5, 100])
 def test_loss_and_gradients_are_those_of_the_models_own_logits(name: str, chunk_rows: int, text: Sequences) -> None:
     model, teacher = model_of(name), model_of("untied Llama", seed=9)
-    check_head(model, "model.student")
+    check_head(CausalLM(model), "model.student")
     inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
     rows, labels = text.target_mask[:, 1:], text.input_ids[text.target_mask]
     logits = model(**inputs).logits[:, :-1][rows].float()
@@ -109,7 +109,7 @@ def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda _, __, logits: logits.flip(-1))
     with pytest.raises(ValueError, match=r"model\.student\.path: .* does something to its logits"):
-        check_head(model, "model.student")
+        check_head(CausalLM(model), "model.student")
 
 
 def test_gradient_checkpointing_changes_no_gradient_and_does_not_hinder_decoding(tmp_path, text: Sequences) -> None:

@@ -97,5 +97,5 @@ def test_a_torch_file_that_runs_code_is_refused(export, tmp_path, monkeypatch) -
 
 
 def test_a_missing_file_is_named(export, tmp_path) -> None:
-    with pytest.raises(SystemExit, match=r"no file .*none\.ckpt"):
+    with pytest.raises(SystemExit, match=r"no file or folder .*none\.ckpt"):
         export(tmp_path / "none.ckpt", tmp_path / "out")

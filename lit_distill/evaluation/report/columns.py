@@ -1,0 +1,163 @@
+"""The columns of a comparison: one for each student, whatever its number of seeds, and one for each teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from lit_distill.evaluation.report.record import Report
+from lit_distill.evaluation.report.settings import method_settings, test_settings
+
+
+class Summary(NamedTuple):
+    """A figure over the seeds that there are."""
+
+    mean: float
+    std: float | None
+    """Of a sample; None for one seed."""
+    n: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """A student, trained with one seed or several in the same way, or a teacher."""
+
+    speaker: str
+    """``student`` or ``teacher``."""
+    reports: tuple[Report, ...]
+    label: str = ""
+    note: str = ""
+    """What the label leaves out: seeds, place."""
+    figures: dict[str, Summary] = field(default_factory=dict)
+    style: int = 0
+    """Number of its colour, marker and dash; 0 is the teacher's."""
+
+    def entries(self, section: str) -> list[Any]:
+        """What callbacks have reported of this speaker, over all reports; sections without speakers are the student's."""
+        found = [entry for report in self.reports for entry in report["sections"].get(section) or []]
+        return [e for e in found if isinstance(e, dict) and e.get("speaker", "student") == self.speaker]
+
+
+def columns_of(reports: Sequence[Report]) -> tuple[list[Column], list[str]]:
+    """Teachers before students, the untrained before the trained, and notes on what was left out.
+
+    Reports of the same name, settings and test that differ in their seed are one column.
+    """
+    groups, notes = _groups(reports)
+    students = [Column("student", tuple(group), figures=_figures(group, "student")) for group in groups]
+    students.sort(key=lambda column: column.reports[0]["checkpoint"] is not None)
+    students = [replace(column, style=index + 1) for index, column in enumerate(_labelled(students))]
+    return _teachers(reports) + students, notes
+
+
+def _groups(reports: Sequence[Report]) -> tuple[list[list[Report]], list[str]]:
+    alike: dict[str, list[Report]] = {}
+    for report in reports:
+        alike.setdefault(_key(report), []).append(report)
+    groups, notes = [], []
+    for group in alike.values():
+        newest: dict[Any, Report] = {}
+        for report in sorted(group, key=lambda report: str(report["run"].get("date"))):
+            again = (report["run"].get("seed"), _step(report))
+            if again in newest and newest[again] != report:
+                folders = newest[again]["run"].get("folder"), report["run"].get("folder")
+                notes.append(f"{folders[0]} is an older test of what {folders[1]} tests, and is left out.")
+            newest[again] = report
+        chosen = list(newest.values())
+        seeds = [report["run"].get("seed") for report in chosen]
+        if len(set(seeds)) < len(seeds):  # one training at several steps: each step is a student of its own
+            steps = sorted({_step(report) for report in chosen})
+            groups += [[report for report in chosen if _step(report) == step] for step in steps]
+        else:
+            groups.append(chosen)
+    return [sorted(group, key=lambda report: report["run"].get("seed") or 0) for group in groups], notes
+
+
+def _key(report: Report) -> str:
+    trained = report["checkpoint"] is not None
+    who = (report["run"].get("name"), trained, report["student"], report["teacher"])
+    return json.dumps([*who, method_settings(report), test_settings(report)], sort_keys=True)
+
+
+def _step(report: Report) -> int:
+    return int((report["checkpoint"] or {}).get("step") or 0)
+
+
+def _labelled(students: list[Column]) -> list[Column]:
+    several = len({column.reports[0]["run"].get("name") for column in students}) > 1
+    trained_from = {column.reports[0]["student"].get("path") for column in students if column.reports[0]["checkpoint"]}
+    labelled = []
+    for column in students:
+        first = column.reports[0]
+        steps = sorted({_step(report) for report in column.reports})
+        if first["checkpoint"]:
+            stage = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+        else:
+            stage = "before training" if first["student"].get("path") in trained_from else "as given"
+        name = str(first["run"].get("name")) if several else "student"
+        seeds = [str(report["run"].get("seed")) for report in column.reports if report["run"].get("seed") is not None]
+        word = "seeds" if len(seeds) > 1 else "seed"
+        place = str(first["student"].get("path")) if stage == "as given" else ""
+        note = f"{word} {', '.join(seeds)}" if seeds and first["checkpoint"] else place
+        labelled.append(replace(column, label=f"{name}, {stage}", note=note))
+    return _told_apart(labelled)
+
+
+def _told_apart(columns: list[Column]) -> list[Column]:
+    labels = [column.label for column in columns]
+    return [
+        column
+        if labels.count(column.label) == 1
+        else replace(column, label=f"{column.label} ({Path(column.reports[0]['run']['folder']).name})")
+        for column in columns
+    ]
+
+
+def _teachers(reports: Sequence[Report]) -> list[Column]:
+    alike: dict[str, list[Report]] = {}
+    for report in reports:
+        if report["teacher"]:
+            alike.setdefault(json.dumps([report["teacher"], test_settings(report)], sort_keys=True), []).append(report)
+    columns = []
+    for group in alike.values():
+        # The tests of several students say the same of the same teacher: that counts once.
+        told = {json.dumps({n: v for n, v in r["figures"].items() if split_speaker(n)[0] == "teacher"}): r for r in group}
+        if figures := _figures(list(told.values()), "teacher"):
+            columns.append(Column("teacher", tuple(told.values()), "teacher", figures=figures))
+    names = [Path(column.reports[0]["teacher"]["path"]).name for column in columns]
+    if len(set(names)) > 1:
+        columns = [replace(column, label=f"teacher {name}") for column, name in zip(columns, names, strict=True)]
+    return _told_apart(columns)
+
+
+def _figures(group: Sequence[Report], speaker: str) -> dict[str, Summary]:
+    """Over training seeds where there are several, else over the seeds of the draws, where the test had several."""
+    values: dict[str, list[float]] = {}
+    for report in group:
+        for name, value in report["figures"].items():
+            who, plain = split_speaker(name)
+            if who == speaker and value is not None:
+                values.setdefault(plain, []).append(float(value))
+    draws = {name for name in values if name.endswith("_std") and name.removesuffix("_std") in values}
+    figures = {}
+    for name, found in values.items():
+        if name in draws:
+            continue
+        spread = stdev(found) if len(found) > 1 else None
+        if spread is None and f"{name}_std" in draws and len(group) == 1:
+            spread = values[f"{name}_std"][0]
+        figures[name] = Summary(fmean(found), spread, len(found))
+    return figures
+
+
+def split_speaker(name: str) -> tuple[str, str]:
+    """``task/teacher_ece`` is the teacher's ``task/ece``."""
+    head, slash, last = name.rpartition("/")
+    for part, rest in ((last, lambda text: f"{head}{slash}{text}"), (name, str)):
+        if part.startswith("teacher_"):
+            return "teacher", rest(part.removeprefix("teacher_"))
+    return "student", name

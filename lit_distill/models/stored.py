@@ -1,0 +1,139 @@
+"""Weights read from safetensors files straight into shards, so that no process ever holds a whole model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils import swap_tensors
+
+from lit_distill.models.source import Source
+from lit_distill.models.weights import is_finite, refuse_infinite
+from lit_distill.parallel import as_shard_of, box_of, slices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built in here have parameters without memory, but real buffers: those that are no weights are in no file."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class StoredWeights:
+    """The safetensors files of a model, by the names in them.
+
+    Args:
+        source: a folder or a hub repository.
+
+    Raises:
+        FileNotFoundError: if it has none.
+    """
+
+    def __init__(self, source: Source) -> None:
+        def find(name: str) -> str | None:
+            from transformers.utils import cached_file
+
+            file: str | None = cached_file(
+                source.location, name, _raise_exceptions_for_missing_entries=False, **source.arguments()
+            )
+            return file
+
+        self.files: dict[str, str] = {}
+        if whole := find("model.safetensors"):
+            with safe_open(whole, framework="pt") as opened:
+                self.files = dict.fromkeys(opened.keys(), whole)
+        elif index := find("model.safetensors.index.json"):
+            with open(index, encoding="utf-8") as text:  # noqa: PTH123 - a path of transformers
+                shards: Mapping[str, str] = json.load(text)["weight_map"]
+            paths = {shard: find(shard) for shard in set(shards.values())}
+            self.files = {name: path for name, shard in shards.items() if (path := paths[shard])}
+        if not self.files:
+            raise FileNotFoundError(f"{source.location} has no safetensors files.")
+
+    def described(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """Shape and dtype (None for what is no floating-point number) of every tensor, by its name in the files."""
+        found = {}
+        with ExitStack() as stack:
+            opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(self.files.values())}
+            for name, path in self.files.items():
+                part = opened[path].get_slice(name)
+                found[name] = (tuple(part.get_shape()), DTYPES.get(part.get_dtype()))
+        return found
+
+    def dtype(self) -> torch.dtype | None:
+        """Of the first floating-point tensor, which is what a config that names none leaves to the files."""
+        return next((dtype for _, dtype in self.described().values() if dtype), None)
+
+    def plan(self, model: PreTrainedModel) -> dict[int, str] | None:
+        """The name in the files of every parameter, by its `id`; None if some are stored otherwise.
+
+        A file of the bare body lacks the name of the body before its own.
+        """
+        shapes = {name: shape for name, (shape, _) in self.described().items()}
+        names: dict[int, str] = {}
+        wanted: dict[int, Tensor] = {}
+        for name, parameter in model.named_parameters(
+            remove_duplicate=False
+        ):  # tied ones may be stored under either name
+            wanted[id(parameter)] = parameter
+            for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+                if shapes.get(candidate) == tuple(parameter.shape):
+                    names.setdefault(id(parameter), candidate)
+        persistent = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+        complete = wanted.keys() == names.keys() and not persistent
+        return names if complete else None
+
+    def fill(self, model: PreTrainedModel, names: Mapping[str, str], device: torch.device, where: str) -> None:
+        """Give the sharded parameters of ``model`` that are on the meta device their values.
+
+        Args:
+            model: its parameters are DTensors.
+            names: of the tensors in the files, by those of the parameters.
+            device: where shards are kept.
+            where: of messages.
+
+        Raises:
+            ValueError: if a weight is NaN or infinite.
+        """
+        bad: list[str] = []
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for name, parameter in model.named_parameters():
+                if not (isinstance(parameter, DTensor) and parameter.is_meta):
+                    continue
+                path = self.files[names[name]]
+                if path not in opened:
+                    opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+                box = box_of(parameter)
+                stored = opened[path].get_slice(names[name])
+                values = stored[slices(box)] if box.num_elements else torch.empty(box.shape)
+                if values.numel() and not is_finite(values):
+                    bad.append(name)
+                local = torch.empty(box.shape, dtype=parameter.dtype, device=device)
+                local.copy_(values)  # what was read is a window on the whole tensor
+                # in place, since the same parameter may be tied to another module
+                swap_tensors(parameter, nn.Parameter(as_shard_of(parameter, local, device), parameter.requires_grad))
+        everywhere: list[list[str]] = [[]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, bad)  # so that all ranks stop
+        refuse_infinite(sorted({name for names_of_rank in everywhere for name in names_of_rank}), where)

@@ -1,0 +1,29 @@
+"""Models spread over ranks: the strategy ``fsdp2``, and checkpoints that any number of ranks can read."""
+
+from lit_distill.parallel.sharding import (
+    Box,
+    Sharding,
+    as_shard_of,
+    box_of,
+    most_over_ranks,
+    sharding_of,
+    slices,
+    without_gradient_sync,
+)
+from lit_distill.parallel.storage import AtomicCheckpointIO, gathered, read_checkpoint
+from lit_distill.parallel.strategy import FSDP2Strategy
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "Box",
+    "FSDP2Strategy",
+    "Sharding",
+    "as_shard_of",
+    "box_of",
+    "gathered",
+    "most_over_ranks",
+    "read_checkpoint",
+    "sharding_of",
+    "slices",
+    "without_gradient_sync",
+]

@@ -1,0 +1,184 @@
+"""``--trainer.strategy fsdp2``: student and teacher cut into shards, block by block, by torch's `fully_shard`.
+
+Lightning's `ModelParallelStrategy` brings processes, device mesh and hooks. Ours are the plan (every rank is data-parallel, and the
+models are sharded where they are loaded, in `lit_distill.models`), what ``trainer.precision`` means, and checkpoints that
+any number of ranks can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lit_distill.parallel.sharding import Sharding
+from lit_distill.parallel.storage import AtomicCheckpointIO, gathered, load_into, open_checkpoint, save_sharded
+
+NAME = "fsdp2"
+
+
+class CastByShards(Precision):
+    """bf16-mixed without autocast: shards are float32, and what is gathered from them for a forward pass is bfloat16."""
+
+    precision = "bf16-mixed"
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallelism of student and teacher, for all methods; short name ``fsdp2``.
+
+    Each decoder block, and the rest of the model with it, is gathered when it runs and freed after. Gradients are reduced in
+    float32 after each micro-batch, so that only shards of them are kept. No rank ever holds a whole model: it is built without
+    weights, and each rank reads its own part of the safetensors files.
+
+    Args:
+        gather_student: while it writes text, hold the whole student on each device instead of gathering each block for each token;
+            false where it does not fit.
+        gather_teacher: the same for the teacher.
+        offload_student: keep the student's weights, gradients and optimiser state in host memory, where the optimiser steps.
+        offload_teacher: keep the teacher's weights in host memory.
+        save_distributed_checkpoint: a checkpoint is a folder into which each rank writes its shards; false gathers it into one
+            file. Either can be read by any number of ranks, with this strategy or another.
+        process_group_backend: of torch.distributed; by default nccl for GPUs and gloo for processors.
+        timeout: after which a rank gives up waiting for another.
+    """
+
+    def __init__(
+        self,
+        gather_student: bool = True,
+        gather_teacher: bool = False,
+        offload_student: bool = False,
+        offload_teacher: bool = False,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.gather_student = gather_student
+        self.gather_teacher = gather_teacher
+        self.offload_student = offload_student
+        self.offload_teacher = offload_teacher
+        self.compute_dtype: torch.dtype | None = None
+        self.checkpoint_io = AtomicCheckpointIO()
+
+    @property
+    def sharding(self) -> Sharding:
+        """What is decided, for those who load and run the models."""
+        return Sharding(
+            mesh=self.device_mesh["data_parallel"],
+            compute_dtype=self.compute_dtype,
+            offload_student=self.offload_student,
+            offload_teacher=self.offload_teacher,
+            gather_student=self.gather_student,
+            gather_teacher=self.gather_teacher,
+        )
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """What ``trainer.precision`` asks for."""
+        return self._precision_plugin or Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if isinstance(plugin, MixedPrecision):
+            if plugin.scaler is not None:
+                raise ValueError(f"trainer.precision: {plugin.precision} with {NAME}. Use bf16-mixed or 32-true.")
+            self.compute_dtype = torch.bfloat16
+            plugin = CastByShards()
+        self._precision_plugin = plugin
+
+    def setup_environment(self) -> None:
+        """Start the processes; all of them share the data."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    def _get_process_group_backend(self) -> str:
+        backend: str = super()._get_process_group_backend()
+        on_both = self.offload_student and backend == "nccl"  # the norm of gradients in host memory is summed there
+        return "cuda:nccl,cpu:gloo" if on_both else backend
+
+    def setup(self, trainer: Any) -> None:
+        """Look at what is trained, and make the optimisers.
+
+        Raises:
+            ValueError: if something is trained that is not sharded, whose gradients nobody would add up.
+        """
+        assert self.lightning_module is not None
+        whole = [
+            name
+            for name, parameter in self.lightning_module.named_parameters()
+            if parameter.requires_grad and not isinstance(parameter, DTensor)
+        ]
+        if whole:
+            raise ValueError(
+                f"trainer.strategy: {NAME} trains the student only, and {', '.join(whole[:5])} would be trained beside it. "
+                "Use trainer.strategy: ddp, or an objective without parameters."
+            )
+        super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Move what is not sharded; shards are where they belong."""
+        assert self.lightning_module is not None
+        for module in self.lightning_module.modules():
+            if not any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+                module.to(self.root_device)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's shards, as DTensors."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """This rank's shards, as DTensors."""
+        return getattr(optimizer, "_optimizer", optimizer).state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write all shards, whole or not at all: under another name, which is changed at the end."""
+        if storage_options is not None:
+            raise ValueError(f"trainer.strategy: {NAME} writes to a file system and has no storage_options.")
+        path = Path(self.broadcast(str(filepath)))
+        if self._save_distributed_checkpoint:
+            save_sharded(checkpoint, path, self.global_rank, self.barrier)
+            return
+        checkpoint = gathered(checkpoint, keep=self.is_global_zero)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read this rank's part of the weights, and, while fitting, of the optimiser's state, however many ranks wrote them."""
+        assert self.lightning_module is not None
+        with open_checkpoint(Path(self.broadcast(str(checkpoint_path)))) as stored:
+            load_into(stored, self.lightning_module.state_dict(), self.lightning_module.strict_loading)
+            if self.optimizers:
+                self._load_optimizers(stored)
+            return stored.rest
+
+    def _load_optimizers(self, stored: Any) -> None:
+        states = stored.rest.get("optimizer_states")
+        if states is None:
+            raise ValueError(
+                f"ckpt_path: {stored.path} holds weights without an optimiser's state, so no run goes on from it."
+            )
+        for index, optimizer in enumerate(self.optimizers):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer.load_state_dict(stored.optimizer_state(index, parameters))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Done by `load_checkpoint`."""
+
+
+if NAME not in StrategyRegistry:
+    StrategyRegistry.register(NAME, FSDP2Strategy, description="student and teacher sharded over all ranks")

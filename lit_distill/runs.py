@@ -1,0 +1,68 @@
+"""Where the earlier runs of a config lie, which checkpoint `last` and `best` mean, and how a run's logs go on."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+
+def last_checkpoint(root: str | Path, name: str) -> Path | None:
+    """The newest ``last`` checkpoint of all versions of a run, or None before there is one.
+
+    Args:
+        root: ``trainer.default_root_dir``.
+        name: of the run: the folder below it.
+    """
+    found = Path(root).expanduser().glob(f"{name}/version_*/checkpoints/last*.ckpt")
+    return max(found, key=_saved_at, default=None)
+
+
+def best_checkpoint(last: Path) -> Path:
+    """The best checkpoint that a run had seen when ``last`` was saved, wherever its folder stands today.
+
+    Raises:
+        ValueError: if the run kept none, or it is gone.
+    """
+    callbacks = _without_tensors(last).get("callbacks", {})
+    paths = [Path(state["best_model_path"]) for state in callbacks.values() if state.get("best_model_path")]
+    for path in (last.parent / path.name for path in paths):
+        if path.exists():
+            return path
+    raise ValueError(f"ckpt_path: {last} knows of no best checkpoint beside it. Give a .ckpt file, or `last`.")
+
+
+def run_loggers(root: str | Path, name: str, continued: Path | None = None) -> list[Logger]:
+    """TensorBoard and CSV beside it, in a new version of the run; or in that of a checkpoint, from its step on.
+
+    Args:
+        root: ``trainer.default_root_dir``.
+        name: of the run.
+        continued: the checkpoint to go on from; what was logged after it will be logged again.
+    """
+    if continued is None:
+        tensorboard = TensorBoardLogger(root, name=name)
+        return [tensorboard, CSVLogger(root, name=name, version=tensorboard.version)]
+    step, folder = int(_without_tensors(continued)["global_step"]), continued.parent.parent
+    rows = []
+    if (folder / "metrics.csv").exists():
+        with (folder / "metrics.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+    beside = CSVLogger(root, name=name, version=folder.name)
+    beside.experiment.metrics = [{key: value for key, value in row.items() if value} for row in rows]
+    return [TensorBoardLogger(root, name=name, version=folder.name, purge_step=step + 1), beside]
+
+
+def _without_tensors(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says, with tensors that hold nothing."""
+    state = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+    said: dict[str, Any] = torch.load(state, map_location="meta", weights_only=True, mmap=True)
+    return said
+
+
+def _saved_at(checkpoint: Path) -> float:
+    """When it was complete: a sharded one is a folder, whose own time may be older."""
+    return max(path.stat().st_mtime for path in (checkpoint, *checkpoint.glob("*")))

@@ -1,0 +1,122 @@
+"""A run that is killed and told to go on from `last` ends like one that never was, to the last bit."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run, tiny_config, write
+from torch import Tensor
+
+KILLER = """
+import os, signal
+from lightning.pytorch import Callback
+from lit_distill.cli import main
+
+class Kill(Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    import sys
+    main(["fit", "--config", sys.argv[1], "--trainer.callbacks", "[{{class_path: killer.Kill}}]"])
+"""
+METHODS = {
+    "offline": {},
+    "minillm": {
+        "source": {
+            "class_path": "TeacherMixedRollouts",
+            "init_args": {"max_new_tokens": 6, "mini_batch_size": 4, "inner_epochs": 1},
+        },
+        "objectives": {"long": "PolicyGradient", "single": "ReverseKL"},
+    },
+    "dpkd": {
+        "source": {
+            "class_path": "ResponsePairs",
+            "init_args": {"chosen": "teacher", "max_new_tokens": 6, "mini_batch_size": 4, "inner_epochs": 2},
+        },
+        "objectives": {"dpkd": "DirectPreference", "ce": "NextToken"},
+    },
+    "gkd": {
+        "source": {"class_path": "StudentRollouts", "init_args": {"on_policy_fraction": 0.5, "max_new_tokens": 6}},
+        "objectives": {"jsd": "JensenShannon"},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def config_of(pair: tuple[Path, Path], method: str, workers: int) -> dict:
+    config = tiny_config(pair, **METHODS[method], lr_scheduler={"class_path": "WarmupCosine"})
+    config["model"]["optimizer"] = {"class_path": "AdamW", "init_args": {"lr": 0.01}}
+    config["data"]["init_args"] |= {"num_workers": workers, "corpus": {"length": 16, "batch_size": 8}}
+    config["model"]["corpus_objectives"] = {"lm": "NextToken"}
+    config["trainer"] |= {"max_steps": 14, "val_check_interval": 2, "limit_val_batches": 1, "gradient_clip_val": 1.0}
+    config["generation"] = {"max_prompts": 0}
+    return config
+
+
+def weights(cli) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in cli.model.student.parameters()])
+
+
+def losses(cli) -> dict[str, str]:
+    with (Path(cli.trainer.log_dir) / "metrics.csv").open() as file:
+        return {row["step"]: row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "workers"), [("offline", 2), ("minillm", 0), ("dpkd", 0), ("gkd", 0)])
+def test_after_a_kill_in_the_middle_of_a_phase_the_run_goes_on_to_the_same_bits(
+    pair, tmp_path, method, workers
+) -> None:
+    config = write(config_of(pair, method, workers), tmp_path / "whole.yaml")
+    whole = run("fit", "--config", config)
+    (tmp_path / "killer.py").write_text(KILLER.format(step=9))
+    config = write(config_of(pair, method, workers), tmp_path / "killed.yaml")
+    done = subprocess.run(
+        [sys.executable, "killer.py", config], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == -9, done.stderr[-3000:]
+    assert not (tmp_path / "runs" / "killed" / "version_0" / "export").exists()
+    resumed = run("fit", "--config", config, "--ckpt_path", "last")
+    assert torch.equal(weights(resumed), weights(whole))
+    assert losses(resumed) == losses(whole)  # one log, from the first step to the last
+    log_dir = Path(resumed.trainer.log_dir)
+    assert log_dir.name == "version_0"
+    assert (log_dir / "export" / "best" / "model.safetensors").exists()
+    seen = (resumed.trainer.checkpoint_callback, whole.trainer.checkpoint_callback)
+    assert seen[0].best_model_score == seen[1].best_model_score
+
+
+def test_last_and_best_are_those_of_the_newest_run_that_has_them(pair, tmp_path) -> None:
+    config = config_of(pair, "offline", 0)
+    config["trainer"]["max_steps"] = 4
+    written = write(config, tmp_path / "run.yaml")
+    fresh = run("fit", "--config", written, "--ckpt_path", "last")  # there is none yet
+    assert fresh.trainer.global_step == 4
+    assert fresh.trainer.ckpt_path is None
+    (tmp_path / "runs" / "run" / "version_7").mkdir()  # killed before its first checkpoint
+    for word, expected in (
+        ("last", fresh.trainer.checkpoint_callback.last_model_path),
+        ("best", fresh.trainer.checkpoint_callback.best_model_path),
+    ):
+        tested = run("test", "--config", written, "--ckpt_path", word)
+        assert Path(tested.trainer.ckpt_path).resolve() == Path(expected).resolve()
+    further = run("fit", "--config", written, "--ckpt_path", "last", "--trainer.max_steps", "6")
+    assert further.trainer.global_step == 6
+
+
+@pytest.mark.parametrize("word", ["last", "best"])
+def test_a_test_of_a_checkpoint_that_is_not_there_is_refused(pair, tmp_path, word: str) -> None:
+    config = write(config_of(pair, "offline", 0), tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=f"ckpt_path: there is no `{word}` checkpoint of the run 'none'"):
+        run("test", "--config", config, "--ckpt_path", word)

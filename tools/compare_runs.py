@@ -1,0 +1,41 @@
+"""One page and one table that compare several test runs; those that differ only in their seed become mean ± standard deviation.
+
+Run: python tools/compare_runs.py runs/kd runs/minillm/version_3 --out compare.html
+
+A RUN is the folder of a test (`runs/kd/version_1`), its report.json, a folder that holds several, or the folder of a training
+beside those of its tests. Tests without a checkpoint show the student before its training.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_distill.evaluation.report import find_reports, render_page, text_card, write_whole
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the reports, print the table, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="+", help="a run's folder, a report.json, or a folder of several"
+    )
+    parser.add_argument("--out", type=Path, default=Path("compare.html"), help="the page; compare.html by default")
+    options = parser.parse_args(arguments)
+    if options.out.is_dir() or options.out.suffix not in (".html", ".htm"):
+        parser.error(f"--out: expected the name of an .html file, got {options.out}.")
+    try:
+        found = [report for place in options.runs for report in find_reports(place, "RUN")]
+    except ValueError as error:
+        parser.error(str(error))
+    reports = list(
+        {(r["run"]["folder"], r["run"]["date"]): r for r in found}.values()
+    )  # a run that was named twice counts once
+    print(text_card(reports))
+    write_whole(options.out, render_page(reports))
+    print(f"Page: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
