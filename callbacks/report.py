@@ -54,7 +54,7 @@ class RunReport(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: DistillationModule, checkpoint: dict[str, Any]) -> None:
         """Remember how long the student was trained."""
-        pass
+        self._step = checkpoint.get("global_step")
 
     def on_test_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """The table at the end replaces Lightning's, which has the same numbers in another order."""

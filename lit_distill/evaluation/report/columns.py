@@ -125,7 +125,9 @@ def _teachers(reports: Sequence[Report]) -> list[Column]:
     columns = []
     for group in alike.values():
         # The tests of several students say the same of the same teacher: that counts once.
-        told = {json.dumps({n: v for n, v in r["figures"].items() if split_speaker(n)[0] == "teacher"}): r for r in group}
+        told = {
+            json.dumps({n: v for n, v in r["figures"].items() if split_speaker(n)[0] == "teacher"}): r for r in group
+        }
         if figures := _figures(list(told.values()), "teacher"):
             columns.append(Column("teacher", tuple(told.values()), "teacher", figures=figures))
     names = [Path(column.reports[0]["teacher"]["path"]).name for column in columns]
