@@ -213,6 +213,7 @@ def weights(learner: DistillationModule) -> Tensor:
         (None, "on_train_batch_start", 7, 6),  # saved after the validation
         (None, "on_validation_start", 8, 6),  # which had only begun
         (3, "on_validation_start", 10, 9),  # saved between two
+        (2, "on_train_batch_start", 7, 6),  # saved before the validation of its step, and again after it
     ],
 )
 def test_a_run_killed_in_the_middle_and_resumed_is_the_run_that_was_not(
