@@ -3,7 +3,8 @@
 Run: python tools/kill_study.py --kills 50         (half a minute a kill on one core; the embedded models, no download)
 
 Each method is trained once undisturbed. Then it is started again and again with `--ckpt_path last` and killed (SIGKILL)
-after a random time, up to four times, before it may live to the end. Weights, optimiser state and logged losses must be equal to the last bit.
+after a random time, up to four times, before it may live to the end. Weights, optimiser state and logged losses must be
+equal to the last bit.
 """
 
 from __future__ import annotations
