@@ -32,7 +32,7 @@ class ExposureBiasMonitor(PromptEvaluator):
         max_prompts: about how many prompts of a split, spread over it; 0 switches it off, -1 takes all. Both models write.
         num_samples: texts of each model per prompt.
         max_new_tokens: longest text, and the curve's largest l.
-        lengths: the l of the scalars; by default ``max_new_tokens``.
+        lengths: the l of the scalars; by default 8, 16, 32, … as far as texts go.
         seed: of the draws; together with an item's id it fixes the texts.
         every_n_validations: take part in every n-th validation too; by default in none.
 
@@ -52,7 +52,9 @@ class ExposureBiasMonitor(PromptEvaluator):
         if num_samples < 1:
             raise ValueError(f"exposure_bias.num_samples: expected at least 1, got {num_samples}.")
         self.decoding = Decoding(max_new_tokens, temperature=1.0)
-        self.lengths = [max_new_tokens] if lengths is None else lengths
+        powers = [2**n for n in range(3, max_new_tokens.bit_length()) if 2**n <= max_new_tokens] or [max_new_tokens]
+        self.lengths = powers if lengths is None else lengths
+        self.chosen = lengths is not None
         if not all(1 <= length <= max_new_tokens for length in self.lengths):
             raise ValueError(
                 f"exposure_bias.lengths: expected lengths from 1 to exposure_bias.max_new_tokens ({max_new_tokens}), got {lengths}."
@@ -99,7 +101,8 @@ class ExposureBiasMonitor(PromptEvaluator):
         if found is None:
             return
         reached = [length for length in self.lengths if length <= found.longest]
-        if beyond := [length for length in self.lengths if length > found.longest]:
+        beyond = [length for length in self.lengths if length > found.longest]
+        if beyond and self.chosen:
             rank_zero_info(
                 f"exposure_bias.lengths: no text has {min(beyond)} tokens, the longest has {found.longest}; "
                 f"nothing is logged at {', '.join(map(str, beyond))}."

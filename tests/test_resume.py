@@ -68,9 +68,16 @@ def weights(cli) -> Tensor:
     return torch.cat([p.detach().flatten() for p in cli.model.student.parameters()])
 
 
-def losses(cli) -> dict[str, str]:
+def logged(cli) -> list[tuple[str, str]]:
+    """Step and figure of every loss, in their order, and of every phase of rollouts."""
     with (Path(cli.trainer.log_dir) / "metrics.csv").open() as file:
-        return {row["step"]: row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+        rows = list(csv.DictReader(file))
+    return [
+        (row["step"], row[name])
+        for name in ("train/loss", "val/loss", "rollout/response_length")
+        for row in rows
+        if row.get(name)
+    ]
 
 
 @pytest.mark.slow
@@ -89,7 +96,7 @@ def test_after_a_kill_in_the_middle_of_a_phase_the_run_goes_on_to_the_same_bits(
     assert not (tmp_path / "runs" / "killed" / "version_0" / "export").exists()
     resumed = run("fit", "--config", config, "--ckpt_path", "last")
     assert torch.equal(weights(resumed), weights(whole))
-    assert losses(resumed) == losses(whole)  # one log, from the first step to the last
+    assert logged(resumed) == logged(whole)  # one log, from the first step to the last
     log_dir = Path(resumed.trainer.log_dir)
     assert log_dir.name == "version_0"
     assert (log_dir / "export" / "best" / "model.safetensors").exists()

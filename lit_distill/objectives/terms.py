@@ -28,12 +28,19 @@ def weighted_sum(
         signals: of the items, by name; each objective gets those that it needs.
 
     Raises:
-        ValueError: under gradient, if a total does not depend on the student.
+        ValueError: if an objective writes into a signal; under gradient, if a total does not depend on the student.
     """
     loss = next(iter(signals.values())).new_zeros((), dtype=torch.float32)
     terms: dict[str, LossTerm] = {}
     for name, objective in objectives.items():
-        term = objective(**{signal: signals[signal] for signal in objective.needs})
+        given = {signal: signals[signal] for signal in objective.needs}
+        versions = _versions(given)
+        term = objective(**given)
+        if touched := [signal for signal, version in _versions(given).items() if version != versions[signal]]:
+            raise ValueError(
+                f"model.objectives.{name}: {type(objective).__name__} writes into `{touched[0]}`, which others read too. "
+                "Make a new tensor instead: `x = x / 2`, not `x /= 2`."
+            )
         if torch.is_grad_enabled() and not term.total.requires_grad:
             raise ValueError(
                 f"model.objectives.{name}: the total does not depend on the student, so nothing is learnt from it. "
@@ -42,3 +49,8 @@ def weighted_sum(
         loss = loss + factors[name] * term.total
         terms[name] = LossTerm(term.total.detach(), term.count, {k: v.detach() for k, v in term.metrics.items()})
     return loss, terms
+
+
+def _versions(signals: Mapping[str, Tensor]) -> dict[str, int]:
+    """How often each was written into; tensors of inference mode do not count that."""
+    return {name: signal._version for name, signal in signals.items() if not signal.is_inference()}

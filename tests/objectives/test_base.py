@@ -16,6 +16,7 @@ from lit_distill.objectives import (
     check_needs,
     probe,
     sum_over_tokens,
+    weighted_sum,
 )
 
 FROM_DATASET = {"student_logits", "labels"}
@@ -106,3 +107,16 @@ def test_probing_leaves_the_random_state_alone() -> None:
 def test_settings_that_cannot_be_are_refused_when_the_yaml_is_read(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_an_objective_that_writes_into_a_signal_is_refused() -> None:
+    class Halves(Objective):
+        def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
+            teacher_logits /= 2
+            return sum_over_tokens((student_logits - teacher_logits).square().sum(dim=-1))
+
+    signals = {"student_logits": torch.randn(3, 5, requires_grad=True), "teacher_logits": torch.randn(3, 5)}
+    with pytest.raises(ValueError, match=r"model\.objectives\.mine: Halves writes into `teacher_logits`.*x = x / 2"):
+        weighted_sum({"mine": Halves()}, {"mine": 1.0}, signals)
+    with torch.inference_mode():
+        weighted_sum({"kd": ForwardKL()}, {"kd": 1.0}, {name: torch.randn(3, 5) for name in signals})
