@@ -8,6 +8,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lit_distill.callbacks.guards import StopSignals, check_monitor
 
 from lit_distill.parallel import AtomicCheckpointIO
 
@@ -20,14 +22,41 @@ class RunCheckpoint(ModelCheckpoint):
 
     ``every_n_train_steps`` saves at the end of the batch in which a multiple of n was passed; Lightning's compares the step
     modulo n, which a batch of many steps may miss for ever. ``save_last`` is the state at the last validation and at the end of
-    training; Lightning's is that of the last checkpoint among the best.
+    training; Lightning's is that of the last checkpoint among the best. SIGTERM and SIGUSR1 end the run after the batch, with the
+    state at that time saved.
     """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._signals = StopSignals()
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Let checkpoints be written whole or not at all, and read from folders of shards too."""
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Look for the figure to monitor."""
+        check_monitor(self.monitor, trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Listen to signals from now on; one callback is enough for all."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.checkpoint_callback is self:
+            self._signals.listen()
+
+    def teardown(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
+        """Listen no more."""
+        super().teardown(trainer, pl_module, stage)
+        self._signals.forget()
+
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        """Not where validation comes after every batch, whose ``val_check_interval: 1`` Lightning takes for that of an epoch."""
+        every_batch = type(trainer.val_check_interval) is int and trainer.val_check_interval == 1
+        if every_batch and self._save_on_train_epoch_end is None and any(trainer.num_val_batches):
+            return False
+        return super()._should_save_on_train_epoch_end(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
@@ -44,10 +73,14 @@ class RunCheckpoint(ModelCheckpoint):
                     self._save_last_checkpoint(trainer, candidates)
         elif self._train_time_interval is not None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.checkpoint_callback is self:
+            self._signals.heed(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Save the best, and the last whether it is among them or not; again, if this step was saved before its validation."""
-        self._last_global_step_saved = -1  # what a validation says, and what the source makes of it, is part of the state
+        self._last_global_step_saved = (
+            -1
+        )  # what a validation says, and what the source makes of it, is part of the state
         super().on_validation_end(trainer, pl_module)
         if not self._should_save_on_train_epoch_end(trainer):
             self._save_stale_last(trainer)
@@ -64,10 +97,15 @@ class RunCheckpoint(ModelCheckpoint):
         self._save_stale_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: DistillationModule, exception: BaseException) -> None:
-        """Say how to go on."""
+        """Save, if it was a signal, and say how to go on."""
         super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, SIGTERMException) and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._signals.requeue(trainer)
         if last := self.last_model_path or self.best_model_path:
-            rank_zero_info(f"The last checkpoint is {last}. To go on from it, add: --ckpt_path {last}")
+            rank_zero_info(
+                f"The last checkpoint is {last}. To go on, give the same command with --ckpt_path last, or with this path."
+            )
 
     def _save_stale_last(self, trainer: Trainer) -> None:
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):

@@ -83,7 +83,8 @@ class BeforeAfter(Callback):
     def _generated(self, trainer: Trainer, pl_module: DistillationModule, speaker: str) -> dict[str, float]:
         scores = ResponseScores().to(pl_module.device)
         for batch in self._batches(trainer, pl_module):
-            if batch.prompts is None or (len(batch) and not batch.references):
+            answered = pl_module.sum_over_ranks(torch.tensor(len(batch.references), device=pl_module.device))
+            if batch.prompts is None or not answered:  # all ranks or none, since a sharded model speaks on all of them
                 continue
             with trainer.precision_plugin.val_step_context():
                 answer_and_score(pl_module, batch, self.decoding, self.seed, speaker, scores)

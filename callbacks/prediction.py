@@ -29,8 +29,7 @@ class PredictionWriter(Callback):
             _drop_broken_end(path)
         trainer.strategy.barrier("predictions")
         if path.exists():
-            with path.open(encoding="utf-8") as lines:
-                records = [json.loads(line) for line in lines]
+            records = _read(path)
             other = {record["speaker"] for record in records} - {pl_module.prediction.speaker}
             if other:
                 raise ValueError(
@@ -65,6 +64,21 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Say where the file is."""
         rank_zero_info(f"Predictions: {pl_module.prediction.path}")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    try:
+        with path.open("rb") as lines:
+            for line in lines:
+                record = json.loads(line)
+                records.append({"id": record["id"], "speaker": record["speaker"]})
+    except (ValueError, KeyError, TypeError) as error:  # no JSON in UTF-8, or a record of something else
+        raise ValueError(
+            f"model.prediction.path: {path}, line {len(records) + 1} was not written by `predict`. Give another path, or remove "
+            "the file."
+        ) from error
+    return records
 
 
 def _drop_broken_end(path: Path) -> None:

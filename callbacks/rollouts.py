@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lit_distill.callbacks.guards import CollapseWatch
 from lit_distill.callbacks.samples import show_samples
 
 from lit_distill.functional import reverse_kl_k3
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
     from lit_distill.rollouts import Trajectories
 
+PERIODS = (1, 2, 3, 4)
+
 
 class RolloutMonitor(Callback):
     """Logs every phase of rollouts under ``rollout/``, over all ranks, and some of the responses as text.
@@ -21,7 +25,9 @@ class RolloutMonitor(Callback):
     Per token that the student itself wrote: ``reverse_kl_k1`` and ``reverse_kl_k3``, unbiased at the prefixes there are.
     Per response token: ``reward``, ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size``
     (share of the tokens that the importance weights leave). Per response: ``response_length`` and ``unfinished`` (share cut
-    off at max_new_tokens). And ``tokens_per_second``. A source that does not score its responses has only the last three.
+    off at max_new_tokens). And ``repetition``, the largest share of tokens that are those of 1 to 4 places before, and
+    ``tokens_per_second``. A source that does not score its responses has only the last four. Responses that become empty,
+    endless or repetitive earn one warning.
 
     Args:
         every_n_phases: show samples at every n-th phase.
@@ -34,6 +40,7 @@ class RolloutMonitor(Callback):
         self.every_n_phases = every_n_phases
         self.num_samples = num_samples
         self._phases = 0
+        self._collapse = CollapseWatch()
 
     def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
         """Log the phase."""
@@ -61,6 +68,9 @@ class RolloutMonitor(Callback):
                 "weights": weights.sum(),
                 "squares": weights.square().sum(),
             }
+        for back in PERIODS:
+            again = (responses.ids[:, back:] == responses.ids[:, :-back]) & mask[:, back:]
+            sums[f"again_{back}"] = again.sum()
         totals = pl_module.sum_over_ranks(torch.stack([value.double() for value in sums.values()]))
         total = dict(zip(sums, totals, strict=True))
         tokens, answered = total["tokens"].clamp(min=1), total["responses"].clamp(min=1)
@@ -68,6 +78,7 @@ class RolloutMonitor(Callback):
         figures |= {
             "rollout/response_length": tokens / answered,
             "rollout/unfinished": 1 - total["ended"] / answered,
+            "rollout/repetition": torch.stack([total[f"again_{back}"] for back in PERIODS]).max() / tokens,
             "rollout/tokens_per_second": tokens / trajectories.seconds,
         }
         if scored:
@@ -76,9 +87,21 @@ class RolloutMonitor(Callback):
             figures["rollout/effective_sample_size"] = weighted / tokens
             pl_module.log("reverse_kl", figures["rollout/reverse_kl_k1"], prog_bar=True, logger=False)
         pl_module.record(figures)
+        shape = [figures[f"rollout/{name}"] for name in ("response_length", "unfinished", "repetition")]
+        if warning := self._collapse.look(pl_module.global_step, *torch.stack(shape).tolist()):
+            rank_zero_warn(warning)
         if self._phases % self.every_n_phases == 0:
             self._show(trainer, pl_module, trajectories)
         self._phases += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """How the first responses and the last ones were, so that a resumed run compares with the same."""
+        return {"first": self._collapse.first, "last": self._collapse.last, "told": self._collapse.told}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._collapse.first, self._collapse.last = state_dict["first"], state_dict["last"]
+        self._collapse.told = state_dict["told"]
 
     def _show(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
         count = self.num_samples

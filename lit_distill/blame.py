@@ -31,17 +31,27 @@ def blaming(config: Mapping[str, Any], keys: Mapping[type, str]) -> Iterator[Non
     try:
         yield
     except ERRORS as error:
-        built = [(where, kind) for kind, given in _under_construction(error.__traceback__) if (where := _place(kind, given, config, keys))]
-        if not built:
-            raise
-        raise ValueError(_with_key(str(error), *built[-1], roots=set(config))) from error
+        for cause in _causes(error):
+            for kind, given in reversed(list(_under_construction(cause.__traceback__))):
+                if where := _place(kind, given, config, keys):
+                    raise ValueError(_with_key(str(cause), where, kind, roots=set(config))) from error
+        raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those from which it was raised: an optional value is a union with None, of which jsonargparse says more."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def said_of_trainer(error: Exception, options: Mapping[str, Any]) -> str:
-    """What Lightning's Trainer says of its arguments, with the key of the first one that it names."""
+    """What Lightning's Trainer says of its arguments, with the key of the first one that it names or quotes."""
     message = str(error)
-    named = next((name for name in options if re.search(rf"\b{name}\b", message)), None)
-    return f"trainer.{named}: {message}" if named else f"trainer: {message}"
+    words = set(re.findall(r"\w+", message))
+    named = [name for name in options if name in words]
+    quoted = [name for name, value in options.items() if isinstance(value, str) and value in words]
+    return f"trainer.{[*named, *quoted][0]}: {message}" if named or quoted else f"trainer: {message}"
 
 
 def _under_construction(traceback: TracebackType | None) -> Iterator[tuple[type, Mapping[str, Any]]]:
@@ -84,4 +94,3 @@ def _with_key(message: str, key: str, kind: type, roots: set[str]) -> str:
     if named and not named["rest"] and named["first"] != kind.__name__:
         return f"{key}{arguments}.{message}"
     return f"{key}: {message}" if kind.__name__ in message else f"{key}: {kind.__name__}: {message}"
-

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -81,12 +83,17 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             f"trainer.precision: {trainer.precision} overflows in the loss of long rows. Use bf16-mixed or 32-true."
         )
+    if trainer.precision == "bf16-true":
+        raise ValueError(
+            "trainer.precision: bf16-true would round what is measured too. For a student whose weights have 16 bits, set "
+            "model.student.dtype: bfloat16 and leave trainer.precision at 32-true; or use bf16-mixed."
+        )
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             raise ValueError(f"trainer.{name}: 0 would learn nothing. Give a larger number, or remove the key.")
     if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
         raise ValueError(
-            f"trainer.gradient_clip_val: expected 0 (off) or more, got {trainer.gradient_clip_val}. Usual is 1.0."
+            f"trainer.gradient_clip_val: {trainer.gradient_clip_val} is no norm. Give 0 (off) or more; usual is 1.0."
         )
     validates = trainer.limit_val_batches and getattr(trainer.datamodule, "has_validation", True)
     for callback in trainer.callbacks:
@@ -103,6 +110,29 @@ def check_trainer(trainer: Any) -> None:
             )
 
 
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse sizes below 1 among the arguments of the module.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"model.{key}: expected at least 1, got {value}.")
+
+
+def check_speaker(source: Any, teacher: object | None) -> None:
+    """Refuse a source in which the teacher speaks where there is none.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    if source.needs_teacher and teacher is None:
+        raise ValueError(
+            f"model.source: in the source {type(source).__name__} the teacher speaks, and there is none. Set model.teacher.path."
+        )
+
+
 def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> None:
     """Refuse names of objectives that are missing, taken, or mean something else in the names of figures.
 
@@ -117,9 +147,44 @@ def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> 
     for name in (*names, *others):
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise ValueError(
-                f"model.objectives: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and no word of Python's "
-                "dictionaries."
+                f"model.objectives: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and no word of "
+                "Python's dictionaries."
             )
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Refuse a folder that can be neither written nor made.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    folder = folder.expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}: {folder} cannot be written, as {there} cannot. Give a folder that can.")
+
+
+def check_same_model(stored: Mapping[str, Any], here: Mapping[str, Tensor]) -> None:
+    """Refuse the weights of another model.
+
+    Args:
+        stored: what a checkpoint holds, by name; what is no tensor is not compared.
+        here: the weights that are to be overwritten.
+
+    Raises:
+        ValueError: naming ``ckpt_path`` and the first weight that differs.
+    """
+    sharded = {name for name, value in stored.items() if not isinstance(value, Tensor)}  # compared where they are read
+    sizes = {name: tuple(value.shape) for name, value in stored.items() if name not in sharded}
+    wanted = {name: tuple(value.shape) for name, value in here.items() if name not in sharded}
+    different = [name for name in {**wanted, **sizes} if sizes.get(name) != wanted.get(name)]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"ckpt_path: the checkpoint is of another model: {name} is {sizes.get(name, 'not there')} in it, and "
+            f"{wanted.get(name, 'not there')} in model.student ({len(different)} weights differ). Give a checkpoint of this "
+            "student, or set model.student to the checkpoint's."
+        )
 
 
 def check_fit(module: DistillationModule) -> None:
@@ -135,9 +200,8 @@ def check_fit(module: DistillationModule) -> None:
         raise ValueError("model.objectives: every weight is 0, so there is nothing to learn. Give one a weight.")
     module.source.check_trainer(trainer)
     _check_corpus(module, trainer)
-    count = getattr(trainer.datamodule, "num_items", lambda split: None)("train")
-    if count is not None:
-        _check_batches(trainer, count // trainer.datamodule.batch_size, count)
+    if hasattr(trainer.datamodule, "num_items"):
+        _check_batches(trainer, trainer.datamodule.num_items("train"))
 
 
 def check_optimizer(optimizer_of: Any, scheduler_of: Any) -> None:
@@ -149,14 +213,14 @@ def check_optimizer(optimizer_of: Any, scheduler_of: Any) -> None:
     key = "model.optimizer"
     try:
         optimizer = optimizer_of(parameter_groups(nn.Linear(2, 2).parameters()))
-        for group in optimizer.param_groups:
-            if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
-                raise ValueError(f"lr: expected a finite number >= 0, got {group['lr']}.")
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
         key = "model.lr_scheduler"
         scheduler = None if scheduler_of is None else scheduler_of(optimizer)
     except Exception as error:  # of any class: it is the user's choice
-        said = str(error)
-        raise ValueError(said if said.startswith(key) else f"{key}: {said}") from error
+        said = str(error).rstrip(".")
+        raise ValueError(said if said.startswith(key) else f"{key}: {said}. Correct its init_args.") from error
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise ValueError(f"model.optimizer: lr: expected a finite number >= 0, got {rates[0]}.")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
             f"{key}: ReduceLROnPlateau waits for a figure, and the schedule moves at every optimiser step. Use WarmupCosine, "
@@ -181,18 +245,14 @@ def _check_corpus(module: DistillationModule, trainer: Any) -> None:
         )
 
 
-def _check_batches(trainer: Any, num_batches: int, num_items: int) -> None:
-    if not num_batches:
-        raise ValueError(
-            f"data.init_args.batch_size: {trainer.datamodule.batch_size} items are a batch, and there are {num_items} to train on. "
-            "Make it smaller."
-        )
+def _check_batches(trainer: Any, num_items: int) -> None:
+    num_batches = max(1, num_items // trainer.datamodule.batch_size)  # fewer items than a batch are one batch
     every = trainer.val_check_interval
     by_epochs = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
     if by_epochs and isinstance(every, int) and every > num_batches and not trainer.overfit_batches:
         raise ValueError(
-            f"trainer.val_check_interval: validation every {every} batches, and an epoch has {num_batches}. Make it smaller, or set "
-            "trainer.check_val_every_n_epoch: null to count over epochs."
+            f"trainer.val_check_interval: validation every {every} batches, and an epoch has {num_batches}. Make it smaller, or "
+            "set trainer.check_val_every_n_epoch: null to count over epochs."
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -12,18 +14,19 @@ from typing import Any
 
 import datasets
 import transformers
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lit_distill.callbacks
 import lit_distill.data
 import lit_distill.objectives
 import lit_distill.rollouts
 import lit_distill.schedulers  # with the others: YAML names the classes of all of these without their modules
+from lit_distill.blame import ERRORS, blaming, said_of_trainer
 from lit_distill.callbacks import (
     CalibrationMonitor,
     ExposureBiasMonitor,
@@ -35,13 +38,21 @@ from lit_distill.callbacks import (
     RunProgress,
     RunReport,
 )
-from lit_distill.blame import ERRORS, blaming, said_of_trainer
-from lit_distill.checks import check_seed, check_trainer, check_trainer_options
+from lit_distill.checks import check_seed, check_trainer, check_trainer_options, check_writable
 from lit_distill.module import DistillationModule
-from lit_distill.parser import DistillParser
+from lit_distill.parser import DistillParser, check_configs, without_template
 from lit_distill.rollouts import Prediction
-from lit_distill.runs import best_checkpoint, last_checkpoint, run_loggers
+from lit_distill.runs import best_checkpoint, check_checkpoint, last_checkpoint, run_loggers
 
+OF_THE_DISK = {
+    errno.ENOSPC: "Make room on the disk; the last checkpoint is still good, and --ckpt_path last goes on from it.",
+    errno.EDQUOT: "Your quota is used up; the last checkpoint is still good, and --ckpt_path last goes on from it.",
+    errno.EROFS: "Give a folder that can be written.",
+    errno.EACCES: "Give a folder that can be written.",
+    errno.ENOENT: "Give a path that exists.",
+    errno.ENOTDIR: "Give a folder that can be written.",
+}
+"""What to do about errors of the operating system that are nobody's mistake in the code."""
 CHECKPOINT_WORDS = ("best", "last", "hpc")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 CALLBACKS = {
@@ -80,7 +91,10 @@ class DistillCLI(LightningCLI):
                 "prog": "lit-distill",
                 "version": lit_distill.__version__,
                 "description": "Distil a small language model from a large one. A method is a YAML file.",
-                **{name: {"usage": f"lit-distill {name} --config FILE [--KEY VALUE ...]"} for name in self.subcommands()},
+                **{
+                    name: {"usage": f"lit-distill {name} --config FILE [--KEY VALUE ...]"}
+                    for name in self.subcommands()
+                },
             },
             args=args,
             auto_configure_optimizers=False,
@@ -117,7 +131,15 @@ class DistillCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and look at what is used before anything else."""
-        super().parse_arguments(parser, args)
+        if isinstance(args, dict | Namespace):
+            self.config = parser.parse_object(args)
+        else:
+            words, template = without_template(sys.argv[1:] if args is None else args)
+            if self._asked:
+                check_configs(words)
+            self.config = parser.parse_args(words)
+            if template is not None:
+                self._whole_config().data.init_args.template = template
         check_seed(self._whole_config().get("seed_everything"))
 
     def _parse_ckpt_path(self) -> None:
@@ -129,7 +151,11 @@ class DistillCLI(LightningCLI):
         No bars of transformers and datasets where nobody watches, no notes on what is meant to be so.
         """
         if self.subcommand:
-            self._find_checkpoint(self.config[self.subcommand])
+            config = self._whole_config()
+            self._find_checkpoint(config)
+            check_writable(Path(config.trainer.default_root_dir), "trainer.default_root_dir")
+            if self.subcommand == "predict" and config.model.prediction:
+                check_writable(Path(config.model.prediction.path).parent, "model.prediction.path")
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()
@@ -149,14 +175,21 @@ class DistillCLI(LightningCLI):
                     f"ckpt_path: there is no `{checkpoint}` checkpoint of the run {run_name(config)!r} in "
                     f"{config.trainer.default_root_dir}. Give a .ckpt file, or run `fit` first."
                 )
-            if last is None:
+            if last is not None:
+                check_checkpoint(last)
+            else:
                 rank_zero_info("ckpt_path: there is no checkpoint yet, so the run starts from the beginning.")
             config.ckpt_path = last and str(last if checkpoint == "last" else best_checkpoint(last))
             if self.subcommand == "fit" and checkpoint == "last":
                 self._continued = last
             rank_zero_info(f"ckpt_path: {config.ckpt_path}")
-        elif checkpoint not in (None, *CHECKPOINT_WORDS) and "://" not in checkpoint and not Path(checkpoint).exists():
-            raise ValueError(f"ckpt_path: there is no {checkpoint}. Give a .ckpt file, or one of {CHECKPOINT_WORDS}.")
+        if config.ckpt_path not in (None, *CHECKPOINT_WORDS) and "://" not in config.ckpt_path:
+            check_checkpoint(Path(config.ckpt_path))
+        if config.weights_only is False:
+            raise ValueError(
+                "weights_only: false lets a checkpoint run any code. Remove it: ours hold nothing but weights."
+            )
+        config.weights_only = True  # Lightning's own default unpickles whatever is in a local file
 
     def instantiate_classes(self) -> None:
         """Build everything; what a class says of its arguments is said with their key."""
@@ -209,7 +242,9 @@ def main(args: ArgsType = None) -> None:
         sys.path.append(str(Path.cwd()))  # classes of the user's own; last, so that no file of theirs hides a package
     try:
         DistillCLI(args)
-    except (ValueError, MisconfigurationException) as error:
+    except SIGTERMException:
+        sys.exit(128 + signal.SIGTERM)  # no success, though everything was saved
+    except (ValueError, MisconfigurationException, OSError) as error:
         message = _for_the_user(error)
         if os.environ.get("LIT_DISTILL_TRACEBACK") or message is None:
             raise
@@ -220,6 +255,8 @@ def _for_the_user(error: BaseException | None) -> str | None:
     """The message that was written for the reader of the YAML: the project's own, wrapped by others or not, or Lightning's."""
     packages = (Path(__file__).parent, Path(lit_distill.callbacks.__file__).parent)
     while error is not None:
+        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            return f"{error.strerror}: {error.filename or 'while writing'}. {OF_THE_DISK[error.errno]}"
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if isinstance(error, MisconfigurationException) or any(raised_in.is_relative_to(p) for p in packages):
             return str(error)

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -20,17 +20,21 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lit_distill.checks import check_finite, check_fit, check_names, check_strategy
+from lit_distill import checks
 from lit_distill.evaluation.held_out import HeldOut
+from lit_distill.guards import NonFinite
+from lit_distill.lengths import check_lengths
 from lit_distill.models import (
     CausalLM,
     FrozenTeacher,
     Measurement,
     ModelSpec,
     build_pair,
+    check_specs,
     load_tokenizer,
     stop_token_ids,
 )
+from lit_distill.models.lora import check_same_adapters, fingerprint
 from lit_distill.objectives import LossTerm, Objective, add_terms, check_needs
 from lit_distill.parallel import most_over_ranks, sharding_of, without_gradient_sync
 from lit_distill.rollouts import (
@@ -45,7 +49,7 @@ from lit_distill.rollouts import (
     row_uniforms,
     share_out,
 )
-from lit_distill.schedulers import parameter_groups
+from lit_distill.schedulers import optimization
 from lit_distill.types import Batch, Pairs, Prompts, Sequences
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ class DistillationModule(L.LightningModule):
         optimizer: AdamW by default; parameters of one dimension (norms, biases) get no weight decay.
         lr_scheduler: stepped after every optimiser step; none by default.
         prediction: what `predict` writes.
+        on_nonfinite: what a NaN or infinite gradient does: stop the run, or skip the step and count it.
 
     Hooks:
         Any callback of the Trainer that has a method of one of these names gets to see, on every rank:
@@ -91,12 +96,12 @@ class DistillationModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
         prediction: Prediction | None = None,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
-        for key, value in (("micro_batch_size", micro_batch_size), ("head_chunk_rows", head_chunk_rows)):
-            if value is not None and value < 1:
-                raise ValueError(f"model.{key}: expected at least 1, got {value}.")
-        check_names(objectives, corpus_objectives or {})
+        checks.check_sizes(micro_batch_size=micro_batch_size, head_chunk_rows=head_chunk_rows)
+        checks.check_names(objectives, corpus_objectives or {})
+        check_specs(student, teacher)
         self.student_spec = student
         self.teacher_spec = teacher
         self.source = source or DatasetResponses()
@@ -107,6 +112,7 @@ class DistillationModule(L.LightningModule):
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
         self.prediction = prediction or Prediction()
+        self.guard = NonFinite(on_nonfinite)
         self.predicted_ids: frozenset[str] = frozenset()  # what an earlier, interrupted `predict` has written already
         self.teacher: FrozenTeacher | None = None
         from_source = self.source.provides | (self.source.provides_with_teacher if teacher else frozenset())
@@ -114,10 +120,7 @@ class DistillationModule(L.LightningModule):
         check_needs(objectives, from_source, "model.objectives", on_source)
         text_only = DatasetResponses.provides | ({"teacher_logits"} if teacher else set())
         self.source.check(objectives)
-        if self.source.needs_teacher and teacher is None:
-            raise ValueError(
-                f"model.source: in {on_source} the teacher speaks, and there is none. Set model.teacher.path."
-            )
+        checks.check_speaker(self.source, teacher)
         check_needs(corpus_objectives or {}, text_only, "model.corpus_objectives", "a plain-text corpus")
 
     @cached_property
@@ -130,7 +133,7 @@ class DistillationModule(L.LightningModule):
         if hasattr(self, "student"):
             return
         self.student, teacher = build_pair(self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self))
-        self.teacher = FrozenTeacher(teacher) if teacher else None
+        self.teacher = FrozenTeacher(teacher, shared=teacher is self.student) if teacher else None
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
         self._text = self._measurement(self.objectives, "model.objectives")
         self._corpus = self._measurement(self.corpus_objectives, "model.corpus_objectives")
@@ -146,21 +149,16 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse Trainer options that would break a promise, before any weights load."""
-        check_strategy(self.trainer)
+        checks.check_strategy(self.trainer)
         if stage == "fit":
-            check_fit(self)
+            checks.check_fit(self)
             # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
             self.automatic_optimization = False
+        check_lengths(self, stage)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
-        optimizer = self.optimizer_factory(parameter_groups(self.parameters()))
-        if self.lr_scheduler_factory is None:
-            return optimizer
-        scheduler = self.lr_scheduler_factory(optimizer)
-        if getattr(scheduler, "total_steps", 0) is None:
-            scheduler.total_steps = self.total_steps()  # type: ignore[attr-defined]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return optimization(self.optimizer_factory, self.lr_scheduler_factory, self.parameters(), self.total_steps)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run, over all of its batches."""
@@ -174,6 +172,7 @@ class DistillationModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Every mini-batch that the source makes of ``batch`` is one optimiser step."""
+        self.guard.ids = batch.ids
         steps = self.source.steps_per_batch(len(batch) * self.trainer.world_size)
         corpus = share_out(batch.corpus, steps) if self.corpus_objectives else repeat(None, steps)
         for text, plain_text in zip(self.source.mini_batches(batch, self._players()), corpus, strict=False):
@@ -208,6 +207,7 @@ class DistillationModule(L.LightningModule):
                 loss, here = measure(part, {name: factors[name] for name in measure.objectives if name in factors})
                 self.manual_backward(loss)
             terms |= {name: add_terms(terms[name], term) if name in terms else term for name, term in here.items()}
+        self.guard.gate(self.student.parameters(), self.global_step + 1)
         if self.trainer.gradient_clip_val:
             self.clip_gradients(
                 optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm or "norm"
@@ -256,10 +256,11 @@ class DistillationModule(L.LightningModule):
         optimizer: Any = self.optimizers()
         figures["train/learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
         figures |= {f"rollout/{name}": torch.tensor(value) for name, value in self.source.figures().items()}
+        figures |= self.guard.figures()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = self.global_step % every == 0 or self.global_step == 1
         if due:
-            check_finite(figures["train/loss"], "train/loss", self.global_step)
+            self.guard.look(self, figures["train/loss"])
         self.record(figures, write=due)
         self._tell("on_loss_terms", {**means, "loss": figures["train/loss"]})
 
@@ -294,7 +295,7 @@ class DistillationModule(L.LightningModule):
 
     def _log_held_out(self, stage: str) -> dict[str, Tensor]:
         if figures := self.held_out.figures():
-            check_finite(figures["perplexity"], f"{stage}/perplexity", self.global_step)
+            checks.check_finite(figures["perplexity"], f"{stage}/perplexity", self.global_step)
             self.log_figures({f"{stage}/{name}": value for name, value in figures.items()})
         return figures
 
@@ -336,13 +337,18 @@ class DistillationModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the source remembers, and what it takes to rebuild the student without the run's YAML."""
+        self.guard.look(self)
         checkpoint["source"] = self.source.state_dict()
         checkpoint["student"] = {
             "spec": asdict(self.student_spec),
             "config": self.student.model.config.to_dict(),
             "generation_config": self.student.model.generation_config.to_dict(),
         }
+        if self.student_spec.lora is not None:
+            checkpoint["student"]["base"] = fingerprint(self.student)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the source back what it remembered; a checkpoint may be older than that."""
+        """Give the source back what it remembered; a checkpoint may be older than that, but not of another model."""
+        check_same_adapters(checkpoint.get("student", {}), self.student_spec.lora, self.student)
+        checks.check_same_model(checkpoint["state_dict"], self.state_dict())
         self.source.load_state_dict(checkpoint.get("source", {}))

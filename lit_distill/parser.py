@@ -6,11 +6,14 @@ import ast
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.optim import Optimizer
@@ -35,6 +38,53 @@ _CALLABLE_ARGUMENT = re.compile(
 _KEY = re.compile(r"(?:does not accept option|^Option) '(?P<key>[\w.]+)'")
 _GIVEN = re.compile(r"Given value: (?P<value>\{.*\})")
 _CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
+
+
+def check_configs(words: Sequence[str]) -> None:
+    """Look at the files that a command line names as configs; the parser's own errors do not say which one is wrong.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    given = [value for word, value in pairwise(words) if word in ("--config", "-c")]
+    given += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    for path in map(Path, given):
+        if not path.is_file():
+            raise ValueError(f"--config: there is no file {path} (seen from {Path.cwd()}).")
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"--config: {path} is not YAML in UTF-8: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"--config: {path} holds {'nothing' if config is None else type(config).__name__}. It must hold the keys model, "
+                "data and trainer, as the files in configs/ do."
+            )
+
+
+def without_template(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """A command line whose ``--data.template`` can be parsed, and the template, if it is to be put in afterwards.
+
+    ``Q: {question}`` is a mapping to YAML, and no quotes help: they would be part of the text.
+    """
+    parsed, template = list(words), None
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name not in ("--data.template", "--data.init_args.template"):
+            continue
+        at = index if equals else index + 1
+        value = value if equals else "".join(words[at : at + 1])
+        template = value if _is_no_text(value) else None
+        if template is not None:
+            parsed[at] = f"{name}=alpaca" if equals else "alpaca"
+    return parsed, template
+
+
+def _is_no_text(text: str) -> bool:
+    try:
+        return not isinstance(yaml.safe_load(text), str)
+    except yaml.YAMLError:
+        return True  # such as a brace that is never closed
 
 
 class DistillParser(LightningArgumentParser):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+META = "meta.pt"
+"""The part of a sharded checkpoint that is no shard."""
 
 
 def last_checkpoint(root: str | Path, name: str) -> Path | None:
@@ -19,6 +23,35 @@ def last_checkpoint(root: str | Path, name: str) -> Path | None:
     """
     found = Path(root).expanduser().glob(f"{name}/version_*/checkpoints/last*.ckpt")
     return max(found, key=_saved_at, default=None)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Look whether there is a checkpoint of plain tensors, from a run of ours; whatever code a pickle holds is not run.
+
+    Raises:
+        ValueError: naming ``ckpt_path``.
+    """
+    if not path.exists() or (path.is_dir() and not (path / META).is_file()):
+        raise ValueError(f"ckpt_path: there is no {path}. Give a .ckpt file, or one of best, last.")
+    try:
+        said = _without_tensors(path)
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        UnpicklingError,
+    ) as error:  # no zip, cut off, or code
+        raise ValueError(
+            f"ckpt_path: {path} cannot be read as a checkpoint of plain tensors, and nothing else in it was run "
+            f"({str(error).splitlines()[0]}). Give another one; the run keeps {path.parent}/*.ckpt."
+        ) from error
+    if not isinstance(said, dict) or not {"state_dict", "student", "global_step"} <= said.keys():
+        raise ValueError(
+            f"ckpt_path: {path} is no checkpoint of lit-distill. To start from the weights of a model, save it as a Hugging Face "
+            "folder and set model.student.path."
+        )
 
 
 def best_checkpoint(last: Path) -> Path:
@@ -50,15 +83,21 @@ def run_loggers(root: str | Path, name: str, continued: Path | None = None) -> l
     rows = []
     if (folder / "metrics.csv").exists():
         with (folder / "metrics.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step or _is_of_the_past(row, step)]
     beside = CSVLogger(root, name=name, version=folder.name)
     beside.experiment.metrics = [{key: value for key, value in row.items() if value} for row in rows]
     return [TensorBoardLogger(root, name=name, version=folder.name, purge_step=step + 1), beside]
 
 
+def _is_of_the_past(row: dict[str, str], step: int) -> bool:
+    """Whether a row was logged before the checkpoint of ``step``; that of rollouts, which come before a step, was after it."""
+    logged = {name for name, value in row.items() if value and name != "step"}
+    return int(row["step"]) == step and not all(name.startswith("rollout/") for name in logged)
+
+
 def _without_tensors(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says, with tensors that hold nothing."""
-    state = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+    state = checkpoint / META if checkpoint.is_dir() else checkpoint
     said: dict[str, Any] = torch.load(state, map_location="meta", weights_only=True, mmap=True)
     return said
 

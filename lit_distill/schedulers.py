@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
@@ -19,6 +19,29 @@ def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def optimization(
+    optimizer_of: Callable[[Any], Optimizer],
+    scheduler_of: Callable[[Optimizer], LRScheduler] | None,
+    parameters: Iterable[nn.Parameter],
+    total_steps: Callable[[], int],
+) -> Any:
+    """What Lightning's ``configure_optimizers`` returns: the optimiser and, where there is one, a scheduler of its steps.
+
+    Args:
+        optimizer_of: makes the optimiser of groups of parameters.
+        scheduler_of: makes the scheduler of the optimiser.
+        parameters: of the module.
+        total_steps: asked for by a scheduler whose ``total_steps`` is None.
+    """
+    optimizer = optimizer_of(parameter_groups(parameters))
+    if scheduler_of is None:
+        return optimizer
+    scheduler = scheduler_of(optimizer)
+    if getattr(scheduler, "total_steps", 0) is None:
+        scheduler.total_steps = total_steps()  # type: ignore[attr-defined]
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class WarmupConstant(LambdaLR):

@@ -7,16 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from families import family, ids, make_model, make_tokenizer
-from tiny import VOCABULARY, tiny_llama
-from torch import Tensor
+from tiny import ASSETS, ragged_text, tiny_llama
 
-import lit_distill
 from lit_distill.models import CausalLM, FrozenTeacher
 from lit_distill.types import Sequences
 
 __all__ = ["family", "ids", "make_model", "make_tokenizer"]
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
-ASSETS = Path(lit_distill.__file__).parent / "assets"
 
 
 @pytest.fixture(autouse=True)
@@ -32,15 +29,6 @@ def student() -> CausalLM:
 @pytest.fixture
 def teacher() -> FrozenTeacher:
     return FrozenTeacher(CausalLM(tiny_llama(hidden=24)))
-
-
-def ragged_text(rows: int = 5, width: int = 12, vocabulary: int = VOCABULARY) -> Sequences:
-    """Right-padded rows of different lengths, whose first three tokens are the prompt."""
-    ids = torch.randint(0, vocabulary, (rows, width))
-    lengths = torch.arange(width, width - rows, -1)[:, None]
-    columns = torch.arange(width)
-    attention: Tensor = columns < lengths
-    return Sequences(ids, attention.long(), attention & (columns >= 3))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def run_on_ranks(script: Path, ranks: int, *arguments: object, timeout: float = 
             stack.callback(process.wait)
             stack.callback(process.kill)
             started.append((process, said))
-        for process, said in started:
-            process.wait(timeout)
+        end = time.monotonic() + timeout
+        while any(process.poll() is None for process, _ in started) and time.monotonic() < end:
+            if any(process.poll() for process, _ in started):
+                break  # the others would wait for it
+            time.sleep(0.1)
+        for process, said in sorted(started, key=lambda pair: pair[0].poll() is None):
             said.seek(0)
-            assert process.returncode == 0, said.read()[-4000:]
+            assert process.poll() == 0, said.read()[-4000:] or "no end in sight"

@@ -17,6 +17,7 @@ BELOW = {
     "types": set(),
     "schedulers": set(),
     "blame": set(),
+    "guards": set(),
     "parallel": set(),
     "runs": set(),
     "objectives": {"functional", "types"},
@@ -25,7 +26,8 @@ BELOW = {
     "rollouts": {"functional", "types", "objectives", "models", "data"},
     "evaluation": {"functional", "types", "objectives", "models", "data", "rollouts"},
 }
-BELOW["checks"] = {"schedulers", "models", "types", "objectives", "functional", "parallel"}
+BELOW["checks"] = {"schedulers"}
+BELOW["lengths"] = {"models"}
 BELOW["module"] = {*BELOW, "evaluation"}
 BELOW["callbacks"] = {*BELOW, "module"}
 BELOW["parser"] = {*BELOW, "callbacks"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lit_distill.checks import check_strategy
 from lit_distill.models import ModelSpec
 from lit_distill.models.spec import load_model
 from lit_distill.parallel import AtomicCheckpointIO, FSDP2Strategy, read_checkpoint
+from lit_distill.parallel.storage import save_sharded
 
 MODELS = """
 import sys
@@ -101,19 +103,19 @@ from lit_distill.rollouts import TeacherMixedRollouts
 student, teacher, devices, folder, *plans = sys.argv[1:]
 folder = Path(folder)
 for plan in plans:
-    name, strategy, kind, steps, start, ending = plan.split(",")
+    name, strategy, kind, start, precision, dtype = plan.split(",")
     L.seed_everything(1)
     if strategy == "fsdp2":
         strategy = FSDP2Strategy(save_distributed_checkpoint=kind == "folder")
     learner = DistillationModule(
-        ModelSpec(student), {"long": PolicyGradient(), "single": ReverseKL()}, ModelSpec(teacher),
-        TeacherMixedRollouts(alpha=0.3, max_new_tokens=5, mini_batch_size=4, inner_epochs=1),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=0.01), micro_batch_size=3,
+        ModelSpec(student, dtype=dtype or None), {"long": PolicyGradient(), "single": ReverseKL()}, ModelSpec(teacher),
+        TeacherMixedRollouts(alpha=0.3, max_new_tokens=5, mini_batch_size=4, inner_epochs=1, shuffle=False),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-3), micro_batch_size=3,
     )
     checkpoint = RunCheckpoint(folder / name, filename="{step}", every_n_train_steps=2, save_top_k=-1, save_last=True)
     trainer = L.Trainer(
-        default_root_dir=folder / name, accelerator="cpu", devices=int(devices), strategy=strategy, max_steps=int(steps), logger=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, precision=ending,
+        default_root_dir=folder / name, accelerator="cpu", devices=int(devices), strategy=strategy, max_steps=6, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, precision=precision,
         callbacks=[checkpoint, HuggingFaceExport()],
     )
     trainer.fit(learner, ProceduralData(num_train=32, num_validation=4, num_test=4, batch_size=8), ckpt_path=start or None)
@@ -133,7 +135,9 @@ def folder(tmp_path_factory) -> Path:
     untied.save_pretrained(folder / "untied")
     untied.save_pretrained(folder / "cut", max_shard_size="10KB")
     tiny_llama(tie_word_embeddings=True).save_pretrained(folder / "tied")
-    GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32)).save_pretrained(folder / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32)).save_pretrained(
+        folder / "gpt2"
+    )
     weights = load_file(folder / "gpt2" / "model.safetensors")
     bare = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
     save_file(bare, folder / "gpt2" / "model.safetensors", metadata={"format": "pt"})
@@ -222,8 +226,10 @@ def runs(pair, tmp_path_factory) -> Path:
     script.write_text(RUNS)
     half = "step=2.ckpt"
 
-    def plan(name: str, strategy: str, kind: str = "", start: Path | None = None, precision: str = "32-true") -> str:
-        return ",".join([name, strategy, kind, "6", str(start or ""), precision])
+    def plan(
+        name: str, strategy: str, kind: str = "", start: object = "", precision: str = "32-true", dtype: str = ""
+    ) -> str:
+        return ",".join([name, strategy, kind, str(start), precision, dtype])
 
     run_on_ranks(script, 1, *pair, 1, folder, plan("one", "auto"))
     two = [
@@ -233,7 +239,7 @@ def runs(pair, tmp_path_factory) -> Path:
         plan("two from file", "fsdp2", "folder", folder / "two whole" / half),
         plan("two from one", "fsdp2", "file", folder / "one" / half),
         plan("mixed", "fsdp2", "folder", precision="bf16-mixed"),
-        plan("half", "fsdp2", "folder", precision="bf16-true"),
+        plan("half", "fsdp2", "folder", dtype="bfloat16"),
     ]
     run_on_ranks(script, 2, *pair, 2, folder, *two)
     one = [
@@ -257,7 +263,9 @@ def test_two_ranks_go_on_exactly_as_if_they_had_never_stopped(runs, name) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["two", "two from one", "one from folder", "one from file", "one of shards from folder"])
+@pytest.mark.parametrize(
+    "name", ["two", "two from one", "one from folder", "one from file", "one of shards from folder"]
+)
 def test_a_run_goes_on_from_the_checkpoint_of_another_number_of_ranks(runs, name) -> None:
     torch.testing.assert_close(result(runs, name)["weights"], result(runs, "one")["weights"], rtol=0, atol=2e-5)
 
@@ -304,6 +312,22 @@ def test_a_save_that_fails_leaves_the_last_good_checkpoint(tmp_path) -> None:
     with pytest.raises(AttributeError):
         store.save_checkpoint({"weights": torch.zeros(3), "broken": lambda: None}, path)
     assert torch.equal(store.load_checkpoint(path)["weights"], torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_folder_that_is_written_anew_stays_good_until_the_new_one_is(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "last.ckpt"
+    save_sharded({"step": 1}, path, 0, lambda: None)
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
+        broken.setattr(torch, "save", Mock(side_effect=OSError("the disk is full")))
+        save_sharded({"step": 2}, path, 0, lambda: None)
+    (path / "1-rank-00007.safetensors").write_bytes(b"of a run on more ranks that was cut off")
+    assert read_checkpoint(path)["step"] == 1
+    save_sharded({"step": 3}, path, 0, lambda: None)
+    assert read_checkpoint(path)["step"] == 3
+    assert sorted(file.name for file in path.iterdir()) == ["1-rank-00000.safetensors", "meta.pt"]
+    AtomicCheckpointIO().save_checkpoint({"step": 4}, path)  # a file in the place of the folder
+    assert read_checkpoint(path)["step"] == 4
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 

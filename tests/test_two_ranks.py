@@ -15,6 +15,7 @@ import lightning as L, torch
 from lit_distill.callbacks import ExposureBiasMonitor, GenerationEvaluator
 from lit_distill.data import ProceduralData
 from lit_distill.models import ModelSpec
+from lit_distill.models.lora import LoraSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import DirectPreference, ForwardKL, JensenShannon, NextToken, PolicyGradient, ReverseKL
 from lit_distill.parallel import FSDP2Strategy, gathered
@@ -24,45 +25,55 @@ untied, tied, teacher, strategy, devices, out = sys.argv[1:]
 mixed = dict(max_new_tokens=10, mini_batch_size=4, inner_epochs=2, shuffle=False)
 minillm = {"long": PolicyGradient(), "single": ReverseKL(importance_weighted=True)}
 kd = {"kd": ForwardKL(), "ce": NextToken(weight=0.5)}
+adapters = LoraSpec(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj", "lm_head"])
 cases = {  # student, teacher, source, objectives, how much of it is gathered, other settings
     "sft": (untied, None, None, {"ce": NextToken()}, {}, {}),
-    "kd": (tied, teacher, None, kd, {}, {}),
     "kd, checkpointed and clipped": (tied, teacher, None, kd, {}, {"gradient_clip_val": 0.1}),
+    "gkd, adapters over the teacher": (untied, untied, StudentRollouts(0.5, max_new_tokens=10), kd, {}, {}),
     "dpkd": (
         tied, teacher, ResponsePairs(max_new_tokens=10, mini_batch_size=4, inner_epochs=2, shuffle=False),
         {"dpkd": DirectPreference(beta=1.0), "ce": NextToken(weight=0.5)}, {}, {},
     ),
     "gkd": (untied, teacher, StudentRollouts(0.5, max_new_tokens=10), {"jsd": JensenShannon()}, {"gather_student": False}, {}),
-    "minillm": (untied, teacher, TeacherMixedRollouts(alpha=0.3, scoring=Scoring(standardize="responses"), **mixed), minillm, {}, {}),
+    "minillm": (
+        untied, teacher, TeacherMixedRollouts(alpha=0.3, scoring=Scoring(standardize="responses"), **mixed), minillm,
+        {"gather_teacher": True}, {},
+    ),
     "minillm, all sharded": (
         tied, teacher, TeacherMixedRollouts(alpha=0.3, **mixed), minillm, {"gather_student": False}, {},
     ),
-    "minillm, all gathered": (tied, teacher, TeacherMixedRollouts(alpha=0.3, **mixed), minillm, {"gather_teacher": True}, {}),
 }
 results = {}
 for name, (student, expert, source, objectives, gathers, settings) in cases.items():
+    torch.manual_seed(1)  # of the adapters' first draw
     learner = DistillationModule(
-        ModelSpec(student, gradient_checkpointing="checkpointed" in name), objectives, expert and ModelSpec(expert), source,
+        ModelSpec(student, gradient_checkpointing="checkpointed" in name, lora=adapters if "adapters" in name else None),
+        objectives, expert and ModelSpec(expert, shared_with_student="adapters" in name), source,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), micro_batch_size=3,
     )
     callbacks = [GenerationEvaluator(max_new_tokens=10)]
     if expert and "minillm" in name:
         callbacks.append(ExposureBiasMonitor(max_prompts=3, num_samples=1, max_new_tokens=6, every_n_validations=1))
     trainer = L.Trainer(
-        accelerator="cpu", devices=int(devices), strategy=FSDP2Strategy(**gathers) if strategy == "fsdp2" else strategy, max_steps=4,
+        accelerator="cpu", devices=int(devices), max_steps=4,
+        strategy=FSDP2Strategy(**gathers) if strategy == "fsdp2" else strategy,
         val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, **settings,
     )
-    trainer.fit(learner, ProceduralData(num_train=32, num_validation=7, num_test=4, batch_size=8, eval_batch_size=4))
+    data = ProceduralData(num_train=32, num_validation=7, num_test=5, batch_size=8, eval_batch_size=4)
+    trainer.fit(learner, data)
+    figures = dict(trainer.callback_metrics)
+    if name == "minillm, all sharded":
+        figures |= trainer.test(learner, data, verbose=False)[0]
     state = gathered(dict(learner.student.named_parameters()), keep=True)
     results[name] = {
         "weights": torch.cat([p.detach().flatten() for p in state.values()]),
-        "figures": {k: float(v) for k, v in trainer.callback_metrics.items()},
+        "figures": {k: float(v) for k, v in figures.items()},
     }
 if trainer.is_global_zero:
     torch.save(results, out)
 """
-CASES = [line.split('"')[1] for line in SCRIPT.split("results = {}")[0].splitlines() if line.startswith('    "')]
+CASES = [line.split('"')[1] for line in SCRIPT.splitlines() if line.startswith('    "') and ": (" in line]
 
 
 @pytest.fixture(scope="module")
@@ -105,4 +116,5 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(learn, strategy: s
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-5)
     assert set(one["figures"]) == set(two["figures"])
     for name, value in one["figures"].items():
-        assert two["figures"][name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
+        small = 1e-2 if "ex_acc_err" in name else 1e-5  # percent of a difference of two sums that are nearly equal
+        assert two["figures"][name] == pytest.approx(value, rel=1e-4, abs=small, nan_ok=True), name

@@ -1,7 +1,16 @@
-"""One tiny random Llama, for tests that need any model."""
+"""One tiny random Llama and one ragged text, for tests that need any."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import lit_distill
+from lit_distill.types import Sequences
+
+ASSETS = Path(lit_distill.__file__).parent / "assets"
 VOCABULARY = 41
 
 
@@ -16,3 +25,12 @@ def tiny_llama(hidden: int = 16, vocabulary: int = VOCABULARY, **config):
         **config,
     }
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, **settings)).eval()
+
+
+def ragged_text(rows: int = 5, width: int = 12, vocabulary: int = VOCABULARY) -> Sequences:
+    """Right-padded rows of different lengths, whose first three tokens are the prompt."""
+    ids = torch.randint(0, vocabulary, (rows, width))
+    lengths = torch.arange(width, width - rows, -1)[:, None]
+    columns = torch.arange(width)
+    attention: Tensor = columns < lengths
+    return Sequences(ids, attention.long(), attention & (columns >= 3))

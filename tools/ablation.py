@@ -50,7 +50,14 @@ def run(method: str, variant: str, seed: int, folder: Path, extra: list[str]) ->
     arguments = ["fit", "--config", str(CONFIGS / f"{method}_quickstart.yaml"), "--seed_everything", str(seed)]
     arguments += ["--trainer.default_root_dir", str(folder)]
     arguments += ["--run_name", f"{variant.replace(' ', '_')}-{seed}", "--trainer.enable_progress_bar", "false"]
-    arguments += ["--trainer.callbacks", "[]", "--generation.max_prompts", "-1", "--generation.every_n_validations", "1000000"]
+    arguments += [
+        "--trainer.callbacks",
+        "[]",
+        "--generation.max_prompts",
+        "-1",
+        "--generation.every_n_validations",
+        "1000000",
+    ]
     sys.argv = sys.argv[:1]  # Lightning warns where a command line stands beside its arguments
     cli = DistillCLI([*arguments, *VARIANTS[method][variant], *extra])
     figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items() if name in OF_TRAINING}

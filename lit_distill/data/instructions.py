@@ -14,7 +14,7 @@ from lit_distill.data.collate import padding_id
 from lit_distill.data.corpus import Corpus, PackedText
 from lit_distill.data.fields import Fields
 from lit_distill.data.loading import BatchDataset, ResumableLoader, make_loader
-from lit_distill.data.overlong import Limits, fit_lengths
+from lit_distill.data.overlong import Limits, fit_lengths, longest_prompt
 from lit_distill.data.records import Records
 from lit_distill.data.sampling import CorpusOrder, GlobalBatchSampler, validation_mask
 from lit_distill.data.templates import Template
@@ -107,15 +107,23 @@ class InstructionData(LightningDataModule):
         self.seed = seed
         self.tokenizer = tokenizer
         self._datasets: dict[str, tuple[BatchDataset, np.ndarray]] = {}
+        self._standing_in: set[str] = set()  # splits without records of their own
 
     @property
     def has_validation(self) -> bool:
         """Whether `setup` found anything to validate on."""
         return "validation" in self._datasets
 
-    def num_items(self, split: str) -> int | None:
-        """How many items `setup` found in "train", "validation", "test" or "predict"; None where there is no such split."""
-        return len(self._datasets[split][1]) if split in self._datasets else None
+    def num_items(self, split: str) -> int:
+        """How many items `setup` has found in "train", "validation", "test" or "predict"."""
+        return len(self._datasets[split][1]) if split in self._datasets else 0
+
+    def longest(self, split: str) -> tuple[int, int]:
+        """Tokens of the longest prompt and of the longest item, within the limits; 0 where there is no such split."""
+        if not self.num_items(split):
+            return 0, 0
+        dataset, lengths = self._datasets[split]
+        return longest_prompt(dataset.rows, self.limits), int(lengths.max())
 
     def read_split(self, name: str) -> datasets.Dataset | None:
         """The raw columns of "train", "validation", "test" or "predict"; None where there are no such records.
@@ -140,6 +148,9 @@ class InstructionData(LightningDataModule):
             rows = self._rows(name, tokenizer)
             if rows is None:
                 continue
+            if name in self._standing_in:
+                what = STAND_INS[name]
+                rank_zero_info(f"{KEY}.{name}: no such records were given, so this is about those of {what}.")
             rows, lengths, report = fit_lengths(rows, name, self.limits)
             rank_zero_info(report)
             corpus = None
@@ -148,6 +159,8 @@ class InstructionData(LightningDataModule):
                 rank_zero_info(f"corpus: {len(corpus)} rows of {self.corpus.length} tokens")
             responses = self.responses and any(len(ids) for ids in rows[:1]["response_ids"])
             self._datasets[name] = BatchDataset(rows, self.limits, padding_id(tokenizer), responses, corpus), lengths
+        if stage is not None:
+            self._dataset(SPLITS[getattr(stage, "value", stage)][0])  # without which there is nothing to do
         # Lightning fits without validation where this method is missing; an empty loader earns a warning
         self.__dict__.pop("val_dataloader", None)
         if stage == "fit" and "validation" not in self._datasets:
@@ -223,6 +236,7 @@ class InstructionData(LightningDataModule):
             return rows.select(np.flatnonzero(taken if name == "validation" else ~taken))
         rows = self._tokenized(name, tokenizer)
         if rows is None and name in STAND_INS:
+            self._standing_in.add(name)
             return self._rows(STAND_INS[name], tokenizer)
         return rows
 

@@ -85,6 +85,11 @@ def fit_lengths(rows: datasets.Dataset, split: str, limits: Limits) -> tuple[dat
     return (rows if stays.all() else rows.select(np.flatnonzero(stays))), lengths, report
 
 
+def longest_prompt(rows: datasets.Dataset, limits: Limits) -> int:
+    """Tokens of the longest prompt, cut to the limit."""
+    return min(int(_sizes(rows, "prompt_ids").max(initial=0)), limits.max_prompt_length)
+
+
 def _sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
     """[rows] the number of tokens of each."""
     if not len(rows):

@@ -37,6 +37,8 @@ class CausalLM(nn.Module):
         self.gathers = False
         """Whether a sharded model is gathered once to write text, rather than for each token."""
         self._whole = False
+        self.base_fingerprint: int | None = None
+        """See `lora.fingerprint`: noted where the weights under adapters are sharded, and no longer to be looked at as one."""
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         if compile_body:
             model.base_model.compile(dynamic=True)

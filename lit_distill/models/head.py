@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_distill.models.lora import head_weight
+from lit_distill.models.quantized import is_plain
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -70,6 +73,11 @@ def head_of(model: PreTrainedModel, vocabulary_size: int) -> Head:
     scaling = getattr(config, "logits_scaling", None)
     if scaling:  # Granite divides, HyperCLOVA X multiplies
         scale = 1.0 / scaling if config.model_type.startswith("granite") else scaling
-    weight = cut(projection.weight)
+    weight = cut(head_weight(projection))
     assert weight is not None
+    if not is_plain(weight):
+        raise ValueError(
+            f"The output head of {type(model).__name__} is quantised ({type(weight.data).__name__}), and it is applied here to a "
+            "few rows at a time. Leave it as it is: modules_to_not_convert: [lm_head], or with the names that the model has."
+        )
     return Head(weight, cut(getattr(projection, "bias", None)), scale, getattr(config, "final_logit_softcapping", None))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_distill.models.causal_lm import CausalLM, check_head
+from lit_distill.models.lora import add_lora, fingerprint, keep_only_trained
 from lit_distill.models.sharding import free_ends, shard
-from lit_distill.models.spec import ModelSpec, fill_model, load_model, load_tokenizer, open_model
+from lit_distill.models.spec import ModelSpec, fill_model, is_quantized, load_model, load_tokenizer, open_model
 from lit_distill.models.vocabulary import common_vocabulary_size
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ def build_pair(
     tokenizer: PreTrainedTokenizerBase,
     sharding: Sharding | None = None,
 ) -> tuple[CausalLM, CausalLM | None]:
-    """The student in float32 and the teacher as stored, unless their specs say otherwise.
+    """The student in float32, or as stored under adapters, and the teacher as stored, unless their specs say otherwise.
+
+    A teacher that shares its weights with the student is the student.
 
     Args:
         student: key ``model.student``.
@@ -37,9 +40,12 @@ def build_pair(
     Raises:
         ValueError: if a model cannot be loaded, or the two do not share their tokens.
     """
+    learner = _Loading(student, "model.student", torch.float32 if student.lora is None else None, sharding)
     if teacher is None:
-        return _Loading(student, "model.student", torch.float32, sharding).finish(None), None
-    learner = _Loading(student, "model.student", torch.float32, sharding)
+        return learner.finish(None), None
+    if teacher.shared_with_student:
+        lm = learner.finish(None)
+        return lm, lm
     expert = _Loading(teacher, "model.teacher", None, sharding)
     rows = [part.model.get_output_embeddings().weight.shape[0] for part in (learner, expert)]
     size = common_vocabulary_size(tokenizer, load_tokenizer(teacher, "model.teacher"), *rows)
@@ -55,11 +61,17 @@ class _Loading:
         self.sharding = sharding
         self.model: PreTrainedModel
         self.names: dict[str, str] | None = None
-        if sharding is None:
+        if sharding is None or spec.lora is not None:
             self.model = load_model(spec, key, dtype)
+            if spec.lora is not None:
+                add_lora(self.model, spec.lora, f"{key}.lora")
+        else:
+            self.model, self.names = open_model(spec, key, dtype)
+        if sharding is None:
             return
-        self.model, self.names = open_model(spec, key, dtype)
-        if self.names is None:
+        if is_quantized(spec, self.model.config):  # its integers are not sharded: each process keeps all of them
+            self.sharding = None
+        elif self.names is None:
             log.info("%s.path: each process loads the whole of %s before it is cut into shards.", key, spec.path)
 
     def finish(self, vocabulary_size: int | None, frozen: bool = False) -> CausalLM:
@@ -71,6 +83,8 @@ class _Loading:
         else:
             lm = CausalLM(self.model, vocabulary_size)
             device = self._spread(lm, sharding, frozen)
+        if self.spec.lora is not None:
+            keep_only_trained(lm)
         if device.type != "meta":
             check_head(lm, self.key, device)
             free_ends(lm)
@@ -81,6 +95,8 @@ class _Loading:
         device = torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
         if frozen:
             lm.requires_grad_(False)
+        if self.spec.lora is not None:
+            lm.base_fingerprint = fingerprint(lm)
         shard(lm, sharding, frozen, self.spec.compile)
         if self.names is not None:
             offload = sharding.offload_teacher if frozen else sharding.offload_student

@@ -1,8 +1,8 @@
 """A causal language model cut into shards over the ranks: its decoder blocks one by one, and the rest of it as one.
 
-The rest (embeddings, last norm, head) belongs to the `CausalLM` itself, whose forward is the body. It stays gathered from the
-forward, or from the moment somebody asks for the head, until the backward is done: so the head can be applied a few rows at a
-time outside of any forward, and its gradient is reduced with that of the embeddings, which it may be tied to.
+The rest (last norm, head, embeddings that are tied to it) belongs to the `CausalLM` itself, whose forward is the body. It
+stays gathered from the forward, or from the moment somebody asks for the head, until the backward is done: so the head can
+be applied a few rows at a time outside of any forward, and its gradient is reduced with that of the embeddings.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ def shard(lm: CausalLM, sharding: Sharding, frozen: bool, compile_blocks: bool =
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """What is gathered as one: the modules that the model itself says must not be split, or else its decoder layers.
 
-    One that holds the embeddings is left to the rest, since the head may be tied to them.
+    Embeddings are gathered by themselves, so that nothing as large waits for them, unless the head is tied to them.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = {id(end.weight) for end in (embeddings, head)}
     found: list[nn.Module] = []
     inside: set[int] = set()
     for module in model.modules():
@@ -68,10 +69,10 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
         ):
             found.append(module)
             inside |= {id(part) for part in module.modules()}
-    if found:
-        return found
-    parent, name = decoder_layers(model, model.config.get_text_config(decoder=True).num_hidden_layers)
-    return list(getattr(parent, name))
+    if not found:
+        parent, name = decoder_layers(model, model.config.get_text_config(decoder=True).num_hidden_layers)
+        found = list(getattr(parent, name))
+    return found if embeddings.weight is head.weight else [embeddings, *found]
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ import torch
 
 from lit_distill.models.dropout import disable_dropout
 from lit_distill.models.layers import keep_layers, resolve_layers
+from lit_distill.models.lora import LoraSpec
+from lit_distill.models.quantized import quantization_config
 from lit_distill.models.source import Source, check_folder, locate, naming
 from lit_distill.models.weights import check_causal, check_finite, check_report
 
@@ -24,6 +26,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "open_model",
+    "spec_of",
 ]
 
 
@@ -42,7 +45,8 @@ class ModelSpec:
     tokenizer: str | None = None
     """Folder, hub id or .gguf file of the tokenizer; the default is `path`."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights. By default the role decides: float32 for a student that trains, as stored for a teacher."""
+    """Type of the weights. By default the role decides: float32 for a student that trains, as stored for a teacher and for a
+    student with adapters, which are float32 themselves."""
     attn_implementation: str | None = None
     """Attention of transformers: eager, sdpa, flash_attention_2, …; the default is the fastest it finds."""
     keep_layers: list[int] | int | None = None
@@ -60,6 +64,20 @@ class ModelSpec:
     """Run the Python code that comes with the model. Only for models whose code you have read."""
     gguf_file: str | None = None
     """Name of the GGUF file, where `path` is a hub id or a folder that holds several."""
+    lora: LoraSpec | None = None
+    """Student: train low-rank adapters, and leave the weights of `path` as they are."""
+    quantization: dict[str, Any] | None = None
+    """Load the weights in few bits: arguments of a configuration class of transformers, which ``quant_method`` chooses, such as
+    {quant_method: bitsandbytes, load_in_4bit: true}. For a teacher, or a student with adapters. A model that is stored
+    quantised needs none."""
+    shared_with_student: bool = False
+    """Teacher: be the student with its adapters switched off, in one copy of the weights; `path` is the student's."""
+
+
+def spec_of(saved: dict[str, Any]) -> ModelSpec:
+    """The spec that `dataclasses.asdict` has made a plain dictionary."""
+    lora = saved.get("lora")
+    return ModelSpec(**{**saved, "lora": lora and LoraSpec(**lora)})
 
 
 def load_config(spec: ModelSpec, key: str) -> PreTrainedConfig:
@@ -157,7 +175,7 @@ def open_model(
 
     source = _source(spec, key)
     config = load_config(spec, key)
-    if spec.from_scratch or source.gguf_file is not None or hasattr(config, "quantization_config"):
+    if spec.from_scratch or source.gguf_file is not None or is_quantized(spec, config):
         return load_model(spec, key, dtype), None
     check_folder(source, f"{key}.path", weights=True)
     with naming(f"{key}.path", source):
@@ -226,6 +244,10 @@ def _read(spec: ModelSpec, key: str, config: PreTrainedConfig, dtype: torch.dtyp
         arguments["use_safetensors"] = True
     else:
         arguments |= _dequantize()
+    if spec.quantization is not None:
+        if hasattr(config, "quantization_config"):
+            raise ValueError(f"{key}.quantization: {source.location} is stored quantised already. Remove it.")
+        arguments["quantization_config"] = quantization_config(spec.quantization, f"{key}.quantization")
     with naming(f"{key}.path", source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
@@ -242,6 +264,11 @@ def _read(spec: ModelSpec, key: str, config: PreTrainedConfig, dtype: torch.dtyp
     if source.gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # save_pretrained refuses a model that calls itself quantised
     return model
+
+
+def is_quantized(spec: ModelSpec, config: PreTrainedConfig) -> bool:
+    """Whether a model is in few bits, by its config or because the spec asks for it; a GGUF file is dequantised."""
+    return spec.quantization is not None or hasattr(config, "quantization_config")
 
 
 def _source(spec: ModelSpec, key: str) -> Source:

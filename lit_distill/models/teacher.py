@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lit_distill.models.lora import switched_off, switches_of
 from lit_distill.models.sharding import forget_forwards, is_sharded
 
 if TYPE_CHECKING:
@@ -27,10 +29,20 @@ class FrozenTeacher:
 
     Args:
         lm: the model; its parameters stop requiring gradients.
+        shared: it is the student, and the teacher is what it was before its adapters: those are off while the teacher speaks,
+            and on at all other times.
     """
 
-    def __init__(self, lm: CausalLM) -> None:
-        self.lm = lm.eval().requires_grad_(False)
+    def __init__(self, lm: CausalLM, shared: bool = False) -> None:
+        self.lm = lm if shared else lm.eval().requires_grad_(False)
+        self.shared = shared
+        self._switches = switches_of(lm) if shared else []
+
+    @contextmanager
+    def _as_itself(self) -> Iterator[None]:
+        """Where the student's weights are shared: without its adapters and its dropout."""
+        with self.lm.quiet() if self.lm.training else nullcontext(), switched_off(self._switches):
+            yield
 
     def _follow(self, inputs: Tensor) -> None:
         """Go where the inputs are: Lightning moves only what it knows of."""
@@ -41,7 +53,7 @@ class FrozenTeacher:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states ``[B, S, H]``, in the teacher's own dtype whatever the student's precision is; see `CausalLM.forward`."""
         self._follow(input_ids)
-        with torch.autocast(input_ids.device.type, enabled=False):
+        with torch.autocast(input_ids.device.type, enabled=False), self._as_itself():
             hidden: Tensor = self.lm(input_ids, attention_mask, cache)
         forget_forwards(self.lm)
         return hidden
@@ -50,14 +62,15 @@ class FrozenTeacher:
     def target_rows(self, sequences: Sequences) -> Tensor:
         """Hidden rows ``[N, H]`` for the N targets."""
         self._follow(sequences.input_ids)
-        with torch.autocast(sequences.input_ids.device.type, enabled=False):
+        with torch.autocast(sequences.input_ids.device.type, enabled=False), self._as_itself():
             rows = self.lm.target_rows(sequences)
         forget_forwards(self.lm)
         return rows
 
     def head(self) -> Head:
         """The teacher's output projection over the common vocabulary."""
-        return self.lm.head()
+        with switched_off(self._switches):
+            return self.lm.head()
 
     decoding_head = head
 

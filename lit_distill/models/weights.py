@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_distill.models.quantized import is_plain
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -47,10 +49,9 @@ def check_report(report: dict[str, Any], where: str) -> None:
 
 
 def check_finite(model: PreTrainedModel, where: str) -> None:
-    """Refuse NaN and infinite weights, naming their tensors."""
-    refuse_infinite(
-        [name for name, weight in model.named_parameters() if weight.numel() and not is_finite(weight.detach())], where
-    )
+    """Refuse NaN and infinite weights, naming their tensors. Quantised ones are whole numbers."""
+    plain = {name: weight.detach() for name, weight in model.named_parameters() if weight.numel() and is_plain(weight)}
+    refuse_infinite([name for name, weight in plain.items() if not is_finite(weight)], where)
 
 
 def refuse_infinite(bad: list[str], where: str) -> None:

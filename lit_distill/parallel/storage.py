@@ -102,6 +102,7 @@ def publish(unfinished: Path, path: Path) -> None:
         remove(old)
         path.rename(old)
     unfinished.replace(path)
+    _flush(path.parent)
     remove(old)
 
 
@@ -138,7 +139,9 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path, rank: int, barrier: 
     folder = path if again else _unfinished(path)
     generation = 1 + torch.load(path / META, weights_only=True, mmap=True)[GENERATION] if again else 0
     barrier()
-    if rank == 0 and not again:
+    if rank == 0 and again:
+        _keep_generation(folder, generation - 1)  # another save may have been cut off
+    elif rank == 0:
         remove(folder)
         folder.mkdir(parents=True)
     barrier()
@@ -148,12 +151,16 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path, rank: int, barrier: 
         rest = {**_replaced(checkpoint, lambda _: None), GENERATION: generation}
         write_whole(folder / META, lambda file: torch.save(rest, file))
         if again:
-            for file in folder.glob("*-rank-*.safetensors"):
-                if not file.name.startswith(f"{generation}-"):
-                    file.unlink()
+            _keep_generation(folder, generation)
         else:
             publish(folder, path)
     barrier()
+
+
+def _keep_generation(folder: Path, generation: int) -> None:
+    for file in folder.glob("*-rank-*.safetensors"):
+        if not file.name.startswith(f"{generation}-"):
+            file.unlink()
 
 
 def _write_pieces(checkpoint: Mapping[str, Any], file: Path) -> None:

@@ -7,6 +7,7 @@ any number of ranks can read.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -70,19 +72,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.offload_student = offload_student
         self.offload_teacher = offload_teacher
         self.compute_dtype: torch.dtype | None = None
+        self.sharding: Sharding | None = None
+        """What is decided, for those who load and run the models; known once the processes are."""
         self.checkpoint_io = AtomicCheckpointIO()
-
-    @property
-    def sharding(self) -> Sharding:
-        """What is decided, for those who load and run the models."""
-        return Sharding(
-            mesh=self.device_mesh["data_parallel"],
-            compute_dtype=self.compute_dtype,
-            offload_student=self.offload_student,
-            offload_teacher=self.offload_teacher,
-            gather_student=self.gather_student,
-            gather_teacher=self.gather_teacher,
-        )
 
     @property
     def precision_plugin(self) -> Precision:
@@ -103,6 +95,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         self._tensor_parallel_size = 1
         super().setup_environment()
+        atexit.register(_leave)  # threads of gloo outlive the interpreter otherwise, and may abort it
+        self.sharding = Sharding(
+            mesh=self.device_mesh["data_parallel"],
+            compute_dtype=self.compute_dtype,
+            offload_student=self.offload_student,
+            offload_teacher=self.offload_teacher,
+            gather_student=self.gather_student,
+            gather_teacher=self.gather_teacher,
+        )
 
     def _get_process_group_backend(self) -> str:
         backend: str = super()._get_process_group_backend()
@@ -116,6 +117,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             ValueError: if something is trained that is not sharded, whose gradients nobody would add up.
         """
         assert self.lightning_module is not None
+        for module in self.lightning_module.modules():  # an earlier fit may have left something gathered
+            if isinstance(module, FSDPModule):
+                module.reshard()
         whole = [
             name
             for name, parameter in self.lightning_module.named_parameters()
@@ -178,6 +182,11 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Done by `load_checkpoint`."""
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if NAME not in StrategyRegistry:

@@ -31,11 +31,15 @@ def check_phase(mini_batch_size: int | None, trainer: Any) -> None:
     Raises:
         ValueError: naming both keys.
     """
-    batch_size = getattr(trainer.datamodule, "batch_size", None)
-    if mini_batch_size is not None and batch_size is not None and mini_batch_size > batch_size:
+    data = trainer.datamodule
+    if mini_batch_size is None or not hasattr(data, "batch_size"):
+        return
+    num_items = data.num_items("train") if hasattr(data, "num_items") else data.batch_size
+    if mini_batch_size > data.batch_size or mini_batch_size > num_items:
         raise ValueError(
             f"{KEY}.mini_batch_size: {mini_batch_size} is more than the texts of a phase, which are as many as "
-            f"data.init_args.batch_size ({batch_size}). Make it smaller, or the batch larger."
+            f"data.init_args.batch_size ({data.batch_size}), and of {num_items} items to train on. Make it smaller, or the batch "
+            "larger."
         )
 
 

@@ -12,6 +12,7 @@ from command_line import tiny_config, write
 
 from lit_distill.cli import main
 
+REMOVED = "<removed>"
 Refusal = Callable[..., str]
 MIXED = {"class_path": "TeacherMixedRollouts", "init_args": {"max_new_tokens": 4, "mini_batch_size": 4}}
 """A source that is right, to be spoilt."""
@@ -24,13 +25,13 @@ def mixed(**wrong: Any) -> dict[str, Any]:
 
 
 def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` with the value of every key that ``changes`` names; None removes the key."""
+    """``config`` with the value of every key that ``changes`` names; `REMOVED` removes it."""
     for key, value in changes.items():
         node = config
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
-        if value is None:
+        if value == REMOVED:
             node.pop(last, None)
         else:
             node[last] = value

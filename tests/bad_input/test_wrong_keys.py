@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from bad_input.conftest import mixed
+from bad_input.conftest import REMOVED, mixed
 
 ADAM = {"class_path": "AdamW", "init_args": {}}
 JUDGE = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": None}
@@ -44,9 +44,9 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "objectives without names": ({"model.objectives": "ForwardKL"}, r"model\.objectives"),
     "no objectives": ({"model.objectives": {}}, r"model\.objectives: at least one .*`kd: ForwardKL`"),
     "a student that is only a path": ({"model.student": "gpt2"}, r"model\.student"),
-    "no student": ({"model.student": None}, r"model\.student"),
+    "no student": ({"model.student": REMOVED}, r"model\.student"),
     "a student without a path": ({"model.student": {"dtype": "float32"}}, r"model\.student\.path"),
-    "no data": ({"data": None}, r"data"),
+    "no data": ({"data": REMOVED}, r"data"),
     "an unknown dtype": ({"model.student.dtype": "float64"}, r"model\.student"),
     "an unknown speaker": ({"model.prediction.speaker": "nobody"}, r"model\.prediction.*student"),
     "no seed": ({"seed_everything": "x"}, r"seed_everything"),
@@ -62,8 +62,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no training batches": ({"trainer.limit_train_batches": 0}, r"trainer\.limit_train_batches: 0"),
     "a negative clip": ({"trainer.gradient_clip_val": -1.0}, r"trainer\.gradient_clip_val: -1"),
     "an unknown clip": ({"trainer.gradient_clip_algorithm": "nrom"}, r"gradient_clip_algorithm"),
-    "a negative learning rate": (optimizer(lr=-0.1), r"model\.optimizer: AdamW.*-0\.1"),
-    "a negative weight decay": (optimizer(weight_decay=-1), r"model\.optimizer: AdamW.*weight_decay"),
+    "a negative learning rate": (optimizer(lr=-0.1), r"model\.optimizer: .*-0\.1"),
+    "a negative weight decay": (optimizer(weight_decay=-1), r"model\.optimizer: .*weight_decay"),
     "an infinite learning rate": (optimizer(lr=float("inf")), r"model\.optimizer.*inf"),
     "an optimiser without its arguments": (optimizer("torch.optim.Muon", lr=0.1), r"model\.optimizer: Muon"),
     "a negative warm-up": (scheduler("WarmupCosine", warmup_steps=-1), r"model\.lr_scheduler\.warmup_steps.*-1"),
@@ -73,8 +73,8 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a temperature of 0": (kd("ForwardKL", temperature=0), r"model\.objectives\.kd\b.*temperature.*0"),
     "a mixture outside (0, 1)": (kd("JensenShannon", beta=1.5), r"model\.objectives\.kd\b.*beta.*1\.5"),
     "a skew outside": (kd("SkewForwardKL", skew=2), r"model\.objectives\.kd\b.*skew.*2"),
-    "an α above 1": (mixed(alpha=1.5), r"model\.source\.init_args\.alpha: .*\[0, 1\], got 1\.5"),
-    "a negative α": (mixed(alpha=-0.1), r"model\.source\.init_args\.alpha: .*\[0, 1\], got -0\.1"),
+    "a share of the teacher above 1": (mixed(alpha=1.5), r"model\.source\.init_args\.alpha: .*\[0, 1\], got 1\.5"),
+    "a negative share of the teacher": (mixed(alpha=-0.1), r"model\.source\.init_args\.alpha: .*\[0, 1\], got -0\.1"),
     "no inner epochs": (mixed(inner_epochs=0), r"model\.source\.init_args\.inner_epochs: expected at least 1, got 0"),
     "mini-batches larger than the phase": (
         mixed(mini_batch_size=64),
@@ -83,7 +83,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "rollouts of nothing": (mixed(max_new_tokens=0), r"model\.source.*max_new_tokens: expected at least 1, got 0"),
     "a share of batches above 1": (source("StudentRollouts", on_policy_fraction=2), r"on_policy_fraction.*got 2"),
     "top_p 0": (source("StudentRollouts", top_p=0), r"model\.source.*top_p.*got 0"),
-    "a negative temperature of predictions": ({"model.prediction.temperature": -1}, r"model\.prediction.*temperature.*-1"),
+    "a negative temperature of predictions": (
+        {"model.prediction.temperature": -1},
+        r"model\.prediction.*temperature.*-1",
+    ),
     "greedy tokens of generations": ({"generation.top_k": -1}, r"generation.*top_k.*-1"),
     "generations of nothing": ({"generation.max_new_tokens": 0}, r"generation.*max_new_tokens.*got 0"),
     "a negative buffer": (source("ReplayRollouts", capacity=0), r"model\.source\.init_args\.capacity: .*got 0"),
@@ -94,9 +97,15 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"class_path": "InstructionData", "init_args": {"train": {"path": "x.jsonl"}, "validation_size": -1}}},
         r"data\.init_args\.validation_size.*-1",
     ),
-    "a prompt as long as the text": ({"data.init_args.max_prompt_length": 256}, r"max_prompt_length \(256\) .*max_length"),
+    "a prompt as long as the text": (
+        {"data.init_args.max_prompt_length": 256},
+        r"max_prompt_length \(256\) .*max_length",
+    ),
     "items of no number": ({"data.init_args.num_train": 0}, r"data\.init_args\.num_train must be at least 1, got 0"),
-    "fewer items than a batch": ({"data.init_args.num_train": 4}, r"data\.init_args\.batch_size: 8 .*4"),
+    "mini-batches larger than the data": (
+        {**mixed(mini_batch_size=8), "data.init_args.num_train": 6},
+        r"model\.source\.init_args\.mini_batch_size: 8 .* 6 items",
+    ),
     "a corpus row of one token": ({"data.init_args.corpus": {"length": 1}}, r"data\.init_args\.corpus\.length"),
     # contradictions
     "an objective without a teacher": ({"model.teacher": None}, r"model\.objectives\.kd: .* Set model\.teacher\.path"),
@@ -138,6 +147,16 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a schedule of a missing mixture": (callback("TeacherMixSchedule"), r"TeacherMixSchedule: .*TeacherMixedRollouts"),
     "training without responses": ({"data.init_args.responses": False}, r"data\.init_args\.responses: true"),
     # the Trainer
+    "a scheduler that waits for a figure": (
+        scheduler("torch.optim.lr_scheduler.ReduceLROnPlateau"),
+        r"ReduceLROnPlateau",
+    ),
+    "a name with a dot": ({"model.objectives": {"a.b": "NextToken"}}, r"model\.objectives: 'a\.b' cannot be a name"),
+    "a name of a dictionary": (
+        {"model.objectives": {"keys": "NextToken"}},
+        r"model\.objectives: 'keys' cannot be a name",
+    ),
+    "an unknown way with NaN": ({"model.on_nonfinite": "ignore"}, r"model\.on_nonfinite"),
     "accumulated gradients": ({"trainer.accumulate_grad_batches": 2}, r"model\.micro_batch_size"),
     "an unknown precision": ({"trainer.precision": "17-mixed"}, r"trainer\.precision"),
     "float16": ({"trainer.precision": "16-mixed"}, r"trainer\.precision: 16-mixed .*bf16-mixed"),

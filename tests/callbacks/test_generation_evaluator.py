@@ -10,10 +10,10 @@ import lightning as L
 import pytest
 import torch
 from command_line import run, tiny_config, write
-from conftest import ASSETS
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_distill.callbacks import GenerationEvaluator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import ASSETS
 
 from lit_distill.data import ProceduralData
 from lit_distill.evaluation import generation

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import ragged_text
+from tiny import ragged_text
 
 from lit_distill.evaluation import CalibrationMetric, HeldOut
 from lit_distill.evaluation.calibration import PairConfidence, StudentConfidence, collect

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ragged_text
+from tiny import ragged_text
 from torch import Tensor, nn
 
 from lit_distill.functional import direct_preference_loss, forward_kl

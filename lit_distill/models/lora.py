@@ -1,0 +1,248 @@
+"""Low-rank adapters (LoRA) in a student's linear layers: they train, and the base model stays as it was loaded.
+
+The layers are peft's, put into the plain `transformers` model, so its body, head and cache are where they were. What trains is
+float32 over a base of any dtype. A checkpoint holds what trains and a fingerprint of the base.
+
+Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised scaling: https://arxiv.org/abs/2312.03732; DoRA:
+https://arxiv.org/abs/2402.09353.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+"""The name that peft gives an adapter that has none; part of the names in checkpoints."""
+
+
+@dataclass
+class LoraSpec:
+    """Adapters in a student's linear layers, in the words of peft's `LoraConfig`."""
+
+    r: int = 8
+    """Rank of the update of a layer's weight."""
+    lora_alpha: float = 16
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped while it learns; never while text is written."""
+    target_modules: list[str] | str = "all-linear"
+    """Layers to adapt: the ends of their names, such as [q_proj, v_proj], a regular expression for whole names, or all linear
+    layers of the decoder."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained whole, by the ends of their names, such as [lm_head]."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """Learn the norm of each row of the weight apart from its direction."""
+
+
+def check_lora(lora: LoraSpec, key: str) -> None:
+    """Look at numbers that need no model, and whether peft is there.
+
+    Args:
+        lora: the adapters.
+        key: their YAML key, such as ``model.student.lora``.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if lora.r < 1:
+        raise ValueError(f"{key}.r: expected a rank of at least 1, got {lora.r}. To train all weights, remove {key}.")
+    if not lora.lora_alpha > 0:
+        raise ValueError(f"{key}.lora_alpha: expected a number > 0, got {lora.lora_alpha}. Usual is 2 * r.")
+    if not 0 <= lora.lora_dropout < 1:
+        raise ValueError(f"{key}.lora_dropout: expected a share in [0, 1), got {lora.lora_dropout}.")
+    if not lora.target_modules:
+        raise ValueError(
+            f"{key}.target_modules is empty. Name layers, such as [q_proj, v_proj], or say all-linear, which is the default."
+        )
+    if isinstance(lora.target_modules, str):
+        try:
+            re.compile(lora.target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"{key}.target_modules: {lora.target_modules!r} is no regular expression ({error}). To name layers, give a list."
+            ) from error
+    if find_spec("peft") is None:
+        raise ValueError(f"{key}: adapters need peft, which is not installed. Run: pip install 'lit-distill[lora]'")
+
+
+def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
+    """Put adapters into ``model``, in place, and freeze all else; their first draw comes from the global seed and changes nothing.
+
+    Args:
+        model: with its weights.
+        lora: the adapters.
+        key: their YAML key, for messages.
+
+    Raises:
+        ValueError: if a name is that of no layer, or of one whose adapter could not be respected.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    whole = _check_names(model, lora, key)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+        **asdict(replace(lora, modules_to_save=whole or None)),
+    )
+    model.requires_grad_(False)
+    with warnings.catch_warnings():  # GPT-2's layers are transposed, its head is not, and peft corrects that one by one
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        inject_adapter_in_model(config, model, ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _check_names(model: PreTrainedModel, lora: LoraSpec, key: str) -> list[str]:
+    """The whole names of the modules to save: peft would take "norm" for the end of "input_layernorm" too."""
+    inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = {id(inside), id(outside)}
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if _is_adaptable(module)}
+    targets = lora.target_modules
+    if isinstance(targets, str):
+        chosen = [] if targets == "all-linear" else [name for name in layers if re.fullmatch(targets, name)]
+        if targets != "all-linear" and not chosen:
+            raise ValueError(f"{key}.target_modules: {targets!r} matches no layer. There are {_endings(layers)}.")
+    else:
+        chosen = _named(layers, targets, f"{key}.target_modules")
+    saved = _named(modules, lora.modules_to_save or [], f"{key}.modules_to_save")
+    for name, names in (("target_modules", chosen), ("modules_to_save", saved)):
+        if inside.weight is outside.weight and any(id(part) in ends for n in names for part in modules[n].modules()):
+            raise ValueError(
+                f"{key}.{name} has the embeddings or the head, which are one weight in this model (tie_word_embeddings): an "
+                "adapter would separate them. Leave them out."
+            )
+    if any(modules[name] is outside for name in chosen) and (lora.lora_dropout or lora.use_dora):
+        raise ValueError(
+            f"{key}.target_modules has the output head, whose adapter is added to its weight: that leaves no place for "
+            "lora_dropout or use_dora. Set both to 0 and false, or train the head whole: modules_to_save."
+        )
+    return saved
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ in ("Conv1D", "QLinear")
+
+
+def _named(modules: Iterable[str], endings: Iterable[str], key: str) -> list[str]:
+    found = []
+    for ending in endings:
+        here = [name for name in modules if name == ending or name.endswith(f".{ending}")]
+        if not here:
+            raise ValueError(f"{key}: the model has no {ending!r}. There are {_endings(modules)}.")
+        found += here
+    return found
+
+
+def _endings(modules: Iterable[str]) -> str:
+    """The last parts of their names; those that are numbers tell nothing."""
+    endings = {name.rpartition(".")[2] for name in modules}
+    return ", ".join(sorted(ending for ending in endings if ending and not ending.isdigit()))
+
+
+def head_weight(projection: nn.Module) -> Tensor:
+    """The weight ``[V, H]`` that an output head applies: with its adapter, unless that is switched off, and with its gradient."""
+    weight: Tensor = projection.weight  # type: ignore[assignment]
+    if ADAPTER in getattr(projection, "lora_A", ()) and not projection.disable_adapters:
+        layer: Any = projection
+        weight = weight + layer.get_delta_weight(ADAPTER)  # float32, in which a small update is not lost
+    return weight
+
+
+def keep_only_trained(lm: nn.Module) -> None:
+    """Let state dicts of ``lm`` hold what trains, and let them be loaded, strictly as far as that goes.
+
+    Args:
+        lm: a module, or a part of one, whose frozen weights are loaded from elsewhere.
+    """
+    trained = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    prefixes: list[str] = []
+
+    def drop(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        for name in [name for name in state if name.startswith(prefix) and name[len(prefix) :] not in trained]:
+            del state[name]
+
+    def remember(_module: nn.Module, _state: dict[str, Any], prefix: str, *_others: Any) -> None:
+        prefixes[:] = [prefix]
+
+    def forgive(_module: nn.Module, incompatible: Any) -> None:
+        prefix = prefixes[0]
+        incompatible.missing_keys[:] = [
+            name for name in incompatible.missing_keys if not name.startswith(prefix) or name[len(prefix) :] in trained
+        ]
+
+    lm.register_state_dict_post_hook(drop)
+    lm.register_load_state_dict_pre_hook(remember)
+    lm.register_load_state_dict_post_hook(forgive)
+
+
+def switches_of(model: nn.Module) -> list[Any]:
+    """The modules in which an adapter can be switched off."""
+    return [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+
+
+@contextmanager
+def switched_off(switches: Sequence[Any]) -> Iterator[None]:
+    """The base model for a while; unlike peft's own switch it leaves alone what requires a gradient."""
+    for module in switches:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in switches:
+            module._disable_adapters = False
+
+
+def fingerprint(model: nn.Module) -> int:
+    """A number that tells one frozen base from another: of 16 values of each weight, in bfloat16, the coarsest that it may have."""
+    if (noted := getattr(model, "base_fingerprint", None)) is not None:
+        return int(noted)
+    code = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad or type(parameter.data) is not Tensor or not parameter.is_floating_point():
+            continue
+        step = max(1, parameter.numel() // 16)
+        values = parameter.detach().flatten()[::step][:16].to(torch.bfloat16).view(torch.int16).tolist()
+        code = zlib.crc32(repr(values).encode(), code)
+    return code
+
+
+def check_same_adapters(saved: dict[str, Any], lora: LoraSpec | None, model: nn.Module) -> None:
+    """Compare a checkpoint's student with the one that is to have its weights.
+
+    Args:
+        saved: what `DistillationModule` keeps in a checkpoint beside its weights, under ``student``.
+        lora: ``model.student.lora``.
+        model: the student.
+
+    Raises:
+        ValueError: if they are adapted otherwise, or what is adapted differs.
+    """
+    then = saved.get("spec", {}).get("lora")
+    before = then and LoraSpec(**then)
+    if before != lora and (not before or not lora or replace(before, lora_dropout=lora.lora_dropout) != lora):
+        raise ValueError(
+            f"ckpt_path: the checkpoint's student has lora {then}, and model.student.lora is {lora and asdict(lora)}. Give what it "
+            "was trained with."
+        )
+    if lora and saved.get("base", (now := fingerprint(model))) != now:
+        raise ValueError(
+            "ckpt_path: the checkpoint holds an adapter that was trained on other base weights than those of model.student.path. "
+            "Give the path of the model that it was trained on."
+        )

@@ -1,0 +1,275 @@
+"""What a run does when something breaks: a gradient, a rank, the disk, or the machine's patience."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import run, tiny_config, write
+from lightning.pytorch import Callback
+from lit_distill.callbacks.guards import CollapseWatch
+from torch import Tensor
+
+from lit_distill.guards import NonFinite
+
+RUN = """
+import os, signal, sys
+from lightning.pytorch import Callback
+from lit_distill.callbacks.guards import CollapseWatch
+from lit_distill.cli import main
+
+class Break(Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == {step} and trainer.global_rank == {rank}:
+            {what}
+
+if __name__ == "__main__":
+    main(["fit", *sys.argv[1:]])
+"""
+BREAK = ("--trainer.callbacks", "[{class_path: broken.Break}]")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+
+def config_of(pair: tuple[Path, Path], **trainer) -> dict:
+    config = tiny_config(pair)
+    config["model"]["optimizer"] = {"class_path": "AdamW", "init_args": {"lr": 0.01}}
+    config["trainer"] |= {"max_steps": 6, "val_check_interval": 3, "limit_val_batches": 1, **trainer}
+    return {**config, "generation": {"max_prompts": 0}, "export": {"enabled": False}}
+
+
+def weights(cli) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in cli.model.student.parameters()])
+
+
+class Poison(Callback):
+    """A NaN in the gradient of the second step, before it is clipped."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        last = list(pl_module.student.parameters())[-1]
+        self.ids = batch.ids if trainer.global_step == 1 else getattr(self, "ids", ())
+
+        def spoil(parameter: Tensor) -> None:
+            if trainer.global_step == 1:
+                parameter.grad[0] = float("nan")
+
+        self.hook = last.register_post_accumulate_grad_hook(spoil)
+
+    def on_train_batch_end(self, *arguments) -> None:
+        self.hook.remove()
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_gradient_that_is_no_number_stops_the_run_with_the_items_and_never_reaches_the_weights(
+    pair, tmp_path, clip, every: int
+) -> None:
+    poison = Poison()
+    config = config_of(pair, log_every_n_steps=every, gradient_clip_val=clip)
+    students = []
+
+    class Keep(Callback):
+        def on_exception(self, trainer, pl_module, exception) -> None:
+            students.append(torch.cat([p.detach().flatten() for p in pl_module.student.parameters()]))
+
+    with pytest.raises(
+        ValueError, match=r"the gradient is not finite at step 2: .*Lower model\.optimizer\.lr"
+    ) as error:
+        run("fit", "--config", write(config, tmp_path / "c.yaml"), trainer_defaults={"callbacks": [poison, Keep()]})
+    assert poison.ids
+    assert all(item in str(error.value) for item in poison.ids)
+    assert "model.on_nonfinite: skip" in str(error.value)
+    assert students[0].isfinite().all()
+    for file in Path("runs").glob("c/version_0/checkpoints/*.ckpt"):
+        saved = torch.load(file, weights_only=True)["state_dict"]
+        assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_a_skipped_step_is_said_once_counted_and_is_a_step_without_gradient(pair, tmp_path) -> None:
+    class Zero(Poison):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            if trainer.global_step == 1:
+                for parameter in pl_module.student.parameters():
+                    parameter.grad.zero_()
+
+    config = config_of(pair, gradient_clip_val=1.0)
+    config["model"]["on_nonfinite"] = "skip"
+    written = write(config, tmp_path / "c.yaml")
+    with pytest.warns(UserWarning, match="the gradient of step 2 is not finite and was left out"):
+        skipped = run("fit", "--config", written, trainer_defaults={"callbacks": [Poison()]})
+    assert skipped.trainer.global_step == 6
+    assert skipped.trainer.callback_metrics["train/skipped_steps"] == 1
+    zero = Zero()
+    zero.on_train_batch_start = zero.on_train_batch_end = lambda *arguments: None
+    without = run("fit", "--config", written, trainer_defaults={"callbacks": [zero]})
+    assert torch.equal(weights(skipped), weights(without))
+
+
+def test_a_run_that_skips_for_ever_stops() -> None:
+    class Module:
+        trainer = type("Trainer", (), {"world_size": 1})
+
+    guard = NonFinite("skip")
+    parameter = torch.nn.Parameter(torch.zeros(2))
+
+    def steps(count: int) -> None:
+        for step in range(count):
+            parameter.grad = torch.tensor([1.0, torch.inf])
+            guard.gate([parameter], step)
+        guard.look(Module())
+
+    with pytest.warns(UserWarning, match="left out"):
+        steps(5)
+    steps(4)
+    with pytest.raises(ValueError, match="the last 10 gradients are not finite; now at step 0"):
+        steps(1)
+
+
+def test_gradients_are_looked_at_without_waiting_for_the_device(monkeypatch) -> None:
+    guard, parameter = NonFinite("stop"), torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([1.0, torch.nan, 2.0])
+
+    def waits(*arguments: object) -> None:
+        raise AssertionError("waited")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(Tensor, name, waits)
+    guard.gate([parameter], 1)
+    monkeypatch.undo()
+    assert parameter.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "step"), [("os.kill(os.getpid(), signal.SIGTERM)", 4), ("os.kill(os.getpid(), signal.SIGUSR1)", 3)]
+)
+def test_after_a_signal_the_run_goes_on_from_its_last_step_to_the_same_bits(
+    pair, tmp_path, what: str, step: int
+) -> None:
+    config = config_of(pair)
+    whole = run("fit", "--config", write(config, tmp_path / "whole.yaml"))
+    config = write(config, tmp_path / "told.yaml")
+    (tmp_path / "broken.py").write_text(RUN.format(step=step, rank=0, what=what))
+    done = subprocess.run(
+        [sys.executable, "broken.py", "--config", config, *BREAK],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 143, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert "--ckpt_path last" in done.stderr + done.stdout
+    saved = torch.load("runs/told/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == step + 1
+    resumed = run("fit", "--config", config, "--ckpt_path", "last")
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("raise RuntimeError('rank one is ill')", "rank one is ill"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", ""),
+        ("os.kill(os.getpid(), signal.SIGTERM)", "--ckpt_path last"),
+    ],
+)
+def test_a_rank_that_ends_ends_the_others_and_is_heard(pair, tmp_path, what: str, said: str) -> None:
+    (tmp_path / "broken.py").write_text(RUN.format(step=2, rank=1, what=what))
+    config = write(config_of(pair, devices=2, strategy="ddp", max_steps=50), tmp_path / "c.yaml")
+    with subprocess.Popen(
+        [sys.executable, "broken.py", "--config", config, *BREAK],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=120)  # the pipe is open as long as any rank lives
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0, output[-3000:]
+    assert said in output
+    if "SIGTERM" in what:
+        assert torch.load("runs/c/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("later", "sign"),
+    [
+        ((1.0, 0.0, 0.0), "almost nothing is said.* length 12.0 and 1.0 tokens"),
+        ((16.0, 1.0, 0.1), "almost nothing ends by itself.*unfinished 20% and 100%"),
+        ((12.0, 0.2, 0.9), "the responses repeat themselves.*repetition 10% and (63|90)%"),
+    ],
+)
+def test_a_collapse_of_the_rollouts_is_said_once_with_figures(later, sign: str) -> None:
+    watch = CollapseWatch()
+    said = [watch.look(step, 12.0, 0.2, 0.1) for step in range(8)]
+    assert not any(said)
+    said = [text for step in range(8, 16) if (text := watch.look(step, *later))]
+    assert len(said) == 1
+    assert re.search(rf"collapsed at step (8|9|10): {sign}", said[0]), said[0]
+
+
+def test_short_responses_from_the_start_are_no_collapse() -> None:
+    watch = CollapseWatch()
+    assert not any(watch.look(step, 1.0, 1.0, 0.0) for step in range(20))
+
+
+@pytest.mark.slow
+def test_a_student_that_says_one_thing_for_ever_is_noticed(pair, tmp_path) -> None:
+    """A random student draws from all tokens alike; where it takes the most probable one, it takes the same for ever."""
+
+    class Stutter(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 3:
+                pl_module.source.decoding.temperature = 0.0
+
+    config = config_of(pair, max_steps=8, limit_val_batches=0)
+    config["model"]["source"] = {"class_path": "StudentRollouts", "init_args": {"max_new_tokens": 12}}
+    config["checkpoint"] = {"monitor": None}
+    written = write(config, tmp_path / "c.yaml")
+    with pytest.warns(UserWarning, match="the responses repeat themselves"):
+        run("fit", "--config", written, trainer_defaults={"callbacks": [Stutter()]})
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_is_one_message(pair, tmp_path, monkeypatch, capsys) -> None:
+    from lit_distill.cli import main
+
+    save, saved = torch.save, []
+
+    def full(what: object, path: object, *arguments: object, **named: object) -> None:
+        saved.append(path)
+        if len(saved) < 3:
+            save(what, path, *arguments, **named)
+            return
+        Path(path).write_bytes(bytes(1000))
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(sys, "argv", ["lit-distill"])
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(write(config_of(pair), tmp_path / "c.yaml"))])
+    assert str(stop.value.code).startswith("error: No space left on device")
+    assert "--ckpt_path last" in str(stop.value.code)
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    left = list(Path("runs/c/version_0/checkpoints").iterdir())
+    assert {file.suffix for file in left} == {".ckpt"}
+    assert all(torch.load(file, weights_only=True)["global_step"] == 3 for file in left)
+    resumed = run("fit", "--config", tmp_path / "c.yaml", "--ckpt_path", "last")
+    assert resumed.trainer.global_step == 6

@@ -1,0 +1,37 @@
+"""What the ranks hold is what the formula says."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "memory.py"
+
+
+@pytest.mark.slow
+def test_each_of_two_ranks_holds_what_the_formula_says() -> None:
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--measure", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    shards, expected_shards, gathered, expected_gathered, *_ = map(float, re.findall(r"\d+\.\d+", done.stdout))
+    assert shards == pytest.approx(expected_shards, rel=0.002)
+    assert gathered == pytest.approx(expected_gathered, rel=0.002)
+
+
+def test_the_paper_calculation_knows_the_published_sizes(capsys) -> None:
+    spec = importlib.util.spec_from_file_location("memory", SCRIPT)
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules["memory"] = tool
+    spec.loader.exec_module(tool)
+    published = {"Qwen2.5 7B -> 0.5B": (7.616e9, 0.494e9), "Llama 3.1 70B -> 8B": (70.554e9, 8.030e9)}
+    for name, sizes in published.items():
+        for config, size in zip(tool.PAIRS[name], sizes, strict=True):
+            assert tool.Groups.of(config).total == pytest.approx(size, rel=0.001)
+    tool.main([])
+    totals = [float(total) for total in re.findall(r"= (\d+\.\d)", capsys.readouterr().out)]
+    assert len(totals) == 4
+    assert max(totals) < 80

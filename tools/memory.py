@@ -1,0 +1,210 @@
+r"""What a GPU has to hold under `--trainer.strategy fsdp2`: on paper for real pairs, and measured against the same formula.
+
+python tools/memory.py
+python tools/memory.py --measure
+
+With N ranks, a student of P_s parameters trained by AdamW in float32 and gathered in c bytes each, and a teacher of P_t
+parameters stored and gathered in t bytes each, a rank holds for good
+
+    shards = (4 + 4 + 8)·P_s / N  [weights, gradients, two moments]  +  t·P_t / N
+
+Models are gathered a group at a time: B is the largest decoder block, E the embeddings where the head is not tied to them, R the
+rest (last norm, head, embeddings tied to it). R stays gathered, with its gradient, during a backward; torch gathers the next
+block while one runs; the teacher's R stays gathered for its head. So at most there are on top, while learning,
+
+    c·(2·R_s + max(3·B_s, 2·E_s)) + t·R_t        or, while the teacher reads,        t·(R_t + 2·max(B_t, E_t))
+
+During rollouts the whole student is gathered once, and the teacher a block at a time:
+
+    c·P_s + t·(R_t + 2·max(B_t, E_t))
+
+The shards and what learning gathers are what ``--measure`` counts, on one and on two CPU processes. On paper the rest is added,
+for b texts of T tokens in one forward pass: float32 sums of the head's gradient (4·R_s), the reduction of the largest group
+(4·max(R_s, B_s, E_s)), about 1 GB for chunks of logits, activations with gradient checkpointing (c·b·T·H_s for each layer, and
+about c·b·T·(12·H_s + 4·I_s) inside one); for rollouts both key-value caches, and t·b·T·H_t for the teacher's hidden rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from lit_distill.models import CausalLM, FrozenTeacher, Measurement
+from lit_distill.models.sharding import blocks_of, shard
+from lit_distill.models.spec import build_on_meta
+from lit_distill.objectives import ForwardKL
+from lit_distill.parallel import Sharding
+from lit_distill.types import Sequences
+
+GB = 10**9
+QWEN = {"vocab_size": 152064, "num_key_value_heads": 4}
+LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8}
+PAIRS: dict[str, tuple[PreTrainedConfig, PreTrainedConfig]] = {
+    "Qwen2.5 7B -> 0.5B": (
+        Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, **QWEN),
+        Qwen2Config(
+            hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+            vocab_size=151936, tie_word_embeddings=True,
+        ),
+    ),
+    "Llama 3.1 70B -> 8B": (
+        LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, **LLAMA),
+        LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **LLAMA),
+    ),
+}  # fmt: skip
+SMALL = {"num_attention_heads": 8, "vocab_size": 8192, "max_position_embeddings": 64}
+STUDENT = LlamaConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, **SMALL)  # 20 million parameters
+TEACHER = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=10, **SMALL)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Parameters of what is gathered together."""
+
+    total: int
+    block: int
+    embeddings: int
+    rest: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> Groups:
+        """Those that `lit_distill.models.sharding` makes of a model of this shape."""
+        model = build_on_meta(config)
+        embeddings = model.get_input_embeddings()
+        sizes = {block: sum(p.numel() for p in block.parameters()) for block in blocks_of(model)}
+        apart = sizes.pop(embeddings, 0)
+        total = sum(p.numel() for p in model.parameters())
+        return cls(total, max(sizes.values()), apart, total - apart - sum(sizes.values()))
+
+
+def shards(student: Groups, teacher: Groups, ranks: int, t: int) -> float:
+    """Bytes that a rank holds for good."""
+    return (16 * student.total + t * teacher.total) / ranks
+
+
+def learning(student: Groups, teacher: Groups, c: int, t: int) -> int:
+    """Bytes that are gathered at most during a training step."""
+    backward = c * (2 * student.rest + max(3 * student.block, 2 * student.embeddings)) + t * teacher.rest
+    return max(backward, t * (teacher.rest + 2 * max(teacher.block, teacher.embeddings)))
+
+
+def rollouts(student: Groups, teacher: Groups, c: int, t: int) -> int:
+    """Bytes that are gathered at most while student and teacher write."""
+    return c * student.total + t * (teacher.rest + 2 * max(teacher.block, teacher.embeddings))
+
+
+def on_paper(name: str, ranks: int, texts: int, length: int) -> None:
+    """Print the calculation for a pair, in bfloat16 but for what is trained."""
+    shapes = PAIRS[name]
+    teacher, student = (Groups.of(config) for config in shapes)
+    p, q = shapes
+    tokens = texts * length
+    learn = (
+        learning(student, teacher, 2, 2) + 4 * student.rest + 4 * max(student.rest, student.block, student.embeddings)
+    )
+    activations = 2 * tokens * (q.hidden_size * (q.num_hidden_layers + 12) + 4 * q.intermediate_size) + 1 * GB
+    caches = sum(
+        2
+        * 2
+        * tokens
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * config.hidden_size
+        // config.num_attention_heads
+        for config in shapes
+    )
+    write = rollouts(student, teacher, 2, 2) + caches + 2 * tokens * p.hidden_size
+    fixed = shards(student, teacher, ranks, 2)
+    print(f"{name}, {ranks} GPUs, {texts} texts of {length} tokens per forward pass, in GB per GPU:")
+    print(f"  shards: student {16 * student.total / ranks / GB:.1f}, teacher {2 * teacher.total / ranks / GB:.1f}")
+    print(f"  learning: {fixed / GB:.1f} + gathered and reduced {learn / GB:.1f} + activations {activations / GB:.1f}"
+          f" = {(fixed + learn + activations) / GB:.1f}")  # fmt: skip
+    print(
+        f"  rollouts: {fixed / GB:.1f} + gathered, caches and hidden rows {write / GB:.1f} = {(fixed + write) / GB:.1f}"
+    )
+
+
+def num_bytes(tensors: list[torch.Tensor]) -> int:
+    """Of the memory that they have on this rank, some of it perhaps together."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in local}.values())
+
+
+class Gathered(TorchDispatchMode):
+    """Watches, at each operation, how many bytes of whole parameters and of their gradients there are."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.models = models
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look, and do it."""
+        whole = [p for model in self.models for p in model.parameters() if not isinstance(p, DTensor)]
+        self.peak = max(self.peak, num_bytes([t for p in whole for t in (p, p.grad) if t is not None]))
+        return func(*args, **(kwargs or {}))
+
+
+def measure(rank: int, ranks: int, meeting: str) -> None:
+    """A training step of a small pair on one of the ranks; the first prints what it held."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    plan = Sharding(init_device_mesh("cpu", (ranks,)), None, False, False, True, False)
+    student, teacher = (CausalLM(AutoModelForCausalLM.from_config(config)) for config in (STUDENT, TEACHER))
+    shard(student, plan, frozen=False)
+    shard(teacher.requires_grad_(False), plan, frozen=True)
+    optimizer = torch.optim.AdamW(student.parameters())
+    ids = torch.randint(0, STUDENT.vocab_size, (2, 32))
+    targets = torch.ones_like(ids, dtype=torch.bool)
+    targets[:, 0] = False
+    text = Sequences(ids, torch.ones_like(ids), targets)
+    loss = Measurement({"kd": ForwardKL()}, student, FrozenTeacher(teacher), "model.objectives")
+    with Gathered(student, teacher) as watch:
+        loss(text, {"kd": 1.0})[0].backward()
+    optimizer.step()
+    for part in teacher.modules():
+        if reshard := getattr(part, "reshard", None):
+            reshard()
+    parameters = list(student.parameters())
+    states = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    held = [*parameters, *(p.grad for p in parameters), *states, *teacher.parameters()]
+    mine = num_bytes(held)
+    if rank == 0:
+        sizes = Groups.of(STUDENT), Groups.of(TEACHER)
+        expected = shards(*sizes, ranks, 4), learning(*sizes, 4, 4)
+        print(f"{ranks} rank(s): shards {mine / 1e6:.1f} MB (formula {expected[0] / 1e6:.1f}), gathered at most "
+              f"{watch.peak / 1e6:.1f} MB (formula {expected[1] / 1e6:.1f}), together {(mine + watch.peak) / 1e6:.1f} MB "
+              f"(formula {sum(expected) / 1e6:.1f})")  # fmt: skip
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", type=int, nargs="*", metavar="RANKS", help="count on CPU processes instead; 1 and 2")
+    parser.add_argument("--ranks", type=int, default=8, help="GPUs on paper")
+    parser.add_argument("--texts", type=int, default=8, help="of one forward pass")
+    parser.add_argument("--length", type=int, default=1024, help="of a text, in tokens")
+    given = parser.parse_args(arguments)
+    if given.measure is None:
+        for name in PAIRS:
+            on_paper(name, given.ranks, given.texts, given.length)
+        return
+    for ranks in given.measure or (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(measure, (ranks, f"{folder}/meeting"), nprocs=ranks)
+
+
+if __name__ == "__main__":
+    main()
