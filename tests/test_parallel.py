@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -315,11 +315,11 @@ def test_a_save_that_fails_leaves_the_last_good_checkpoint(tmp_path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_a_folder_that_is_written_anew_stays_good_until_the_new_one_is(tmp_path, monkeypatch) -> None:
+def test_a_folder_that_is_written_anew_stays_good_until_the_new_one_is(tmp_path) -> None:
     path = tmp_path / "last.ckpt"
     save_sharded({"step": 1}, path, 0, lambda: None)
-    with monkeypatch.context() as broken, pytest.raises(OSError, match="full"):
-        broken.setattr(torch, "save", Mock(side_effect=OSError("the disk is full")))
+    full = patch("torch.save", side_effect=OSError("the disk is full"))
+    with full, pytest.raises(OSError, match="full"):
         save_sharded({"step": 2}, path, 0, lambda: None)
     (path / "1-rank-00007.safetensors").write_bytes(b"of a run on more ranks that was cut off")
     assert read_checkpoint(path)["step"] == 1

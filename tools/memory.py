@@ -192,7 +192,9 @@ def measure(rank: int, ranks: int, meeting: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", type=int, nargs="*", metavar="RANKS", help="count on CPU processes instead; 1 and 2")
+    parser.add_argument(
+        "--measure", type=int, nargs="*", metavar="RANKS", help="count on CPU processes instead; 1 and 2"
+    )
     parser.add_argument("--ranks", type=int, default=8, help="GPUs on paper")
     parser.add_argument("--texts", type=int, default=8, help="of one forward pass")
     parser.add_argument("--length", type=int, default=1024, help="of a text, in tokens")

@@ -11,8 +11,6 @@ replaced last, in one step.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lit_distill.parallel.atomic import flush, publish, remove, unfinished_name, write_whole
 from lit_distill.parallel.sharding import Box, as_shard_of, box_of, slices
 
 META = "meta.pt"  # also Lightning's sign of a checkpoint in a folder
@@ -81,51 +80,6 @@ def gathered(tree: Any, keep: bool) -> Any:
     return _replaced(tree, whole)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a file under another name, and give it its own when all of it is on the disk."""
-    unfinished = _unfinished(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(unfinished)
-        publish(unfinished, path)
-    except BaseException:
-        remove(unfinished)
-        raise
-
-
-def publish(unfinished: Path, path: Path) -> None:
-    """Give a complete file or folder its name, in the place of what had it before."""
-    for file in [unfinished, *unfinished.glob("*")]:
-        _flush(file)
-    old = path.with_name(f".{path.name}.old")
-    if path.is_dir() or (unfinished.is_dir() and path.exists()):  # a folder and a file cannot change places in one step
-        remove(old)
-        path.rename(old)
-    unfinished.replace(path)
-    _flush(path.parent)
-    remove(old)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.unfinished")
-
-
 def save_sharded(checkpoint: Mapping[str, Any], path: Path, rank: int, barrier: Callable[[], None]) -> None:
     """Write a checkpoint as a folder; called by all ranks, each of which writes its own pieces.
 
@@ -136,7 +90,7 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path, rank: int, barrier: 
         barrier: waits for all ranks.
     """
     again = (path / META).is_file()
-    folder = path if again else _unfinished(path)
+    folder = path if again else unfinished_name(path)
     generation = 1 + torch.load(path / META, weights_only=True, mmap=True)[GENERATION] if again else 0
     barrier()
     if rank == 0 and again:
@@ -174,7 +128,7 @@ def _write_pieces(checkpoint: Mapping[str, Any], file: Path) -> None:
             pieces[name] = local.detach().contiguous()
             index.append({"place": place, "piece": name, "shape": list(tensor.shape), "offset": box_of(tensor).offset})
     save_file(pieces, file, metadata={"index": json.dumps(index)})
-    _flush(file)
+    flush(file)
 
 
 class StoredCheckpoint:
