@@ -129,8 +129,11 @@ def ask(
     data = json.dumps(body).encode()
     input_bound = len(data) + MESSAGE_TOKENS * len(body["messages"])  # no token is shorter than a byte
     most = account.budget.price(input_bound, endpoint.answer_tokens() or 0)
+    problem = ""
     for attempt in range(endpoint.max_retries + 1):
         if stop.is_set() or not account.reserve(most):
+            if problem and not stop.is_set():
+                raise RequestRefusedError(f"{problem} The budget leaves no further attempt.")
             return None
         used, cost = (0, 0), 0.0
         try:

@@ -111,10 +111,10 @@ class AnswerCache:
         return self._answers.get(request)
 
     def put(self, request: str, answer: str) -> None:
-        """Keep an answer; an empty one only until `close`, since it may be an accident of the endpoint."""
+        """Keep an answer; one without scores only until `close`, since it may be an accident of the endpoint."""
         with self._lock:
             self._answers[request] = answer
-            if answer:
+            if parse_scores(answer) is not None:
                 try:
                     os.write(self._file, (json.dumps({"request": request, "answer": answer}) + "\n").encode())
                 except OSError as error:
@@ -254,7 +254,7 @@ class Session:
             elif len(answers) == len(requests):
                 counts["unparsable"] += 1
                 unread = next(answer for answer in answers if parse_scores(answer) is None)
-                reason = reason or f"The judge said {unread[:80]!r}."
+                reason = reason or f"The judge said {unread[:80]!r}, and two scores on the first line were asked for."
             else:
                 counts["not_asked"] += 1
         return Verdict(tuple(scores), cached=self.cached, reason=reason, **counts)

@@ -70,6 +70,11 @@ class _Loading:
         if sharding is None:
             return
         if is_quantized(spec, self.model.config):  # its integers are not sharded: each process keeps all of them
+            if spec.lora is not None:
+                raise ValueError(
+                    f"{key}.path: {spec.path} in few bits cannot be cut into shards, and fsdp2 trains nothing else. Use "
+                    "trainer.strategy: ddp, or a base that is not quantised."
+                )
             self.sharding = None
         elif self.names is None:
             log.info("%s.path: each process loads the whole of %s before it is cut into shards.", key, spec.path)

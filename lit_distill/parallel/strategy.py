@@ -50,6 +50,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             file. Either can be read by any number of ranks, with this strategy or another.
         process_group_backend: of torch.distributed; by default nccl for GPUs and gloo for processors.
         timeout: after which a rank gives up waiting for another.
+
+    Raises:
+        ValueError: if torch is too old.
     """
 
     def __init__(
@@ -67,6 +70,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        if not hasattr(FSDPModule, "set_reshard_after_forward"):
+            raise ValueError(
+                f"trainer.strategy: {NAME} needs torch 2.8 or newer, and this is {torch.__version__}. Use ddp."
+            )
         self.gather_student = gather_student
         self.gather_teacher = gather_teacher
         self.offload_student = offload_student
