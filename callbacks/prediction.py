@@ -24,6 +24,8 @@ class PredictionWriter(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Read which items are done."""
         path = Path(pl_module.prediction.path)
+        if path.is_dir():
+            raise ValueError(f"model.prediction.path: {path} is a folder. Give the name of a .jsonl file.")
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_broken_end(path)
@@ -35,6 +37,13 @@ class PredictionWriter(Callback):
                 raise ValueError(
                     f"model.prediction.path: {path} holds what the {other.pop()} said, and now the "
                     f"{pl_module.prediction.speaker} is to speak. Give another path, or remove the file."
+                )
+            now = pl_module.prediction.drawn_by()
+            if otherwise := [record["decoding"] for record in records if record["decoding"] not in (None, now)]:
+                changed = [name for name in now if otherwise[0].get(name) != now[name]]
+                raise ValueError(
+                    f"model.prediction.path: {path} holds responses with {_listed(otherwise[0], changed)}, and now "
+                    f"{_listed(now, changed)} is asked for. Give another path, or the same settings."
                 )
             pl_module.predicted_ids = frozenset(record["id"] for record in records)
             if pl_module.predicted_ids:
@@ -66,13 +75,17 @@ class PredictionWriter(Callback):
         rank_zero_info(f"Predictions: {pl_module.prediction.path}")
 
 
+def _listed(settings: dict[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {settings.get(name)}" for name in names)
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     try:
         with path.open("rb") as lines:
             for line in lines:
                 record = json.loads(line)
-                records.append({"id": record["id"], "speaker": record["speaker"]})
+                records.append({"id": record["id"], "speaker": record["speaker"], "decoding": record.get("decoding")})
     except (ValueError, KeyError, TypeError) as error:  # no JSON in UTF-8, or a record of something else
         raise ValueError(
             f"model.prediction.path: {path}, line {len(records) + 1} was not written by `predict`. Give another path, or remove "

@@ -235,7 +235,9 @@ def _check_corpus(module: DistillationModule, trainer: Any) -> None:
     corpus = getattr(data, "corpus", None)
     if corpus is None:
         if hasattr(data, "corpus"):
-            raise ValueError("model.corpus_objectives: there is no corpus. Set data.init_args.corpus.path.")
+            raise ValueError(
+                "model.corpus_objectives: there is no corpus. Set data.init_args.corpus, which for your own text takes a path."
+            )
         return
     steps, rows = module.source.steps_per_batch(data.batch_size), corpus.batch_size // trainer.world_size
     if rows < steps:

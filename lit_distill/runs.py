@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 META = "meta.pt"
 """The part of a sharded checkpoint that is no shard."""
@@ -77,8 +78,8 @@ def run_loggers(root: str | Path, name: str, continued: Path | None = None) -> l
         continued: the checkpoint to go on from; what was logged after it will be logged again.
     """
     if continued is None:
-        tensorboard = TensorBoardLogger(root, name=name)
-        return [tensorboard, CSVLogger(root, name=name, version=tensorboard.version)]
+        version = _new_version(Path(root).expanduser() / name)
+        return [TensorBoardLogger(root, name=name, version=version), CSVLogger(root, name=name, version=version)]
     step, folder = int(_without_tensors(continued)["global_step"]), continued.parent.parent
     rows = []
     if (folder / "metrics.csv").exists():
@@ -87,6 +88,21 @@ def run_loggers(root: str | Path, name: str, continued: Path | None = None) -> l
     beside = CSVLogger(root, name=name, version=folder.name)
     beside.experiment.metrics = [{key: value for key, value in row.items() if value} for row in rows]
     return [TensorBoardLogger(root, name=name, version=folder.name, purge_step=step + 1), beside]
+
+
+def _new_version(run: Path) -> int:
+    """Make the folder of a run's next version, which two runs that start at once do not share; other ranks find rank 0's."""
+    numbers = [path.name.removeprefix("version_") for path in run.glob("version_*")]
+    newest = max((int(number) for number in numbers if number.isdigit()), default=-1)
+    if getattr(rank_zero_only, "rank", 0):
+        return max(newest, 0)
+    while True:
+        newest += 1
+        try:
+            (run / f"version_{newest}").mkdir(parents=True)
+        except FileExistsError:  # another run's
+            continue
+        return newest
 
 
 def _is_of_the_past(row: dict[str, str], step: int) -> bool:

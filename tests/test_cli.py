@@ -13,6 +13,8 @@ from command_line import run, tiny_config, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lit_distill.runs import run_loggers
+
 FIGURES = ("perplexity", "forward_kl", "reverse_kl", "top1_agreement", "rouge_l", "exact_match")
 
 
@@ -223,3 +225,31 @@ def test_what_one_model_said_is_not_continued_by_the_other(pair, tmp_path) -> No
     predict(config, "--model.prediction.speaker", "teacher")
     with pytest.raises(ValueError, match=r"model\.prediction\.path: .* holds what the teacher said"):
         predict(config, "--model.prediction.speaker", "student")
+
+
+def test_greedy_and_sampled_responses_are_not_mixed_in_one_file(pair, tmp_path) -> None:
+    config = write(tiny_config(pair), tmp_path / "tiny.yaml")
+    assert predict(config)[0]["decoding"]["temperature"] == 1.0
+    with pytest.raises(
+        ValueError, match=r"model\.prediction\.path: .* with temperature 1.0, and now temperature 0.5 is"
+    ):
+        predict(config, "--model.prediction.temperature", 0.5)
+    with pytest.raises(ValueError, match=r"model\.prediction\.path: .* is a folder"):
+        predict(config, "--model.prediction.path", tmp_path)
+
+
+def test_ids_that_stand_twice_are_refused_where_a_file_is_continued_by_them(pair, tmp_path) -> None:
+    config = tiny_config(pair)
+    lines = [json.dumps({"id": i // 2, "instruction": f"Say {i}", "output": "x"}) for i in range(6)]
+    (tmp_path / "twice.jsonl").write_text("\n".join(lines))
+    config["data"] = {"class_path": "InstructionData", "init_args": {"train": {"path": str(tmp_path / "twice.jsonl")}}}
+    with pytest.raises(
+        ValueError, match=r"data\.init_args\.predict: 3 ids stand more than once, such as '0' \(2 times\)"
+    ):
+        predict(write(config, tmp_path / "tiny.yaml"))
+
+
+def test_runs_that_start_at_once_do_not_share_a_folder(tmp_path) -> None:
+    (tmp_path / "run" / "version_3").mkdir(parents=True)
+    versions = [run_loggers(tmp_path, "run")[0].version for _ in range(2)]  # neither has written anything yet
+    assert versions == [4, 5]

@@ -158,9 +158,7 @@ def test_corpus_objectives_add_to_the_loss(pair, tmp_path) -> None:
         learner = fitted(pair, tmp_path, objectives[0], corpus=corpus, corpus_objectives=objectives[1])
         asked = {name for name in weights if f"train/{name}" in learner.trainer.callback_metrics}
         assert asked == {name for name, weight in weights.items() if weight}
-    with pytest.raises(
-        ValueError, match=r"model\.corpus_objectives: there is no corpus.*data\.init_args\.corpus\.path"
-    ):
+    with pytest.raises(ValueError, match=r"model\.corpus_objectives: there is no corpus.*data\.init_args\.corpus"):
         fitted(pair, tmp_path, {"kd": ForwardKL()}, corpus_objectives={"lm": NextToken()})
 
 

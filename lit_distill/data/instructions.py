@@ -18,7 +18,7 @@ from lit_distill.data.overlong import Limits, fit_lengths, longest_prompt
 from lit_distill.data.records import Records
 from lit_distill.data.sampling import CorpusOrder, GlobalBatchSampler, validation_mask
 from lit_distill.data.templates import Template
-from lit_distill.data.tokenize import tokenize_records
+from lit_distill.data.tokenize import check_ids, tokenize_records
 from lit_distill.types import Batch
 
 KEY = "data.init_args"
@@ -151,6 +151,8 @@ class InstructionData(LightningDataModule):
             if name in self._standing_in:
                 what = STAND_INS[name]
                 rank_zero_info(f"{KEY}.{name}: no such records were given, so this is about those of {what}.")
+            if name == "predict":
+                check_ids(rows["id"])
             rows, lengths, report = fit_lengths(rows, name, self.limits)
             rank_zero_info(report)
             corpus = None

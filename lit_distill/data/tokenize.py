@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,21 @@ def tokenize_records(
         load_from_cache_file=True,
         desc=f"Tokenizing {split}",
     )
+
+
+def check_ids(ids: Iterable[str]) -> None:
+    """Refuse an id that stands twice, where ids say what has been written already.
+
+    Raises:
+        ValueError: naming the id.
+    """
+    counts = Counter(ids)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"data.init_args.predict: {len(twice)} ids stand more than once, such as {twice[0]!r} ({counts[twice[0]]} times). "
+            "`predict` "
+            "goes by them where it continues a file. Give each item one of its own; data.init_args.fields.id names the column."
+        )
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

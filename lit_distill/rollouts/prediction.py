@@ -21,17 +21,22 @@ class Prediction(Decoding):
     """Whose responses."""
     path: str = "predictions.jsonl"
     """JSONL file of id, speaker, prompt (as the model reads it),
-    response, finished (whether it ended by itself) and references. An existing file is continued."""
+    response, finished (whether it ended by itself), decoding and references. An existing file is continued."""
     logprobs: bool = False
     """Also write the tokens and their log-probabilities (at the temperature, or 1 if greedy; before truncation)."""
     seed: int = 0
     """Of the draws at temperature > 0; together with an item's id it fixes the response."""
 
+    def drawn_by(self) -> dict[str, float]:
+        """What the responses depend on, besides speaker and prompt."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        return {name: getattr(self, name) for name in names}
+
 
 def prediction_records(
     batch: Batch, responses: Responses, texts: Sequence[str], stop_ids: Sequence[int], settings: Prediction
 ) -> list[dict[str, Any]]:
-    """One record per item: id, speaker, prompt, response, finished, references; tokens and log-probabilities on request.
+    """One record per item: id, speaker, prompt, response, finished, decoding, references; tokens and log-probabilities on request.
 
     Args:
         batch: what was asked.
@@ -48,6 +53,7 @@ def prediction_records(
             "prompt": prompt,
             "response": text,
             "finished": finished,
+            "decoding": settings.drawn_by(),
             "references": list(references),
         }
         for item, prompt, text, finished, references in zip(

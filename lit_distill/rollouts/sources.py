@@ -46,7 +46,9 @@ def share_out(corpus: Sequences | None, steps: int) -> Iterator[Sequences]:
         ValueError: if there is no corpus, or not one row a step.
     """
     if corpus is None:
-        raise ValueError("model.corpus_objectives: there is no corpus. Set data.init_args.corpus.path.")
+        raise ValueError(
+            "model.corpus_objectives: there is no corpus. Set data.init_args.corpus, which for your own text takes a path."
+        )
     if len(corpus) < steps:
         raise ValueError(
             f"data.init_args.corpus.batch_size: {len(corpus)} rows on each rank for the {steps} optimiser steps that a batch "
