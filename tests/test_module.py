@@ -236,3 +236,18 @@ def test_an_objective_of_weight_zero_does_not_run_nor_the_teacher_for_it(pair, t
     assert "train/kd" not in run.callback_metrics
     with pytest.raises(ValueError, match=r"model\.objectives: every weight is 0"):
         fitted(pair, tmp_path, {"ce": NextToken(weight=0.0)})
+
+
+def test_new_weights_are_those_of_the_seed_whatever_was_drawn_before(pair, monkeypatch) -> None:
+    def drawn(seed: str) -> torch.Tensor:
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        learner = DistillationModule(ModelSpec(str(pair[0]), from_scratch=True), {"ce": NextToken()})
+        before = torch.get_rng_state()
+        learner.configure_model()
+        assert torch.equal(torch.get_rng_state(), before)
+        return learner.student.model.get_input_embeddings().weight.detach()
+
+    first = drawn("5")
+    torch.rand(3)
+    assert torch.equal(drawn("5"), first)
+    assert not torch.equal(drawn("6"), first)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,12 +64,13 @@ class _Loading:
         self.sharding = sharding
         self.model: PreTrainedModel
         self.names: dict[str, str] | None = None
-        if sharding is None or spec.lora is not None:
-            self.model = load_model(spec, key, dtype)
-            if spec.lora is not None:
-                add_lora(self.model, spec.lora, f"{key}.lora")
-        else:
-            self.model, self.names = open_model(spec, key, dtype)
+        with _drawn_by_the_seed():
+            if sharding is None or spec.lora is not None:
+                self.model = load_model(spec, key, dtype)
+                if spec.lora is not None:
+                    add_lora(self.model, spec.lora, f"{key}.lora")
+            else:
+                self.model, self.names = open_model(spec, key, dtype)
         if sharding is None:
             return
         if is_quantized(spec, self.model.config):  # its integers are not sharded: each process keeps all of them
@@ -107,3 +111,13 @@ class _Loading:
             offload = sharding.offload_teacher if frozen else sharding.offload_student
             fill_model(self.model, self.names, self.spec, self.key, torch.device("cpu") if offload else device)
         return device
+
+
+@contextmanager
+def _drawn_by_the_seed() -> Iterator[None]:
+    """Let new weights depend on `seed_everything` alone, where it was called: not on earlier draws, nor on the strategy."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(int(seed))
+        yield
