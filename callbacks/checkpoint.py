@@ -76,6 +76,11 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.checkpoint_callback is self:
             self._signals.heed(trainer, pl_module)
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        for logger in trainer.loggers:  # a run that goes on from here expects what was logged until here
+            logger.save()
+        super()._save_checkpoint(trainer, filepath)
+
     def on_validation_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Save the best, and the last whether it is among them or not; again, if this step was saved before its validation."""
         self._last_global_step_saved = (

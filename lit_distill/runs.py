@@ -81,13 +81,24 @@ def run_loggers(root: str | Path, name: str, continued: Path | None = None) -> l
         version = _new_version(Path(root).expanduser() / name)
         return [TensorBoardLogger(root, name=name, version=version), CSVLogger(root, name=name, version=version)]
     step, folder = int(_without_tensors(continued)["global_step"]), continued.parent.parent
-    rows = []
-    if (folder / "metrics.csv").exists():
-        with (folder / "metrics.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step or _is_of_the_past(row, step)]
     beside = CSVLogger(root, name=name, version=folder.name)
-    beside.experiment.metrics = [{key: value for key, value in row.items() if value} for row in rows]
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        _continue_csv(folder, beside, step)
     return [TensorBoardLogger(root, name=name, version=folder.name, purge_step=step + 1), beside]
+
+
+def _continue_csv(folder: Path, logger: CSVLogger, step: int) -> None:
+    """Write again what was logged before the checkpoint; the old file, which the logger would delete, stays until that is done."""
+    log, kept = folder / "metrics.csv", folder / ".metrics.csv.kept"
+    if log.exists() and not kept.exists():  # else an earlier start was killed in here
+        log.rename(kept)
+    if not kept.exists():
+        return
+    with kept.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) < step or _is_of_the_past(row, step)]
+    logger.experiment.metrics = [{key: value for key, value in row.items() if value} for row in rows]
+    logger.save()
+    kept.unlink()
 
 
 def _new_version(run: Path) -> int:

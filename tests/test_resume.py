@@ -12,6 +12,8 @@ import torch
 from command_line import run, tiny_config, write
 from torch import Tensor
 
+from lit_distill.runs import run_loggers
+
 KILLER = """
 import os, signal
 from lightning.pytorch import Callback
@@ -127,3 +129,19 @@ def test_a_test_of_a_checkpoint_that_is_not_there_is_refused(pair, tmp_path, wor
     config = write(config_of(pair, "offline", 0), tmp_path / "none.yaml")
     with pytest.raises(ValueError, match=f"ckpt_path: there is no `{word}` checkpoint of the run 'none'"):
         run("test", "--config", config, "--ckpt_path", word)
+
+
+def test_a_log_outlives_kills_while_it_is_continued(pair, tmp_path) -> None:
+    config = config_of(pair, "offline", 0)
+    config["trainer"]["max_steps"] = 4
+    whole = run("fit", "--config", write(config, tmp_path / "run.yaml"))
+    before = logged(whole)
+    folder = Path(whole.trainer.log_dir)
+    (folder / "metrics.csv").rename(folder / ".metrics.csv.kept")  # killed before the log was written again
+    (folder / "metrics.csv").write_text("step\n")  # or while it was
+    _, beside = run_loggers(tmp_path / "runs", "run", folder / "checkpoints" / "last.ckpt")
+    assert logged(whole) == before
+    assert not (folder / ".metrics.csv.kept").exists()
+    beside.log_metrics({"train/loss": 1.0, "new": 2.0}, step=5)
+    beside.save()
+    assert [row for row in logged(whole) if row[0] == "5"] == [("5", "1.0")]
