@@ -35,7 +35,7 @@ from lit_distill.models import (
     stop_token_ids,
 )
 from lit_distill.models.lora import check_same_adapters, fingerprint
-from lit_distill.objectives import LossTerm, Objective, add_terms, check_needs
+from lit_distill.objectives import LossTerm, Objective, add_terms, check_needs, term_means
 from lit_distill.parallel import most_over_ranks, sharding_of, without_gradient_sync
 from lit_distill.rollouts import (
     DatasetResponses,
@@ -244,12 +244,7 @@ class DistillationModule(L.LightningModule):
     def _log_step(
         self, terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> None:
-        sums = {name: term.total for name, term in terms.items()}
-        sums |= {f"{name}/{metric}": v for name, term in terms.items() for metric, v in term.metrics.items()}
-        means = {
-            name: (total / counts[name.split("/")[0]].clamp(min=1)).float()
-            for name, total in zip(sums, self.sum_over_ranks(torch.stack(list(sums.values())).double()), strict=True)
-        }
+        means = term_means(terms, counts, self.sum_over_ranks)
         figures = {f"train/{name}": mean for name, mean in means.items()}
         figures["train/loss"] = torch.stack([weights[name] * means[name] for name in terms]).sum()
         self.log("loss", figures["train/loss"], prog_bar=True, logger=False)

@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lit_distill.callbacks import ObjectiveWeightSchedule, RolloutMonitor, TeacherMixSchedule
-from torch import Tensor
+from training import learner_of, quiet_trainer, weights
 
 from lit_distill.data import Corpus, ProceduralData
 from lit_distill.models import ModelSpec
@@ -36,36 +36,14 @@ class Witness(L.Callback):
 
 
 def fit(pair: tuple[Path, Path], folder: Path, steps: int = 8, callbacks=(), source=None, corpus=None, **settings):
-    student, teacher = pair
     source = {"alpha": 0.3, "max_new_tokens": NEW_TOKENS, "mini_batch_size": 4, "inner_epochs": 2, **(source or {})}
-    learner = DistillationModule(
-        ModelSpec(str(student)),
-        {"long": PolicyGradient(), "single": ReverseKL(importance_weighted=True)},
-        ModelSpec(str(teacher)),
-        TeacherMixedRollouts(**source),
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
-        **settings,
-    )
-    witness = Witness()
-    trainer = L.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_steps=steps,
-        limit_val_batches=0,
-        callbacks=[*callbacks, witness],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    objectives = {"long": PolicyGradient(), "single": ReverseKL(importance_weighted=True)}
+    learner, witness = learner_of(pair, objectives, TeacherMixedRollouts(**source), **settings), Witness()
+    trainer = quiet_trainer(folder, steps, callbacks=[*callbacks, witness])
     data = ProceduralData(num_train=32, num_validation=4, num_test=4, batch_size=ROLLOUTS, corpus=corpus)
     data.responses = False  # prompts are all that is needed
     trainer.fit(learner, data)
     return learner, witness
-
-
-def weights(learner: DistillationModule) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in learner.student.parameters()])
 
 
 def test_a_phase_is_inner_epochs_times_mini_batches_of_steps(pair, tmp_path) -> None:

@@ -8,11 +8,9 @@ import lightning as L
 import pytest
 import torch
 from lit_distill.callbacks import RolloutMonitor
-from torch import Tensor
+from training import learner_of, quiet_trainer, weights
 
 from lit_distill.data import ProceduralData
-from lit_distill.models import ModelSpec
-from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, NextToken, ReverseKL, TokenPreference
 from lit_distill.rollouts import Source, StudentRollouts, TeacherMixedRollouts, TeacherRollouts
 
@@ -28,33 +26,10 @@ class Shown(L.Callback):
 
 
 def fit(pair: tuple[Path, Path], folder: Path, source: Source | None, objectives, steps: int = 4, **trainer_settings):
-    student, teacher = pair
-    learner = DistillationModule(
-        ModelSpec(str(student)),
-        objectives,
-        ModelSpec(str(teacher)),
-        source,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
-    )
-    shown = Shown()
-    trainer = L.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_steps=steps,
-        limit_val_batches=0,
-        callbacks=[RolloutMonitor(), shown],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **trainer_settings,
-    )
+    learner, shown = learner_of(pair, objectives, source), Shown()
+    trainer = quiet_trainer(folder, steps, callbacks=[RolloutMonitor(), shown], **trainer_settings)
     trainer.fit(learner, ProceduralData(num_train=24, num_validation=4, num_test=4, batch_size=6))
     return learner, shown
-
-
-def weights(learner: DistillationModule) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in learner.student.parameters()])
 
 
 def test_with_fraction_zero_it_is_offline_distillation_bit_for_bit(pair, tmp_path) -> None:

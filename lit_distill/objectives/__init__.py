@@ -22,7 +22,7 @@ from lit_distill.objectives.divergences import (
 )
 from lit_distill.objectives.policy_gradient import PolicyGradient
 from lit_distill.objectives.preference import DirectPreference, TokenPreference
-from lit_distill.objectives.terms import add_terms, weighted_sum
+from lit_distill.objectives.terms import add_terms, term_means, weighted_sum
 
 __all__ = [
     "PAIR_SIGNALS",
@@ -45,5 +45,6 @@ __all__ = [
     "check_needs",
     "probe",
     "sum_over_tokens",
+    "term_means",
     "weighted_sum",
 ]

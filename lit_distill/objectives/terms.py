@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -49,6 +49,23 @@ def weighted_sum(
         loss = loss + factors[name] * term.total
         terms[name] = LossTerm(term.total.detach(), term.count, {k: v.detach() for k, v in term.metrics.items()})
     return loss, terms
+
+
+def term_means(
+    terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor], sum_over_ranks: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Means of the objectives and, as ``objective/metric``, of their metrics, ``[]`` float32, over the items of all ranks.
+
+    Args:
+        terms: sums of this rank, by name.
+        counts: items of all ranks, by name.
+        sum_over_ranks: adds up a tensor of sums.
+    """
+    sums = {name: term.total for name, term in terms.items()}
+    sums |= {f"{name}/{metric}": v for name, term in terms.items() for metric, v in term.metrics.items()}
+    totals = sum_over_ranks(torch.stack(list(sums.values())).double())
+    pairs = zip(sums, totals, strict=True)
+    return {name: (total / counts[name.split("/")[0]].clamp(min=1)).float() for name, total in pairs}
 
 
 def _versions(signals: Mapping[str, Tensor]) -> dict[str, int]:

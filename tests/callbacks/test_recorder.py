@@ -9,13 +9,11 @@ from pathlib import Path
 import datasets
 import lightning as L
 import pytest
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_distill.callbacks import RolloutRecorder
+from training import learner_of, quiet_trainer
 
 from lit_distill.data import ProceduralData
-from lit_distill.models import ModelSpec
-from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, PolicyGradient, ReverseKL
 from lit_distill.rollouts import StudentRollouts, TeacherMixedRollouts
 
@@ -34,29 +32,13 @@ class Witness(L.Callback):
 
 def fit(pair: tuple[Path, Path], root: Path, recorder: RolloutRecorder, steps=6, on_policy=False, resume=None):
     """Phases of two steps each, two phases in an epoch."""
-    student, teacher = pair
     objectives = {"long": PolicyGradient(), "single": ReverseKL(importance_weighted=True)}
     source = TeacherMixedRollouts(alpha=0.3, max_new_tokens=9, mini_batch_size=2, inner_epochs=1, seed=5)
     if on_policy:
         objectives, source = {"kl": ForwardKL()}, StudentRollouts(max_new_tokens=9, seed=5)
-    learner = DistillationModule(
-        ModelSpec(str(student)),
-        objectives,
-        ModelSpec(str(teacher)),
-        source,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
-    )
-    witness = Witness()
-    trainer = L.Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        max_steps=steps,
-        limit_val_batches=0,
-        callbacks=[recorder, witness, ModelCheckpoint(root, save_last=True, save_on_train_epoch_end=True)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    learner, witness = learner_of(pair, objectives, source), Witness()
+    saved = ModelCheckpoint(root, save_last=True, save_on_train_epoch_end=True)
+    trainer = quiet_trainer(root, steps, callbacks=[recorder, witness, saved], enable_checkpointing=True)
     data = ProceduralData(num_train=2 * PHASE, num_validation=4, num_test=4, batch_size=PHASE)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*dirpath.*|.*Checkpoint directory.*|.*ckpt_path.*")

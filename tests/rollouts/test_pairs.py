@@ -12,6 +12,7 @@ import pytest
 import torch
 from lit_distill.callbacks import RolloutMonitor
 from torch import Tensor
+from training import learner_of, quiet_trainer, weights
 
 from lit_distill.data import ProceduralData
 from lit_distill.functional import direct_preference_loss
@@ -111,33 +112,11 @@ class Witness(L.Callback):
 
 
 def fit(pair: tuple[Path, Path], folder: Path, source: ResponsePairs, steps: int = 4, batch_size: int = 6, **settings):
-    student, teacher = pair
-    learner = DistillationModule(
-        ModelSpec(str(student)),
-        {"dpkd": DirectPreference(weight=0.5), "ce": NextToken(weight=0.5)},
-        ModelSpec(str(teacher)),
-        source,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
-        **settings,
-    )
-    witness = Witness()
-    trainer = L.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_steps=steps,
-        limit_val_batches=0,
-        callbacks=[RolloutMonitor(), witness],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    objectives = {"dpkd": DirectPreference(weight=0.5), "ce": NextToken(weight=0.5)}
+    learner, witness = learner_of(pair, objectives, source, lr=0.5, **settings), Witness()
+    trainer = quiet_trainer(folder, steps, callbacks=[RolloutMonitor(), witness])
     trainer.fit(learner, ProceduralData(num_train=24, num_validation=4, num_test=4, batch_size=batch_size))
     return learner, witness, trainer
-
-
-def weights(learner: DistillationModule) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in learner.student.parameters()])
 
 
 def test_the_students_texts_are_rejected_and_the_datasets_chosen(pair, tmp_path) -> None:
