@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from lit_distill.types import Batch
 
 PHASE_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-NOT_SAID = {"distinct_1", "distinct_2", "distinct_3", "repetition_4", "unfinished"}
+NOT_SAID = {
+    *("distinct_1", "distinct_2", "distinct_3", "distinct_4", "repetition_4", "unfinished"),
+    *("accuracy", "adaptive_ece", "brier", "teacher_accuracy", "teacher_adaptive_ece", "teacher_brier", "teacher_ece"),
+}
 """Figures of a validation that are logged and not printed, so that the line stays readable."""
 SECONDS_BETWEEN_FIGURES = 1.0
 SECONDS_BEFORE_A_BAR = 0.5

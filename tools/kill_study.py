@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from lit_distill.runs import last_checkpoint
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 METHODS = ("quickstart", "minillm_quickstart", "dpkd_quickstart", "gkd_quickstart", "distillm_quickstart")
 SMALL = {
@@ -63,10 +65,11 @@ def run(method: str, folder: Path, workers: int, seconds: float | None = None) -
 
 def left(method: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """What the last checkpoint holds and what was logged of the loss."""
-    version = folder / method / "version_0"
-    with (version / "metrics.csv").open(newline="") as file:
+    last = last_checkpoint(folder, method)  # a process killed before its first checkpoint leaves an empty version
+    assert last is not None
+    with (last.parent.parent / "metrics.csv").open(newline="") as file:
         losses = [f"{row['step']}: {row['train/loss']}" for row in csv.DictReader(file) if row.get("train/loss")]
-    state = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
+    state = torch.load(last, weights_only=True)
     return {key: state[key] for key in ("state_dict", "optimizer_states", "global_step", "source")}, losses
 
 
