@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, Trainer
+
+from lit_distill.parallel.atomic import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,8 @@ class RolloutRecorder(Callback):
     what was recorded after its checkpoint, so that no phase is there twice.
 
     Args:
-        path: folder; ``rollouts`` in the run's log folder by default. A resumed run has a log folder of its own: to continue
-            the files of the first, name one here.
+        path: folder; ``rollouts`` in the run's log folder by default, which ``--ckpt_path last`` goes on in. To continue from a
+            checkpoint that is named by its file, name the folder here.
         every_n_phases: record every n-th phase.
         format: jsonl or parquet.
         tokens: also record the response's token ids, as ``tokens``.
@@ -166,9 +167,7 @@ def _write_parquet(records: list[dict[str, Any]], path: Path) -> None:
         **dict.fromkeys(("id", "prompt", "response"), pa.string()),
     }  # said, since a column of nulls or empty lists has no type of its own  # fmt: skip
     schema = pa.schema([(name, known.get(name, pa.list_(pa.float32()))) for name in records[0]])
-    unfinished = path.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(records, schema), unfinished)
-    unfinished.replace(path)
+    write_whole(path, lambda unfinished: pq.write_table(pa.Table.from_pylist(records, schema), unfinished))
 
 
 def _rank_of(file: Path) -> int:
@@ -181,10 +180,10 @@ def _drop_from(file: Path, step: int) -> None:
         if int(file.stem.split("-")[1].removeprefix("step")) >= step:
             file.unlink()
         return
-    kept = file.with_suffix(".part")
-    with file.open("rb") as lines, kept.open("wb") as out:
-        # Only a killed run leaves a line without an end, and its checkpoint is older than that line.
-        out.writelines(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step)
-        out.flush()
-        os.fsync(out.fileno())
-    kept.replace(file)
+
+    def keep(unfinished: Path) -> None:
+        with file.open("rb") as lines, unfinished.open("wb") as out:
+            # Only a killed run leaves a line without an end, and its checkpoint is older than that line.
+            out.writelines(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step)
+
+    write_whole(file, keep)

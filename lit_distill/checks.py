@@ -40,10 +40,8 @@ def check_trainer_options(options: Mapping[str, Any], subcommand: str) -> None:
             f"trainer.strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}. fsdp2 shards student and teacher, ddp "
             "keeps both whole on each device."
         )
-    if subcommand == "fit" and str(options.get("precision")) in ("16", "16-mixed", "16-true"):
-        raise ValueError(
-            f"trainer.precision: {options['precision']} overflows in the loss of long rows. Use bf16-mixed or 32-true."
-        )
+    if subcommand == "fit":
+        _check_half_precision(options.get("precision"))
     if subcommand == "fit" and options.get("enable_checkpointing") is False:
         raise ValueError(
             "trainer.enable_checkpointing: false, but every run has the callback of the key checkpoint. To keep no checkpoints, "
@@ -51,6 +49,13 @@ def check_trainer_options(options: Mapping[str, Any], subcommand: str) -> None:
         )
     if options.get("barebones"):
         raise ValueError("trainer.barebones: true forbids the logs and checkpoints that every run has. Remove it.")
+
+
+def _check_half_precision(precision: Any) -> None:
+    if str(precision) in ("16", "16-mixed", "16-true"):
+        raise ValueError(
+            f"trainer.precision: {precision} overflows in the loss of long rows. Use bf16-mixed or 32-true."
+        )
 
 
 def check_strategy(trainer: Any) -> None:
@@ -79,10 +84,7 @@ def check_trainer(trainer: Any) -> None:
             "lengths. Set data.init_args.batch_size to the items of one optimiser step and model.micro_batch_size to the "
             "texts that fit in memory at once."
         )
-    if trainer.precision in ("16-mixed", "16-true"):
-        raise ValueError(
-            f"trainer.precision: {trainer.precision} overflows in the loss of long rows. Use bf16-mixed or 32-true."
-        )
+    _check_half_precision(trainer.precision)
     if trainer.precision == "bf16-true":
         raise ValueError(
             "trainer.precision: bf16-true would round what is measured too. For a student whose weights have 16 bits, set "

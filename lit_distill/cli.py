@@ -161,9 +161,7 @@ class DistillCLI(LightningCLI):
             datasets.disable_progress_bars()
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_this_run)
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # inside Lightning 2.6, with torch 2.13
-        warnings.filterwarnings(
-            "ignore", message=".*sync_dist=True"
-        )  # our figures are equal on all ranks when they are logged
+        warnings.filterwarnings("ignore", message=".*sync_dist=True")  # what is logged is equal on all ranks
         if self.subcommand != "fit":  # a checkpoint brings the state of a ModelCheckpoint that will not write anything
             warnings.filterwarnings("ignore", message="The dirpath has changed")
         warnings.filterwarnings("ignore", message="Experiment logs directory .* exists")  # CSV beside TensorBoard

@@ -55,9 +55,12 @@ def row_uniforms(seed: int, keys: Sequence[str], steps: int) -> Tensor:
     return torch.stack([torch.rand(steps, generator=stream(seed, key), dtype=torch.float64) for key in keys])
 
 
-def phase_uniforms(seed: int, step: int, ids: Sequence[str], steps: int) -> Tensor:
-    """`row_uniforms` of the items of one optimiser step; one row for a rank without items, which decodes with the others."""
-    return row_uniforms(seed, [f"{step}/{item}" for item in ids] or [""], steps)
+def phase_uniforms(seed: int, phase: int | str, ids: Sequence[str], steps: int) -> Tensor:
+    """`row_uniforms` of the items of one phase, such as its optimiser step.
+
+    A rank without items gets one row, and decodes with the others.
+    """
+    return row_uniforms(seed, [f"{phase}/{item}" for item in ids] or [""], steps)
 
 
 def draw(logits: Tensor, uniforms: Tensor, decoding: Decoding) -> Tensor:

@@ -15,6 +15,7 @@ from lit_distill.rollouts.loop import Responses, decode_mixed
 from lit_distill.rollouts.phases import KEY, check_phase, check_sizes, mini_batches
 from lit_distill.rollouts.scoring import Scoring
 from lit_distill.rollouts.sources import Players, Source
+from lit_distill.rollouts.speaking import prompts_of
 from lit_distill.rollouts.trajectories import Trajectories, join_responses
 
 if TYPE_CHECKING:
@@ -126,21 +127,19 @@ class TeacherMixedRollouts(Source):
 
     def roll_out(self, batch: Batch, players: Players) -> Trajectories:
         """One scored rollout per prompt of ``batch``."""
-        if batch.prompts is None:
-            raise ValueError("model.source: TeacherMixedRollouts needs prompts, and the data module gives none.")
+        prompts = prompts_of(batch, self)
         assert players.teacher is not None
         self._check_truncation()  # a schedule may have raised alpha
         start = time.perf_counter()
-        size = self.decode_batch_size or len(batch.prompts)
+        size = self.decode_batch_size or len(prompts)
         parts = [
-            self._decode(batch, players, players.teacher, first, first + size)
-            for first in range(0, len(batch.prompts), size)
+            self._decode(batch, players, players.teacher, first, first + size) for first in range(0, len(prompts), size)
         ]
         responses = join_responses(parts)
         return Trajectories(
             ids=batch.ids,
             prompt_texts=batch.prompt_texts,
-            prompts=batch.prompts,
+            prompts=prompts,
             responses=responses,
             signals=self.scoring.signals(responses, self.alpha, players.sum_over_ranks),
             alpha=self.alpha,

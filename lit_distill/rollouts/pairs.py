@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,16 +10,14 @@ import torch
 
 from lit_distill.models import label_logprobs
 from lit_distill.objectives import PAIR_SIGNALS, TEACHER_OF_PAIRS, Objective
-from lit_distill.rollouts.decoding import Decoding, row_uniforms, run_seed
-from lit_distill.rollouts.loop import decode
+from lit_distill.rollouts.decoding import Decoding, run_seed
 from lit_distill.rollouts.phases import KEY, check_phase, check_sizes, mini_batches
 from lit_distill.rollouts.sources import DatasetResponses, Players, Source
-from lit_distill.rollouts.trajectories import Trajectories, join_responses
+from lit_distill.rollouts.speaking import answers, prompts_of
 from lit_distill.types import Pairs, Sequences
 
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM, FrozenTeacher
-    from lit_distill.rollouts.loop import Responses
     from lit_distill.types import Batch
 
 
@@ -117,26 +114,9 @@ class ResponsePairs(Source):
     def _answers(
         self, speaker: CausalLM | FrozenTeacher, batch: Batch, players: Players, role: Literal["chosen", "rejected"]
     ) -> Sequences:
-        if batch.prompts is None:
-            raise ValueError("model.source: ResponsePairs needs prompts, and the data module gives none.")
-        start = time.perf_counter()
-        size = self.decode_batch_size or len(batch.prompts)
-        parts: list[Responses] = []
-        for first in range(0, len(batch.prompts), size):
-            items = batch.ids[first : first + size]
-            keys = [f"{players.step}/{role}/{item}" for item in items] or [""]
-            uniforms = row_uniforms(self.seed, keys, self.decoding.max_new_tokens)
-            prompts = batch.prompts.rows(first, first + size)
-            parts.append(decode(speaker, prompts, self.decoding, players.stop_ids, uniforms).counted(items))
-        trajectories = Trajectories(
-            ids=batch.ids,
-            prompt_texts=batch.prompt_texts,
-            prompts=batch.prompts,
-            responses=join_responses(parts),
-            signals={},
-            alpha=float(role == "chosen"),
-            seconds=time.perf_counter() - start,
-        )
+        prompts, phase = prompts_of(batch, self), f"{players.step}/{role}"  # each draws numbers of its own
+        draws = (self.seed, phase)
+        trajectories = answers(speaker, batch, prompts, players, self.decoding, draws, self.decode_batch_size)
         if role == "rejected":  # the callbacks are shown what the student says
             players.show(trajectories)
         return trajectories.sequences()

@@ -13,6 +13,7 @@ from lit_distill.rollouts.decoding import Decoding, stream
 from lit_distill.rollouts.phases import KEY, check_sizes
 from lit_distill.rollouts.sampled import _SampledResponses
 from lit_distill.rollouts.sources import DatasetResponses, Players
+from lit_distill.rollouts.speaking import prompts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,7 +135,7 @@ class ReplayRollouts(_SampledResponses):
 
     def _drawn(self, batch: Batch, players: Players) -> Sequences:
         """This rank's share of as many texts as the batch has items, drawn without replacement."""
-        device = self._prompts(batch).input_ids.device
+        device = prompts_of(batch, self).input_ids.device
         count = int(players.sum_over_ranks(torch.tensor(len(batch.ids), device=device)))
         order = torch.randperm(len(self.texts), generator=stream(self.seed, players.step, "draw"))[:count]
         items = []

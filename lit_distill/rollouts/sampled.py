@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lit_distill.rollouts.decoding import Decoding, phase_uniforms, run_seed, stream
-from lit_distill.rollouts.loop import decode
+from lit_distill.rollouts.decoding import Decoding, run_seed, stream
+from lit_distill.rollouts.phases import KEY
 from lit_distill.rollouts.sources import DatasetResponses, Players, Source
-from lit_distill.rollouts.trajectories import Trajectories
+from lit_distill.rollouts.speaking import answers, prompts_of
 
 if TYPE_CHECKING:
-    from lit_distill.types import Batch, Prompts, Sequences
-
-KEY = "model.source.init_args"
+    from lit_distill.types import Batch, Sequences
 
 
 class _SampledResponses(Source):
@@ -31,28 +28,12 @@ class _SampledResponses(Source):
 
     def mini_batches(self, batch: Batch, players: Players) -> Iterator[Sequences]:
         """What the speaker answers."""
-        prompts = self._prompts(batch)
         who = players.teacher if self.speaker == "teacher" else players.student
         assert who is not None
-        start = time.perf_counter()
-        uniforms = phase_uniforms(self.seed, players.step, batch.ids, self.decoding.max_new_tokens)
-        responses = decode(who, prompts, self.decoding, players.stop_ids, uniforms).counted(batch.ids)
-        trajectories = Trajectories(
-            ids=batch.ids,
-            prompt_texts=batch.prompt_texts,
-            prompts=prompts,
-            responses=responses,
-            signals={},
-            alpha=float(self.speaker == "teacher"),
-            seconds=time.perf_counter() - start,
-        )
+        draws = (self.seed, players.step)
+        trajectories = answers(who, batch, prompts_of(batch, self), players, self.decoding, draws)
         players.show(trajectories)
         yield trajectories.sequences()
-
-    def _prompts(self, batch: Batch) -> Prompts:
-        if batch.prompts is None:
-            raise ValueError(f"model.source: {type(self).__name__} needs prompts, and the data module gives none.")
-        return batch.prompts
 
 
 class StudentRollouts(_SampledResponses):
