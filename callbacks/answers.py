@@ -70,8 +70,8 @@ class PromptEvaluator(Callback, ABC):
         # Evenly from all batches, since those are ordered by length; rank r of W has the items r, r + W, ... of a batch.
         count = min(total, math.ceil(self.max_prompts / num_batches))
         wanted = {i * total // count for i in range(count)}
-        rank, ranks = trainer.global_rank, trainer.world_size
-        return batch.select([row for row in range(len(batch)) if row * ranks + rank in wanted])
+        share = pl_module.data_ranks
+        return batch.select([row for row in range(len(batch)) if row * share.number + share.rank in wanted])
 
     def _step(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch, num_batches: float) -> None:
         if self._running and (chosen := self._chosen(trainer, pl_module, batch, num_batches)) is not None:

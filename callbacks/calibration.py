@@ -92,7 +92,7 @@ class CalibrationMonitor(Callback):
             self._listener = listens(self.num_bins)
             pl_module.held_out.listen("calibration", self._listener)
         for metric in self._listener.speakers.values():
-            metric.to(pl_module.device).reset()
+            pl_module.over_ranks(metric).reset()
 
     def _finish(self, trainer: Trainer, pl_module: DistillationModule, stage: str, ask: bool) -> None:
         if self._listener is not None:
@@ -106,8 +106,7 @@ class CalibrationMonitor(Callback):
                     speaker: task.ask(
                         model,
                         pl_module.device,
-                        trainer.global_rank,
-                        trainer.world_size,
+                        pl_module.data_ranks,
                         trainer.precision_plugin.forward_context,
                     )
                     for speaker, model in speakers.items()

@@ -81,7 +81,7 @@ class BeforeAfter(Callback):
 
     @torch.no_grad()
     def _generated(self, trainer: Trainer, pl_module: DistillationModule, speaker: str) -> dict[str, float]:
-        scores = ResponseScores().to(pl_module.device)
+        scores = pl_module.over_ranks(ResponseScores())
         for batch in self._batches(trainer, pl_module):
             answered = pl_module.sum_over_ranks(torch.tensor(len(batch.references), device=pl_module.device))
             if batch.prompts is None or not answered:  # all ranks or none, since a sharded model speaks on all of them

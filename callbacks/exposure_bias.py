@@ -74,7 +74,7 @@ class ExposureBiasMonitor(PromptEvaluator):
 
     def begin(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
         """Forget the last time."""
-        self._errors.to(pl_module.device).reset()
+        pl_module.over_ranks(self._errors).reset()
         self._report = {}
 
     def measure(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:

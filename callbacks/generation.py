@@ -75,7 +75,7 @@ class GenerationEvaluator(PromptEvaluator):
         testing = stage == "test"
         speakers = ["student", "teacher"] if testing and self.teacher and pl_module.teacher_spec else ["student"]
         seeds, starts = (self.seeds, self.reference_lengths) if testing else (self.seeds[:1], [])
-        self._scores = {who: [ResponseScores(starts).to(pl_module.device) for _ in seeds] for who in speakers}
+        self._scores = {who: [pl_module.over_ranks(ResponseScores(starts)) for _ in seeds] for who in speakers}
         self._samples = []
         self._report = {}
 

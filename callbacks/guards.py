@@ -54,7 +54,7 @@ class StopSignals:
         told = self.received or 0
         if trainer.world_size > 1:  # Lightning waits for the other ranks here as well
             asked = torch.tensor([number == told for number in SIGNALS], dtype=torch.float32, device=pl_module.device)
-            found = pl_module.sum_over_ranks(asked).nonzero()
+            found = trainer.strategy.reduce(asked, reduce_op="sum").nonzero()
             told = SIGNALS[int(found[0])] if len(found) else 0
         if told:
             self.received = told

@@ -17,6 +17,7 @@ from lit_distill.callbacks.answers import PromptEvaluator, Stage, answer
 from lit_distill.evaluation.budget import Account, Budget
 from lit_distill.evaluation.chat import ChatEndpoint
 from lit_distill.evaluation.judge import AnswerCache, Question, Session, Verdict
+from lit_distill.parallel import data_ranks
 from lit_distill.rollouts import Decoding
 
 if TYPE_CHECKING:
@@ -168,8 +169,9 @@ class Judge(PromptEvaluator):
         """The questions of all ranks, on all ranks, in an order that depends on neither ranks nor subjects."""
         shares: list[Any] = [self._questions]
         if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            dist.all_gather_object(shares, self._questions)
+            ranks = data_ranks(trainer)
+            shares = [None] * ranks.number
+            dist.all_gather_object(shares, self._questions, ranks.group)
 
         def order(question: Question) -> tuple[int, bytes]:
             digest = hashlib.blake2b(question.id.encode(), digest_size=8).digest()

@@ -63,9 +63,9 @@ class PredictionWriter(Callback):
         """Append the records of all ranks."""
         records: Sequence[dict[str, Any]] = outputs
         if trainer.world_size > 1:
-            gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-            dist.gather_object(outputs, gathered)
-            records = [record for share in gathered or [] for record in share]
+            everyone: list[Any] = [None] * pl_module.data_ranks.number
+            dist.all_gather_object(everyone, outputs, pl_module.data_ranks.group)
+            records = [record for share in everyone for record in share]
         if trainer.is_global_zero and records:
             with Path(pl_module.prediction.path).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lit_distill.parallel import data_ranks
 from lit_distill.rollouts.loop import WATCHERS
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class RunProgress(TQDMProgressBar):
         return figures | {"tok/s": f"{self._tokens_per_second(trainer):.0f}"}
 
     def _tokens_per_second(self, trainer: Trainer) -> float:
-        return float(self._tokens) * trainer.world_size / max(1e-9, time.monotonic() - self._since)
+        return float(self._tokens) * data_ranks(trainer).number / max(1e-9, time.monotonic() - self._since)
 
     @override
     def init_train_tqdm(self) -> Tqdm:
@@ -124,7 +125,7 @@ class RunProgress(TQDMProgressBar):
         """Count the tokens, and show the inner epochs to come."""
         self._rolled_out = True
         self._tokens = self._tokens + trajectories.responses.mask.sum()
-        steps = pl_module.source.steps_per_batch(len(trajectories.ids) * trainer.world_size)
+        steps = pl_module.source.steps_per_batch(len(trajectories.ids) * pl_module.data_ranks.number)
         if steps > 1:
             self._open_phase_bar(steps)
 

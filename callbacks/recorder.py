@@ -25,8 +25,8 @@ class RolloutRecorder(Callback):
 
     ``step`` is the optimiser step after which the response was written, ``length`` its tokens, ``alpha`` the teacher's share in the
     sampler and ``teacher_share`` in the response, ``reward`` the sum of its rewards; the last is null where the source gives none.
-    Each rank writes files of its own: JSONL ``rollouts-rank0.jsonl``, Parquet a file for each phase. A resumed run first drops
-    what was recorded after its checkpoint, so that no phase is there twice.
+    Each rank that has items of its own writes files of its own: JSONL ``rollouts-rank0.jsonl``, Parquet a file for each phase. A
+    resumed run first drops what was recorded after its checkpoint, so that no phase is there twice.
 
     Args:
         path: folder; ``rollouts`` in the run's log folder by default, which ``--ckpt_path last`` goes on in. To continue from a
@@ -91,24 +91,26 @@ class RolloutRecorder(Callback):
                 f"RolloutRecorder.path: {self._folder} holds the rollouts of another run. Give another path, remove the files, or "
                 "resume that run with --ckpt_path."
             )
+        share = pl_module.data_ranks
         trainer.strategy.barrier("rollouts of others")  # nobody writes before all have looked
         for file in files:
-            if _rank_of(file) % trainer.world_size == trainer.global_rank:  # there may have been more ranks
+            if not share.repeats and _rank_of(file) % share.number == share.rank:  # there may have been more ranks
                 _drop_from(file, step)
         trainer.strategy.barrier("rollouts to be repeated")
 
     def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
         """Record the phase if its turn has come."""
         phase, self._phases = self._phases, self._phases + 1
-        if phase % self.every_n_phases == 0 and trajectories.ids:
+        share = pl_module.data_ranks
+        if phase % self.every_n_phases == 0 and trajectories.ids and not share.repeats:
             records = list(self._records(pl_module, trajectories, phase))
             if self.format == "jsonl":
                 lines = [json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records]
-                with (self._folder / f"rollouts-rank{trainer.global_rank}.jsonl").open("a", encoding="utf-8") as file:
+                with (self._folder / f"rollouts-rank{share.rank}.jsonl").open("a", encoding="utf-8") as file:
                     file.write("".join(lines))
             else:
                 when = f"step{pl_module.global_step:09d}-phase{phase:09d}"
-                _write_parquet(records, self._folder / f"rollouts-{when}-rank{trainer.global_rank}.parquet")
+                _write_parquet(records, self._folder / f"rollouts-{when}-rank{share.rank}.parquet")
 
     def _records(
         self, pl_module: DistillationModule, trajectories: Trajectories, phase: int

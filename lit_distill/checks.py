@@ -123,18 +123,6 @@ def check_sizes(**sizes: int | None) -> None:
             raise ValueError(f"model.{key}: expected at least 1, got {value}.")
 
 
-def check_speaker(source: Any, teacher: object | None) -> None:
-    """Refuse a source in which the teacher speaks where there is none.
-
-    Raises:
-        ValueError: naming both keys.
-    """
-    if source.needs_teacher and teacher is None:
-        raise ValueError(
-            f"model.source: in the source {type(source).__name__} the teacher speaks, and there is none. Set model.teacher.path."
-        )
-
-
 def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> None:
     """Refuse names of objectives that are missing, taken, or mean something else in the names of figures.
 
@@ -241,7 +229,7 @@ def _check_corpus(module: DistillationModule, trainer: Any) -> None:
                 "model.corpus_objectives: there is no corpus. Set data.init_args.corpus, which for your own text takes a path."
             )
         return
-    steps, rows = module.source.steps_per_batch(data.batch_size), corpus.batch_size // trainer.world_size
+    steps, rows = module.source.steps_per_batch(data.batch_size), corpus.batch_size // module.data_ranks.number
     if rows < steps:
         raise ValueError(
             f"data.init_args.corpus.batch_size: {corpus.batch_size} rows are {rows} on each rank, for the {steps} optimiser steps "

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from lit_distill.parallel import gradient_norm, local_part
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -56,16 +57,11 @@ class NonFinite:
     def gate(self, parameters: Iterable[Tensor], step: int) -> None:
         """Set the gradients to 0 if one of them is not finite; on all ranks alike."""
         found = [p.grad for p in parameters if p.grad is not None]
-        here = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found]
-        if not here:
+        if not found:
             return
-        bad = ~torch.isfinite(torch.nn.utils.get_total_norm(here))
-        if any(isinstance(grad, DTensor) for grad in found):  # each rank sees its shards
-            shared = bad.float()
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
-            bad = shared > 0
-        for grad in here:
-            grad.masked_fill_(bad, 0.0)
+        bad = ~torch.isfinite(gradient_norm(found))
+        for grad in found:
+            local_part(grad).masked_fill_(bad, 0.0)
         self._seen.append(Seen(step, self.ids, bad))
 
     def look(self, module: DistillationModule, loss: Tensor | None = None) -> None:
@@ -99,8 +95,8 @@ class NonFinite:
     def _message(self, module: DistillationModule, what: str, step: int, own: tuple[str, ...]) -> str:
         items: list[Any] = [own]
         if module.trainer.world_size > 1:
-            items = [None] * module.trainer.world_size
-            dist.all_gather_object(items, own)
+            items = [None] * module.data_ranks.number
+            dist.all_gather_object(items, own, module.data_ranks.group)
         ids = [item for share in items for item in share]
         more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
         return (

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torchmetrics import Metric
 
 from lit_distill import checks
 from lit_distill.evaluation.held_out import HeldOut
@@ -34,9 +34,9 @@ from lit_distill.models import (
     load_tokenizer,
     stop_token_ids,
 )
-from lit_distill.models.lora import check_same_adapters, fingerprint
-from lit_distill.objectives import LossTerm, Objective, add_terms, check_needs, term_means
-from lit_distill.parallel import most_over_ranks, sharding_of, without_gradient_sync
+from lit_distill.models.record import check_same_adapters, student_record
+from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
+from lit_distill.parallel import DataRanks, data_ranks, most_over_ranks, sharding_of, without_gradient_sync
 from lit_distill.rollouts import (
     DatasetResponses,
     Decoding,
@@ -44,6 +44,7 @@ from lit_distill.rollouts import (
     Prediction,
     Responses,
     Source,
+    check_signals,
     decode,
     prediction_records,
     row_uniforms,
@@ -51,6 +52,8 @@ from lit_distill.rollouts import (
 )
 from lit_distill.schedulers import optimization
 from lit_distill.types import Batch, Pairs, Prompts, Sequences
+
+MetricType = TypeVar("MetricType", bound=Metric)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,13 +118,7 @@ class DistillationModule(L.LightningModule):
         self.guard = NonFinite(on_nonfinite)
         self.predicted_ids: frozenset[str] = frozenset()  # what an earlier, interrupted `predict` has written already
         self.teacher: FrozenTeacher | None = None
-        from_source = self.source.provides | (self.source.provides_with_teacher if teacher else frozenset())
-        on_source = f"the source {type(self.source).__name__}"
-        check_needs(objectives, from_source, "model.objectives", on_source)
-        text_only = DatasetResponses.provides | ({"teacher_logits"} if teacher else set())
-        self.source.check(objectives)
-        checks.check_speaker(self.source, teacher)
-        check_needs(corpus_objectives or {}, text_only, "model.corpus_objectives", "a plain-text corpus")
+        check_signals(self.source, objectives, corpus_objectives or {}, has_teacher=teacher is not None)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -173,7 +170,7 @@ class DistillationModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Every mini-batch that the source makes of ``batch`` is one optimiser step."""
         self.guard.ids = batch.ids
-        steps = self.source.steps_per_batch(len(batch) * self.trainer.world_size)
+        steps = self.source.steps_per_batch(len(batch) * self.data_ranks.number)
         corpus = share_out(batch.corpus, steps) if self.corpus_objectives else repeat(None, steps)
         for text, plain_text in zip(self.source.mini_batches(batch, self._players()), corpus, strict=False):
             self._optimize(text, plain_text)
@@ -181,7 +178,7 @@ class DistillationModule(L.LightningModule):
                 break
 
     def _players(self) -> Players:
-        run = (self.stop_ids, self.global_step, self.total_steps, self.global_rank, self.trainer.world_size)
+        run = (self.stop_ids, self.global_step, self.total_steps, *self.data_ranks[:2])
         return Players(self.student, self.teacher, *run, self.sum_over_ranks, partial(self._tell, "on_rollouts"))
 
     def _tell(self, hook: str, news: Any) -> None:
@@ -196,9 +193,9 @@ class DistillationModule(L.LightningModule):
         asked = [(measure, texts) for measure, texts in streams if weights.keys() & measure.objectives.keys()]
         parts = [(measure, part) for measure, texts in asked for part in self._micro_batches(texts)]
         counts = self._global_counts(parts, weights)
-        # A count of zero has a sum of zero; the factor only has to be finite. DDP averages over ranks, so ask for their sum.
-        factors = {name: weights[name] * self.trainer.world_size / counts[name].clamp(min=1).float() for name in counts}
-
+        # A count of zero has a sum of zero; the factor only has to be finite. Gradients are averaged over ranks; ask for the sum.
+        ranks = self.data_ranks.number
+        factors = {name: weights[name] * ranks / counts[name].clamp(min=1).float() for name in counts}
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         terms: dict[str, LossTerm] = {}
@@ -236,10 +233,20 @@ class DistillationModule(L.LightningModule):
             raise ValueError("model.objectives: every weight is 0, so there is nothing to learn. Give one a weight.")
         return dict(zip(counts, self.sum_over_ranks(torch.stack(list(counts.values()))), strict=True))
 
+    @property
+    def data_ranks(self) -> DataRanks:
+        """Which share of every batch this rank has."""
+        return data_ranks(self.trainer)
+
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over all ranks, on all ranks."""
-        summed: Tensor = self.trainer.strategy.reduce(values, reduce_op="sum")
+        """The sum of ``values`` over all ranks that have different items, on all ranks."""
+        summed: Tensor = self.trainer.strategy.reduce(values, group=self.data_ranks.group, reduce_op="sum")
         return summed
+
+    def over_ranks(self, metric: MetricType) -> MetricType:
+        """A torchmetrics metric that `sum_over_ranks` would agree with, on this rank's device."""
+        metric.process_group = self.data_ranks.group
+        return metric.to(self.device)
 
     def _log_step(
         self, terms: Mapping[str, LossTerm], counts: Mapping[str, Tensor], weights: Mapping[str, float]
@@ -296,7 +303,7 @@ class DistillationModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
-        self.held_out.reset()
+        self.over_ranks(self.held_out.means).reset()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -334,13 +341,7 @@ class DistillationModule(L.LightningModule):
         """Keep what the source remembers, and what it takes to rebuild the student without the run's YAML."""
         self.guard.look(self)
         checkpoint["source"] = self.source.state_dict()
-        checkpoint["student"] = {
-            "spec": asdict(self.student_spec),
-            "config": self.student.model.config.to_dict(),
-            "generation_config": self.student.model.generation_config.to_dict(),
-        }
-        if self.student_spec.lora is not None:
-            checkpoint["student"]["base"] = fingerprint(self.student)
+        checkpoint["student"] = student_record(self.student_spec, self.student)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the source back what it remembered; a checkpoint may be older than that, but not of another model."""

@@ -17,14 +17,14 @@ BELOW = {
     "types": set(),
     "schedulers": set(),
     "blame": set(),
-    "guards": set(),
+    "guards": {"parallel"},
     "parallel": set(),
     "runs": set(),
     "objectives": {"functional", "types"},
     "models": {"functional", "types", "objectives", "parallel"},
     "data": {"functional", "types", "objectives"},
     "rollouts": {"functional", "types", "objectives", "models", "data"},
-    "evaluation": {"functional", "types", "objectives", "models", "data", "rollouts"},
+    "evaluation": {"functional", "types", "objectives", "models", "data", "rollouts", "parallel"},
 }
 BELOW["checks"] = {"schedulers"}
 BELOW["lengths"] = {"models"}

@@ -43,6 +43,7 @@ cases = {  # student, teacher, source, objectives, how much of it is gathered, o
         tied, teacher, TeacherMixedRollouts(alpha=0.3, **mixed), minillm, {"gather_student": False}, {},
     ),
 }
+together = 2 if strategy == "fsdp2, tensor-parallel" else 1
 results = {}
 for name, (student, expert, source, objectives, gathers, settings) in cases.items():
     torch.manual_seed(1)  # of the adapters' first draw
@@ -56,7 +57,7 @@ for name, (student, expert, source, objectives, gathers, settings) in cases.item
         callbacks.append(ExposureBiasMonitor(max_prompts=3, num_samples=1, max_new_tokens=6, every_n_validations=1))
     trainer = L.Trainer(
         accelerator="cpu", devices=int(devices), max_steps=4,
-        strategy=FSDP2Strategy(**gathers) if strategy == "fsdp2" else strategy,
+        strategy=FSDP2Strategy(**gathers, tensor_parallel_size=together) if strategy.startswith("fsdp2") else strategy,
         val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, **settings,
     )
@@ -110,7 +111,7 @@ def learn(students, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2, tensor-parallel"])
 def test_two_ranks_equal_one_process_at_the_same_global_batch(learn, strategy: str, case: str) -> None:
     one, two = learn("auto")[case], learn(strategy)[case]
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-5)

@@ -1,6 +1,7 @@
 r"""What a GPU has to hold under `--trainer.strategy fsdp2`: on paper for real pairs, and measured against the same formula.
 
 python tools/memory.py
+python tools/memory.py --together 8
 python tools/memory.py --measure
 
 With N ranks, a student of P_s parameters trained by AdamW in float32 and gathered in c bytes each, and a teacher of P_t
@@ -18,6 +19,10 @@ During rollouts the whole student is gathered once, and the teacher a block at a
 
     c·P_s + t·(R_t + 2·max(B_t, E_t))
 
+Where M ranks run each block together (``tensor_parallel_size``), each of them gathers an M-th of a block, so that B, and all
+blocks of P_s in the last line, are divided by M, as are a block's activations and caches; shards stay what they are. Where a
+single rank has all of a block, none is gathered ahead.
+
 The shards and what learning gathers are what ``--measure`` counts, on one and on two CPU processes. On paper the rest is added,
 for b texts of T tokens in one forward pass: float32 sums of the head's gradient (4·R_s), the reduction of the largest group
 (4·max(R_s, B_s, E_s)), about 1 GB for chunks of logits, activations with gradient checkpointing (c·b·T·H_s for each layer, and
@@ -28,12 +33,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
@@ -41,6 +47,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from lit_distill.models import CausalLM, FrozenTeacher, Measurement
 from lit_distill.models.sharding import blocks_of, shard
 from lit_distill.models.spec import build_on_meta
+from lit_distill.models.tensor_parallel import split_blocks
 from lit_distill.objectives import ForwardKL
 from lit_distill.parallel import Sharding
 from lit_distill.types import Sequences
@@ -61,8 +68,8 @@ PAIRS: dict[str, tuple[PreTrainedConfig, PreTrainedConfig]] = {
         LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, **LLAMA),
     ),
 }  # fmt: skip
-SMALL = {"num_attention_heads": 8, "vocab_size": 8192, "max_position_embeddings": 64}
-STUDENT = LlamaConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, **SMALL)  # 20 million parameters
+SMALL = {"num_attention_heads": 8, "vocab_size": 2048, "max_position_embeddings": 64}
+STUDENT = LlamaConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, **SMALL)  # 16 million parameters
 TEACHER = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=10, **SMALL)
 
 
@@ -85,6 +92,11 @@ class Groups:
         total = sum(p.numel() for p in model.parameters())
         return cls(total, max(sizes.values()), apart, total - apart - sum(sizes.values()))
 
+    def among(self, together: int) -> Groups:
+        """What one of ``together`` ranks gathers that run each block together."""
+        ends = self.embeddings + self.rest
+        return replace(self, total=ends + (self.total - ends) // together, block=self.block // together)
+
 
 def shards(student: Groups, teacher: Groups, ranks: int, t: int) -> float:
     """Bytes that a rank holds for good."""
@@ -102,16 +114,18 @@ def rollouts(student: Groups, teacher: Groups, c: int, t: int) -> int:
     return c * student.total + t * (teacher.rest + 2 * max(teacher.block, teacher.embeddings))
 
 
-def on_paper(name: str, ranks: int, texts: int, length: int) -> None:
+def on_paper(name: str, ranks: int, texts: int, length: int, together: int = 1) -> None:
     """Print the calculation for a pair, in bfloat16 but for what is trained."""
     shapes = PAIRS[name]
-    teacher, student = (Groups.of(config) for config in shapes)
+    sizes = [Groups.of(config) for config in shapes]
+    teacher, student = (size.among(together) for size in sizes)
     p, q = shapes
     tokens = texts * length
     learn = (
         learning(student, teacher, 2, 2) + 4 * student.rest + 4 * max(student.rest, student.block, student.embeddings)
     )
-    activations = 2 * tokens * (q.hidden_size * (q.num_hidden_layers + 12) + 4 * q.intermediate_size) + 1 * GB
+    inside = (12 * q.hidden_size + 4 * q.intermediate_size) // together
+    activations = 2 * tokens * (q.hidden_size * q.num_hidden_layers + inside) + 1 * GB
     caches = sum(
         2
         * 2
@@ -120,11 +134,14 @@ def on_paper(name: str, ranks: int, texts: int, length: int) -> None:
         * config.num_key_value_heads
         * config.hidden_size
         // config.num_attention_heads
+        // together
         for config in shapes
     )
     write = rollouts(student, teacher, 2, 2) + caches + 2 * tokens * p.hidden_size
+    teacher, student = sizes
     fixed = shards(student, teacher, ranks, 2)
-    print(f"{name}, {ranks} GPUs, {texts} texts of {length} tokens per forward pass, in GB per GPU:")
+    how = f", {together} of them together" if together > 1 else ""
+    print(f"{name}, {ranks} GPUs{how}, {texts} texts of {length} tokens per forward pass, in GB per GPU:")
     print(f"  shards: student {16 * student.total / ranks / GB:.1f}, teacher {2 * teacher.total / ranks / GB:.1f}")
     print(f"  learning: {fixed / GB:.1f} + gathered and reduced {learn / GB:.1f} + activations {activations / GB:.1f}"
           f" = {(fixed + learn + activations) / GB:.1f}")  # fmt: skip
@@ -140,7 +157,7 @@ def num_bytes(tensors: list[torch.Tensor]) -> int:
 
 
 class Gathered(TorchDispatchMode):
-    """Watches, at each operation, how many bytes of whole parameters and of their gradients there are."""
+    """Watches, at each operation, how many bytes of whole parameters, coming or there, and of their gradients there are."""
 
     def __init__(self, *models: nn.Module) -> None:
         super().__init__()
@@ -149,18 +166,27 @@ class Gathered(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look, and do it."""
-        whole = [p for model in self.models for p in model.parameters() if not isinstance(p, DTensor)]
-        self.peak = max(self.peak, num_bytes([t for p in whole for t in (p, p.grad) if t is not None]))
+        there = [p for model in self.models for p in model.parameters()]
+        whole = [p for p in there if not isinstance(p, DTensor) or p.device_mesh.mesh_dim_names == ("tensor",)]
+        parts = [part for model in self.models for part in model.modules() if isinstance(part, FSDPModule)]
+        coming = [group._all_gather_result for part in parts if (group := part._get_fsdp_state()._fsdp_param_group)]
+        ahead = [result.all_gather_output for result in coming if result is not None]
+        self.peak = max(self.peak, num_bytes([*ahead, *(t for p in whole for t in (p, p.grad) if t is not None)]))
         return func(*args, **(kwargs or {}))
 
 
-def measure(rank: int, ranks: int, meeting: str) -> None:
+def measure(rank: int, ranks: int, together: int, meeting: str) -> None:
     """A training step of a small pair on one of the ranks; the first prints what it held."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
-    plan = Sharding(init_device_mesh("cpu", (ranks,)), None, False, False, True, False)
+    mesh = init_device_mesh("cpu", (ranks // together, together), mesh_dim_names=("data", "tensor"))
+    plan = Sharding(mesh["data"], None, False, False, True, False)
     student, teacher = (CausalLM(AutoModelForCausalLM.from_config(config)) for config in (STUDENT, TEACHER))
+    if together > 1:
+        plan = replace(plan, tensor_mesh=mesh["tensor"], world_mesh=mesh._flatten("world"))
+        split_blocks(student.model, mesh["tensor"], "model.student")
+        split_blocks(teacher.model, mesh["tensor"], "model.teacher")
     shard(student, plan, frozen=False)
     shard(teacher.requires_grad_(False), plan, frozen=True)
     optimizer = torch.optim.AdamW(student.parameters())
@@ -181,8 +207,9 @@ def measure(rank: int, ranks: int, meeting: str) -> None:
     mine = num_bytes(held)
     if rank == 0:
         sizes = Groups.of(STUDENT), Groups.of(TEACHER)
-        expected = shards(*sizes, ranks, 4), learning(*sizes, 4, 4)
-        print(f"{ranks} rank(s): shards {mine / 1e6:.1f} MB (formula {expected[0] / 1e6:.1f}), gathered at most "
+        expected = shards(*sizes, ranks, 4), learning(*(size.among(together) for size in sizes), 4, 4)
+        how = ", together" if together > 1 else ""
+        print(f"{ranks} rank(s){how}: shards {mine / 1e6:.1f} MB (formula {expected[0] / 1e6:.1f}), gathered at most "
               f"{watch.peak / 1e6:.1f} MB (formula {expected[1] / 1e6:.1f}), together {(mine + watch.peak) / 1e6:.1f} MB "
               f"(formula {sum(expected) / 1e6:.1f})")  # fmt: skip
     torch.distributed.barrier()
@@ -196,16 +223,18 @@ def main(arguments: list[str] | None = None) -> None:
         "--measure", type=int, nargs="*", metavar="RANKS", help="count on CPU processes instead; 1 and 2"
     )
     parser.add_argument("--ranks", type=int, default=8, help="GPUs on paper")
+    parser.add_argument("--together", type=int, default=1, help="GPUs that run each block together, on paper")
     parser.add_argument("--texts", type=int, default=8, help="of one forward pass")
     parser.add_argument("--length", type=int, default=1024, help="of a text, in tokens")
     given = parser.parse_args(arguments)
     if given.measure is None:
         for name in PAIRS:
-            on_paper(name, given.ranks, given.texts, given.length)
+            on_paper(name, given.ranks, given.texts, given.length, given.together)
         return
     for ranks in given.measure or (1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(measure, (ranks, f"{folder}/meeting"), nprocs=ranks)
+        for together in {1, ranks}:
+            with tempfile.TemporaryDirectory() as folder:
+                torch.multiprocessing.spawn(measure, (ranks, together, f"{folder}/meeting"), nprocs=ranks)
 
 
 if __name__ == "__main__":

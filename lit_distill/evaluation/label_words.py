@@ -21,6 +21,7 @@ from lit_distill.data.templates import Template, check_chat_template
 from lit_distill.data.tokenize import encode, prompt_prefix
 from lit_distill.evaluation.calibration import Calibration, CalibrationMetric, collect
 from lit_distill.evaluation.word_tree import WordTree
+from lit_distill.parallel import ALONE, DataRanks
 
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM, FrozenTeacher
@@ -165,8 +166,7 @@ class LabelWordTask:
         self,
         speaker: CausalLM | FrozenTeacher,
         device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: DataRanks = ALONE,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Calibration:
         """The calibration of one model over all ranks, each of which asks its share of the questions.
@@ -174,8 +174,7 @@ class LabelWordTask:
         Args:
             speaker: the model.
             device: where its inputs go.
-            rank: of this process.
-            world_size: how many processes share the questions.
+            ranks: how processes share the questions.
             precision: makes the context within which the model runs.
 
         Raises:
@@ -183,9 +182,11 @@ class LabelWordTask:
         """
         self._check_fits(speaker)
         metric = CalibrationMetric(self.num_bins, ("brier", "mass")).to(device)
+        metric.process_group = ranks.group
         # all ranks run the same number of batches, perhaps without questions: a sharded model needs all of them in each
-        for start in range(0, len(self.questions), self.batch_size * world_size):
-            share = self.questions[start : start + self.batch_size * world_size][rank::world_size]
+        together = self.batch_size * ranks.number
+        for start in range(0, len(self.questions), together):
+            share = self.questions[start : start + together][ranks.rank :: ranks.number]
             with precision():
                 logprobs = self.word_logprobs(speaker, [question.prompt_ids for question in share], device)
             labels = torch.tensor([question.label for question in share], dtype=torch.int64, device=device)

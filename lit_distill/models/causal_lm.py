@@ -14,6 +14,7 @@ from lit_distill.models.head import Head, head_of
 from lit_distill.models.sharding import gather_ends, held_whole, is_sharded
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.cache_utils import Cache
 
@@ -36,6 +37,8 @@ class CausalLM(nn.Module):
         self.vocabulary_size = vocabulary_size or model.get_output_embeddings().weight.shape[0]
         self.gathers = False
         """Whether a sharded model is gathered once to write text, rather than for each token."""
+        self.partners: ProcessGroup | None = None
+        """The ranks that have the same items and run each block of this model together; None where each rank runs it by itself."""
         self._whole = False
         self.base_fingerprint: int | None = None
         """See `lora.fingerprint`: noted where the weights under adapters are sharded, and no longer to be looked at as one."""

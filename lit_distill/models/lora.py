@@ -221,28 +221,3 @@ def fingerprint(model: nn.Module) -> int:
         values = parameter.detach().flatten()[::step][:16].to(torch.bfloat16).view(torch.int16).tolist()
         code = zlib.crc32(repr(values).encode(), code)
     return code
-
-
-def check_same_adapters(saved: dict[str, Any], lora: LoraSpec | None, model: nn.Module) -> None:
-    """Compare a checkpoint's student with the one that is to have its weights.
-
-    Args:
-        saved: what `DistillationModule` keeps in a checkpoint beside its weights, under ``student``.
-        lora: ``model.student.lora``.
-        model: the student.
-
-    Raises:
-        ValueError: if they are adapted otherwise, or what is adapted differs.
-    """
-    then = saved.get("spec", {}).get("lora")
-    before = then and LoraSpec(**then)
-    if before != lora and (not before or not lora or replace(before, lora_dropout=lora.lora_dropout) != lora):
-        raise ValueError(
-            f"ckpt_path: the checkpoint's student has lora {then}, and model.student.lora is {lora and asdict(lora)}. Give what it "
-            "was trained with."
-        )
-    if lora and saved.get("base", (now := fingerprint(model))) != now:
-        raise ValueError(
-            "ckpt_path: the checkpoint holds an adapter that was trained on other base weights than those of model.student.path. "
-            "Give the path of the model that it was trained on."
-        )

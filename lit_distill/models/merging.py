@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_distill.models.lora import ADAPTER, add_lora, check_same_adapters
+from lit_distill.models.lora import ADAPTER, add_lora
+from lit_distill.models.record import check_same_adapters
 from lit_distill.models.spec import ModelSpec, is_quantized, load_config, load_model
 
 if TYPE_CHECKING:

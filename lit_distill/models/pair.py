@@ -14,6 +14,7 @@ from lit_distill.models.causal_lm import CausalLM, check_head
 from lit_distill.models.lora import add_lora, fingerprint, keep_only_trained
 from lit_distill.models.sharding import free_ends, shard
 from lit_distill.models.spec import ModelSpec, fill_model, is_quantized, load_model, load_tokenizer, open_model
+from lit_distill.models.tensor_parallel import split_blocks
 from lit_distill.models.vocabulary import common_vocabulary_size
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class _Loading:
             lm.requires_grad_(False)
         if self.spec.lora is not None:
             lm.base_fingerprint = fingerprint(lm)
+        if sharding.tensor_mesh is not None:
+            split_blocks(self.model, sharding.tensor_mesh, self.key)
         shard(lm, sharding, frozen, self.spec.compile)
         if self.names is not None:
             offload = sharding.offload_teacher if frozen else sharding.offload_student

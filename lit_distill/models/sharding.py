@@ -34,21 +34,23 @@ def shard(lm: CausalLM, sharding: Sharding, frozen: bool, compile_blocks: bool =
         compile_blocks: run each block through `torch.compile`.
     """
     offload = sharding.offload_teacher if frozen else sharding.offload_student
+    lm.gathers = sharding.gather_teacher if frozen else sharding.gather_student
+    lm.partners = None if sharding.tensor_mesh is None else sharding.tensor_mesh.get_group()
     policy = MixedPrecisionPolicy()
     if not frozen:
         policy = MixedPrecisionPolicy(param_dtype=sharding.compute_dtype, reduce_dtype=torch.float32)
     pinned = sharding.mesh.device_type != "cpu"
     settings: dict[str, Any] = {
-        "mesh": sharding.mesh,
         "mp_policy": policy,
         "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
     }
-    lm.gathers = sharding.gather_teacher if frozen else sharding.gather_student
-    for block in blocks_of(lm.model):
-        if compile_blocks:
-            block.compile(dynamic=True)
-        fully_shard(block, **settings)
-    fully_shard(lm, **settings)
+    everyone = sharding.mesh if sharding.world_mesh is None else sharding.world_mesh
+    for part in blocks_of(lm.model):
+        embeddings = part is lm.model.get_input_embeddings()
+        if compile_blocks and not embeddings:
+            part.compile(dynamic=True)
+        fully_shard(part, mesh=everyone if embeddings else sharding.mesh, **settings)
+    fully_shard(lm, mesh=everyone, **settings)
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:

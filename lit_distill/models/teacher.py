@@ -13,6 +13,7 @@ from lit_distill.models.lora import switched_off, switches_of
 from lit_distill.models.sharding import forget_forwards, is_sharded
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
 
@@ -78,6 +79,11 @@ class FrozenTeacher:
     def config(self) -> PreTrainedConfig:
         """The model's config."""
         return self.lm.config
+
+    @property
+    def partners(self) -> ProcessGroup | None:
+        """See `CausalLM`."""
+        return self.lm.partners
 
     @property
     def runs_together(self) -> bool:

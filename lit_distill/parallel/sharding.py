@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -19,7 +20,7 @@ class Sharding:
     """What is decided about the parameters of student and teacher."""
 
     mesh: DeviceMesh
-    """One-dimensional: the ranks over which every parameter is cut along its first dimension."""
+    """One-dimensional: the ranks that have different items, over which a block's parameters are cut along their first dimension."""
     compute_dtype: torch.dtype | None
     """Of the student's gathered weights; None for that of the weights."""
     offload_student: bool
@@ -30,6 +31,33 @@ class Sharding:
     """Gather the whole student once for each decoding batch."""
     gather_teacher: bool
     """Gather the whole teacher once for each decoding batch."""
+    tensor_mesh: DeviceMesh | None = None
+    """One-dimensional: the ranks that have the same items and each a part of the matrices of a block; None if each runs whole
+    blocks."""
+    world_mesh: DeviceMesh | None = None
+    """One-dimensional: all ranks, where that is more than ``mesh``. Over them all other parameters are cut."""
+
+
+class DataRanks(NamedTuple):
+    """The ranks that share the items of a batch; under tensor parallelism several ranks have the same share."""
+
+    rank: int
+    """Which share this rank has."""
+    number: int
+    """How many shares there are."""
+    group: ProcessGroup | None = None
+    """One rank for each share, this one among them; None for all ranks."""
+    repeats: bool = False
+    """Whether an earlier rank has the same share, so that this one need not write down what it finds."""
+
+
+ALONE = DataRanks(0, 1)
+
+
+def data_ranks(trainer: Any) -> DataRanks:
+    """Which share of every batch this rank has, by its Lightning Trainer."""
+    own: DataRanks | None = getattr(trainer.strategy, "data_ranks", None)
+    return own or DataRanks(trainer.global_rank, trainer.world_size)
 
 
 class Box(NamedTuple):
@@ -55,6 +83,17 @@ def box_of(tensor: DTensor) -> Box:
 def slices(box: Box) -> tuple[slice, ...]:
     """What to index the whole tensor with."""
     return tuple(slice(start, start + length) for start, length in zip(box.offset, box.shape, strict=True))
+
+
+def whole_of(tensor: DTensor) -> Tensor:
+    """All of a sharded tensor, on all ranks; called by all of them.
+
+    What was cut last is joined first, which is the order of the meshes here; torch's own way warns of two meshes.
+    """
+    for dimension in range(tensor.device_mesh.ndim):
+        placements = [Replicate(), *tensor.placements[dimension + 1 :]]
+        tensor = tensor.redistribute(placements=[Replicate()] * dimension + placements)
+    return tensor.to_local()
 
 
 def as_shard_of(tensor: DTensor, local: Tensor, device: torch.device) -> DTensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_distill.parallel.atomic import flush, publish, remove, unfinished_name, write_whole
-from lit_distill.parallel.sharding import Box, as_shard_of, box_of, slices
+from lit_distill.parallel.sharding import Box, as_shard_of, box_of, slices, whole_of
 
 META = "meta.pt"  # also Lightning's sign of a checkpoint in a folder
 GENERATION = "generation"
@@ -54,9 +54,10 @@ def _replaced(tree: Any, value_of: Callable[[DTensor], Any]) -> Any:
     return tree
 
 
-def _storage(tensor: DTensor) -> int:
-    """The same for two tensors exactly if they share their memory, on all ranks alike, also where this rank's part is empty."""
-    return int(tensor.to_local().untyped_storage()._cdata)
+def _storage(tensor: DTensor) -> tuple[Any, ...]:
+    """The same for two weights exactly if they share their memory, on all ranks alike, also where this rank's part is empty."""
+    local = tensor.to_local()
+    return int(local.untyped_storage()._cdata), local.storage_offset(), tuple(tensor.shape)
 
 
 def gathered(tree: Any, keep: bool) -> Any:
@@ -68,12 +69,12 @@ def gathered(tree: Any, keep: bool) -> Any:
         tree: dictionaries and lists with DTensors in them.
         keep: whether this rank wants them; the others get None for each.
     """
-    seen: dict[int, Any] = {}  # tied weights are one storage under several names
+    seen: dict[Any, Any] = {}  # tied weights are one storage under several names
 
     def whole(tensor: DTensor) -> Any:
         key = _storage(tensor)
         if key not in seen:
-            full = tensor.full_tensor()
+            full = whole_of(tensor)
             seen[key] = full.cpu() if keep else None
         return seen[key]
 
@@ -117,13 +118,21 @@ def _keep_generation(folder: Path, generation: int) -> None:
             file.unlink()
 
 
+def _has_first_copy(tensor: DTensor) -> bool:
+    """Whether this is the one of the ranks that have the same part of a tensor which has to write it."""
+    mesh = tensor.device_mesh
+    dimensions = zip(mesh.get_coordinate() or (), tensor.placements, strict=True)
+    among = not any(coordinate for coordinate, placement in dimensions if placement.is_replicate())
+    return among and int(mesh.mesh.min()) == 0  # another mesh may have all of the tensor as well
+
+
 def _write_pieces(checkpoint: Mapping[str, Any], file: Path) -> None:
     pieces: dict[str, Tensor] = {}
     index: list[dict[str, Any]] = []
-    names: dict[int, str] = {}
+    names: dict[Any, str] = {}
     for place, tensor in _sharded(checkpoint):
         local = tensor.to_local()
-        if local.numel():
+        if local.numel() and _has_first_copy(tensor):
             name = names.setdefault(_storage(tensor), str(len(names)))
             pieces[name] = local.detach().contiguous()
             index.append({"place": place, "piece": name, "shape": list(tensor.shape), "offset": box_of(tensor).offset})

@@ -1,8 +1,8 @@
 """``--trainer.strategy fsdp2``: student and teacher cut into shards, block by block, by torch's `fully_shard`.
 
-Lightning's `ModelParallelStrategy` brings processes, device mesh and hooks. Ours are the plan (every rank is data-parallel, and the
-models are sharded where they are loaded, in `lit_distill.models`), what ``trainer.precision`` means, and checkpoints that
-any number of ranks can read.
+Lightning's `ModelParallelStrategy` brings processes, device mesh and hooks. Ours are the plan (ranks are data-parallel, some of
+them together if asked for, and the models are sharded where they are loaded, in `lit_distill.models`), what
+``trainer.precision`` means, and checkpoints that any number of ranks can read.
 """
 
 from __future__ import annotations
@@ -21,16 +21,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_distill.parallel.sharding import Sharding
+from lit_distill.parallel.gradients import ShardPrecision
+from lit_distill.parallel.sharding import DataRanks, Sharding
 from lit_distill.parallel.storage import AtomicCheckpointIO, gathered, load_into, open_checkpoint, save_sharded
 
 NAME = "fsdp2"
-
-
-class CastByShards(Precision):
-    """bf16-mixed without autocast: shards are float32, and what is gathered from them for a forward pass is bfloat16."""
-
-    precision = "bf16-mixed"
+KEY = "trainer.strategy.init_args"
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -41,6 +37,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     weights, and each rank reads its own part of the safetensors files.
 
     Args:
+        tensor_parallel_size: how many ranks have the same items and run each decoder block together, each with its part of the
+            heads and columns; on GPUs, within one machine. The number of ranks is a multiple of it.
         gather_student: while it writes text, hold the whole student on each device instead of gathering each block for each token;
             false where it does not fit.
         gather_teacher: the same for the teacher.
@@ -57,6 +55,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(
         self,
+        tensor_parallel_size: int = 1,
         gather_student: bool = True,
         gather_teacher: bool = False,
         offload_student: bool = False,
@@ -74,6 +73,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             raise ValueError(
                 f"trainer.strategy: {NAME} needs torch 2.8 or newer, and this is {torch.__version__}. Use ddp."
             )
+        if tensor_parallel_size < 1:
+            raise ValueError(f"{KEY}.tensor_parallel_size: expected at least 1, got {tensor_parallel_size}.")
+        self.tensor_parallel_size = tensor_parallel_size
         self.gather_student = gather_student
         self.gather_teacher = gather_teacher
         self.offload_student = offload_student
@@ -81,12 +83,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.compute_dtype: torch.dtype | None = None
         self.sharding: Sharding | None = None
         """What is decided, for those who load and run the models; known once the processes are."""
+        self.data_ranks: DataRanks | None = None
+        """How ranks share the items of a batch; known once the processes are."""
         self.checkpoint_io = AtomicCheckpointIO()
 
     @property
     def precision_plugin(self) -> Precision:
         """What ``trainer.precision`` asks for."""
-        return self._precision_plugin or Precision()
+        return self._precision_plugin or ShardPrecision("32-true")
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
@@ -94,17 +98,32 @@ class FSDP2Strategy(ModelParallelStrategy):
             if plugin.scaler is not None:
                 raise ValueError(f"trainer.precision: {plugin.precision} with {NAME}. Use bf16-mixed or 32-true.")
             self.compute_dtype = torch.bfloat16
-            plugin = CastByShards()
+            plugin = ShardPrecision("bf16-mixed")
+        elif type(plugin) is Precision:
+            plugin = ShardPrecision(plugin.precision)
         self._precision_plugin = plugin
 
     def setup_environment(self) -> None:
-        """Start the processes; all of them share the data."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        self._tensor_parallel_size = 1
+        """Start the processes, and say who shares what.
+
+        Raises:
+            ValueError: if the ranks cannot be grouped as asked for.
+        """
+        ranks, size = self.num_nodes * self.num_processes, self.tensor_parallel_size
+        if ranks % size:
+            raise ValueError(
+                f"{KEY}.tensor_parallel_size: {size} does not divide the {ranks} ranks. Let trainer.devices be a multiple."
+            )
+        self._data_parallel_size, self._tensor_parallel_size = ranks // size, size
         super().setup_environment()
         atexit.register(_leave)  # threads of gloo outlive the interpreter otherwise, and may abort it
+        data, together = self.device_mesh["data_parallel"], self.device_mesh["tensor_parallel"]
+        share = data.get_local_rank()
+        self.data_ranks = DataRanks(share, ranks // size, data.get_group(), repeats=together.get_local_rank() > 0)
         self.sharding = Sharding(
-            mesh=self.device_mesh["data_parallel"],
+            mesh=data,
+            tensor_mesh=together if size > 1 else None,
+            world_mesh=self.device_mesh._flatten("world") if size > 1 else None,
             compute_dtype=self.compute_dtype,
             offload_student=self.offload_student,
             offload_teacher=self.offload_teacher,

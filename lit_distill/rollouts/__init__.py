@@ -8,7 +8,7 @@ from lit_distill.rollouts.prediction import Prediction, prediction_records
 from lit_distill.rollouts.replay import ReplayRollouts
 from lit_distill.rollouts.sampled import StudentRollouts, TeacherRollouts
 from lit_distill.rollouts.scoring import Scoring
-from lit_distill.rollouts.sources import DatasetResponses, Players, Source, share_out
+from lit_distill.rollouts.sources import DatasetResponses, Players, Source, check_signals, share_out
 from lit_distill.rollouts.trajectories import Trajectories
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "TeacherMixedRollouts",
     "TeacherRollouts",
     "Trajectories",
+    "check_signals",
     "decode",
     "decode_mixed",
     "prediction_records",

@@ -144,6 +144,7 @@ def _converse(
         for speaker in speakers:
             stack.enter_context(speaker.speaking())
         together = any(speaker.runs_together for speaker in speakers)
+        partners = next((speaker.partners for speaker in speakers if speaker.partners is not None), None)
         mixed = len(speakers) > 1
         readers = [
             Reader(speaker, prompts, ids, decoding.temperature, measure_entropy=mixed, keep_hidden=mixed and index > 0)
@@ -155,6 +156,8 @@ def _converse(
             logits = reader.next_logits(step)
             rows = reader.rows
             tokens = draw(logits, numbers[rows, step], decoding)
+            if partners is not None:  # a tie that rounds apart would part them for ever
+                torch.distributed.broadcast(tokens, group=partners, group_src=0)
             reader.record(step, logits, tokens)
             ids[rows, step] = tokens * alive[rows]
             mask[rows, step] = alive[rows]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from lit_distill.objectives import check_needs
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -56,6 +58,28 @@ def share_out(corpus: Sequences | None, steps: int) -> Iterator[Sequences]:
         )
     bounds = [len(corpus) * step // steps for step in range(steps + 1)]
     yield from (corpus.rows(first, last) for first, last in pairwise(bounds))
+
+
+def check_signals(
+    source: Source,
+    objectives: Mapping[str, Objective],
+    corpus_objectives: Mapping[str, Objective],
+    has_teacher: bool,
+) -> None:
+    """Compare what objectives need with what source, corpus and teacher give; nothing is loaded yet.
+
+    Raises:
+        ValueError: naming the key, what is missing and what to do.
+    """
+    teachers = frozenset({"teacher_logits"} if has_teacher else ())
+    given = source.provides | (source.provides_with_teacher if has_teacher else frozenset())
+    name = f"the source {type(source).__name__}"
+    check_needs(objectives, given, "model.objectives", name)
+    source.check(objectives)
+    if source.needs_teacher and not has_teacher:
+        raise ValueError(f"model.source: in {name} the teacher speaks, and there is none. Set model.teacher.path.")
+    text_only = DatasetResponses.provides | teachers
+    check_needs(corpus_objectives, text_only, "model.corpus_objectives", "a plain-text corpus")
 
 
 class Source(ABC):

@@ -13,6 +13,7 @@ from families import VOCABULARY
 from lit_distill.evaluation.label_words import LabelWords, LabelWordTask
 from lit_distill.evaluation.word_tree import WordTree
 from lit_distill.models import CausalLM, FrozenTeacher
+from lit_distill.parallel import DataRanks
 
 KEY = "calibration.tasks.mood"
 CPU = torch.device("cpu")
@@ -128,7 +129,7 @@ def test_ranks_share_the_questions_without_loss_or_duplicates(mood, tokenizer, m
         numbers = []
         for rank in range(world):
             forwards.clear()
-            task.ask(lm, CPU, rank, world)
+            task.ask(lm, CPU, DataRanks(rank, world))
             numbers.append(len(forwards))
         assert len(set(numbers)) == 1  # a sharded model waits for all ranks at every forward
         confidences = torch.cat([part for metric in metrics for part in metric.confidences]).sort().values

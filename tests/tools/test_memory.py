@@ -17,9 +17,12 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "memory.py"
 def test_each_of_two_ranks_holds_what_the_formula_says() -> None:
     command = [sys.executable, "-W", "ignore", str(SCRIPT), "--measure", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    shards, expected_shards, gathered, expected_gathered, *_ = map(float, re.findall(r"\d+\.\d+", done.stdout))
-    assert shards == pytest.approx(expected_shards, rel=0.002)
-    assert gathered == pytest.approx(expected_gathered, rel=0.002)
+    apart, together = done.stdout.splitlines()
+    assert "together" in together
+    for line in (apart, together):
+        shards, expected_shards, gathered, expected_gathered, *_ = map(float, re.findall(r"\d+\.\d+", line))
+        assert shards == pytest.approx(expected_shards, rel=0.002)
+        assert gathered == pytest.approx(expected_gathered, rel=0.03 if line is together else 0.002)
 
 
 def test_the_paper_calculation_knows_the_published_sizes(capsys) -> None:
