@@ -46,7 +46,7 @@ cases = {  # student, teacher, source, objectives, how much of it is gathered, o
 together = 2 if strategy == "fsdp2, tensor-parallel" else 1
 results = {}
 for name, (student, expert, source, objectives, gathers, settings) in cases.items():
-    torch.manual_seed(1)  # of the adapters' first draw
+    L.seed_everything(1)  # of the adapters' first draw
     learner = DistillationModule(
         ModelSpec(student, gradient_checkpointing="checkpointed" in name, lora=adapters if "adapters" in name else None),
         objectives, expert and ModelSpec(expert, shared_with_student="adapters" in name), source,

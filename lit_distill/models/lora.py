@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -81,10 +81,10 @@ def check_lora(lora: LoraSpec, key: str) -> None:
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
-    """Put adapters into ``model``, in place, and freeze all else; their first draw comes from the global seed and changes nothing.
+    """Put adapters into ``model``, in place, and freeze all else; what they draw first, from torch's generator, changes nothing.
 
     Args:
-        model: with its weights.
+        model: its weights may be on the meta device and remain there; its adapters then get their values all the same.
         lora: the adapters.
         key: their YAML key, for messages.
 
@@ -100,12 +100,29 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
         **asdict(replace(lora, modules_to_save=whole or None)),
     )
     model.requires_grad_(False)
+    before = torch.get_rng_state()
     with warnings.catch_warnings():  # GPT-2's layers are transposed, its head is not, and peft corrects that one by one
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         inject_adapter_in_model(config, model, ADAPTER)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    torch.set_rng_state(before)  # the draws above depend on where the weights are
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        if hasattr(layer, "reset_lora_parameters") and ADAPTER in (*layer.lora_A, *layer.lora_embedding_A):
+            _materialize(layer)
+            layer.reset_lora_parameters(ADAPTER, True)
+
+
+def _materialize(layer: Any) -> None:
+    """Give an adapter that is where its layer has no values some of its own."""
+    for half in ("lora_A", "lora_B"):
+        if ADAPTER in getattr(layer, half) and getattr(layer, half)[ADAPTER].weight.is_meta:
+            getattr(layer, half)[ADAPTER].to_empty(device="cpu")
+    for half in ("lora_embedding_A", "lora_embedding_B"):
+        if ADAPTER in getattr(layer, half) and (there := getattr(layer, half)[ADAPTER]).is_meta:
+            getattr(layer, half)[ADAPTER] = nn.Parameter(torch.empty_like(there, device="cpu"))
 
 
 def _check_names(model: PreTrainedModel, lora: LoraSpec, key: str) -> list[str]:
@@ -209,15 +226,22 @@ def switched_off(switches: Sequence[Any]) -> Iterator[None]:
             module._disable_adapters = False
 
 
-def fingerprint(model: nn.Module) -> int:
-    """A number that tells one frozen base from another: of 16 values of each weight, in bfloat16, the coarsest that it may have."""
+def fingerprint(model: nn.Module, stored: Callable[[str, list[int]], Tensor] | None = None) -> int:
+    """A number that tells one frozen base from another: of 16 values of each weight, in bfloat16, the coarsest that it may have.
+
+    Args:
+        model: may have noted it before its weights were cut into shards.
+        stored: where weights are on the meta device, gives the values at some positions of the one of that name.
+    """
     if (noted := getattr(model, "base_fingerprint", None)) is not None:
         return int(noted)
     code = 0
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad or type(parameter.data) is not Tensor or not parameter.is_floating_point():
             continue
         step = max(1, parameter.numel() // 16)
-        values = parameter.detach().flatten()[::step][:16].to(torch.bfloat16).view(torch.int16).tolist()
+        positions = list(range(0, parameter.numel(), step))[:16]
+        found = stored(name, positions) if stored and parameter.is_meta else parameter.detach().flatten()[positions]
+        values = found.to(parameter.dtype).to(torch.bfloat16).view(torch.int16).tolist()
         code = zlib.crc32(repr(values).encode(), code)
     return code

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_distill.models.causal_lm import CausalLM, check_head
-from lit_distill.models.lora import add_lora, fingerprint, keep_only_trained
+from lit_distill.models.lora import ADAPTER, LoraSpec, add_lora, fingerprint, keep_only_trained
 from lit_distill.models.sharding import free_ends, shard
-from lit_distill.models.spec import ModelSpec, fill_model, is_quantized, load_model, load_tokenizer, open_model
+from lit_distill.models.spec import ModelSpec, is_quantized, load_model, load_tokenizer, open_model, stored_weights
 from lit_distill.models.tensor_parallel import split_blocks
 from lit_distill.models.vocabulary import common_vocabulary_size
 
@@ -66,12 +66,12 @@ class _Loading:
         self.model: PreTrainedModel
         self.names: dict[str, str] | None = None
         with _drawn_by_the_seed():
-            if sharding is None or spec.lora is not None:
+            if sharding is None or (spec.lora is not None and spec.lora.use_dora):  # which measures the weights first
                 self.model = load_model(spec, key, dtype)
-                if spec.lora is not None:
-                    add_lora(self.model, spec.lora, f"{key}.lora")
             else:
                 self.model, self.names = open_model(spec, key, dtype)
+        if spec.lora is not None:
+            self._add_lora(spec.lora)
         if sharding is None:
             return
         if is_quantized(spec, self.model.config):  # its integers are not sharded: each process keeps all of them
@@ -83,6 +83,21 @@ class _Loading:
             self.sharding = None
         elif self.names is None:
             log.info("%s.path: each process loads the whole of %s before it is cut into shards.", key, spec.path)
+
+    def _add_lora(self, lora: LoraSpec) -> None:
+        stored = (
+            {id(parameter): self.names[name] for name, parameter in self.model.named_parameters()} if self.names else {}
+        )
+        with _drawn_by_the_seed():
+            add_lora(self.model, lora, f"{self.key}.lora")
+        if self.names is None:
+            return
+        self.names = {name: stored[id(p)] for name, p in self.model.named_parameters() if id(p) in stored}
+        copies = {
+            name: name.replace(f"modules_to_save.{ADAPTER}", "original_module")
+            for name, _ in self.model.named_parameters()
+        }
+        self.names |= {copy: self.names[name] for copy, name in copies.items() if name != copy}
 
     def finish(self, vocabulary_size: int | None, frozen: bool = False) -> CausalLM:
         """Read, shard and check it."""
@@ -106,14 +121,21 @@ class _Loading:
         if frozen:
             lm.requires_grad_(False)
         if self.spec.lora is not None:
-            lm.base_fingerprint = fingerprint(lm)
+            lm.base_fingerprint = self._fingerprint()
         if sharding.tensor_mesh is not None:
             split_blocks(self.model, sharding.tensor_mesh, self.key)
         shard(lm, sharding, frozen, self.spec.compile)
         if self.names is not None:
             offload = sharding.offload_teacher if frozen else sharding.offload_student
-            fill_model(self.model, self.names, self.spec, self.key, torch.device("cpu") if offload else device)
+            kept = torch.device("cpu") if offload else device
+            stored_weights(self.spec, self.key).fill(self.model, self.names, kept, f"{self.key}.path: {self.spec.path}")
         return device
+
+    def _fingerprint(self) -> int:
+        if self.names is None:
+            return fingerprint(self.model)
+        names, weights = self.names, stored_weights(self.spec, self.key)
+        return fingerprint(self.model, lambda name, positions: weights.numbers_at(names[name], positions))
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from lit_distill.models.weights import check_causal, check_finite, check_report
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from lit_distill.models.stored import StoredWeights
+
 __all__ = [
     "ModelSpec",
     "build_on_meta",
     "disable_dropout",
-    "fill_model",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -171,7 +172,7 @@ def open_model(
     Raises:
         ValueError: as `load_model`.
     """
-    from lit_distill.models.stored import StoredWeights, parameters_on_meta
+    from lit_distill.models.stored import parameters_on_meta
 
     source = _source(spec, key)
     config = load_config(spec, key)
@@ -179,7 +180,7 @@ def open_model(
         return load_model(spec, key, dtype), None
     check_folder(source, f"{key}.path", weights=True)
     with naming(f"{key}.path", source):
-        stored = StoredWeights(source)
+        stored = stored_weights(spec, key)
         own: torch.dtype | None = config.dtype or stored.dtype()  # type: ignore[assignment]
         wanted = getattr(torch, spec.dtype) if spec.dtype is not None else dtype or own
         with parameters_on_meta():
@@ -195,18 +196,13 @@ def open_model(
     return model, {name: names[id(parameter)] for name, parameter in model.named_parameters()}
 
 
-def fill_model(model: PreTrainedModel, names: dict[str, str], spec: ModelSpec, key: str, device: torch.device) -> None:
-    """Read this rank's shards of what `open_model` left without values.
-
-    Raises:
-        ValueError: if a weight is NaN or infinite.
-    """
+def stored_weights(spec: ModelSpec, key: str) -> StoredWeights:
+    """The files in which `open_model` has found the weights."""
     from lit_distill.models.stored import StoredWeights
 
     source = _source(spec, key)
     with naming(f"{key}.path", source):
-        stored = StoredWeights(source)
-    stored.fill(model, names, device, f"{key}.path: {source.location}")
+        return StoredWeights(source)
 
 
 def _adapted(model: PreTrainedModel, layers: list[int] | None, spec: ModelSpec, key: str) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,14 @@ class StoredWeights:
         persistent = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
         complete = wanted.keys() == names.keys() and not persistent
         return names if complete else None
+
+    def numbers_at(self, name: str, positions: Sequence[int]) -> Tensor:
+        """``[len(positions)]``: some numbers of a tensor, counted as if it were one row; nothing else of it is read."""
+        with safe_open(self.files[name], framework="pt") as opened:
+            stored = opened.get_slice(name)
+            places = torch.unravel_index(torch.tensor(positions), stored.get_shape())
+            rows = torch.stack(places, dim=-1).tolist()
+            return torch.cat([stored[tuple(slice(i, i + 1) for i in row)].flatten() for row in rows])
 
     def fill(self, model: PreTrainedModel, names: Mapping[str, str], device: torch.device, where: str) -> None:
         """Give the sharded parameters of ``model`` that are on the meta device their values.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,17 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from lit_distill.models import ModelSpec
+from lit_distill.models import LoraSpec, ModelSpec
+from lit_distill.models.lora import fingerprint
+from lit_distill.models.pair import _Loading
 from lit_distill.models.spec import load_model
 
 MODELS = """
-import sys
+import json, os, sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from unittest.mock import patch
-from lit_distill.models import CausalLM, FrozenTeacher, ModelSpec
+from lit_distill.models import CausalLM, FrozenTeacher, LoraSpec, ModelSpec
 from lit_distill.models.pair import _Loading
 from lit_distill.parallel import Sharding, gathered
 from lit_distill.rollouts import Decoding, decode, loop, row_uniforms
@@ -27,6 +30,7 @@ from lit_distill.types import Prompts
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 folder = sys.argv[1]
+ADAPTERS = json.loads(sys.argv[2])
 torch.distributed.init_process_group("gloo", rank=LightningEnvironment().local_rank(), world_size=2)
 rank = torch.distributed.get_rank()
 settings = dict(compute_dtype=None, offload_student=False, offload_teacher=False, gather_student=True, gather_teacher=False)
@@ -51,6 +55,15 @@ with patch("transformers.PreTrainedModel.from_pretrained", side_effect=Assertion
             "logits": lm.head().logits(hidden.flatten(0, 1)).detach(), "mine": mine,
             "whole": sum(p.numel() * 4 for p in lm.parameters()),
         }
+    os.environ["PL_GLOBAL_SEED"] = "5"
+    for name, lora in ADAPTERS.items():
+        lm = load(dict(path=f"{folder}/untied", lora=LoraSpec(**lora)))
+        found[name] = {
+            "weights": gathered(dict(lm.model.named_parameters()), keep=True), "base": lm.base_fingerprint,
+            "logits": lm.head().logits(lm(ids, torch.ones_like(ids)).flatten(0, 1)).detach(),
+            "trained": [n for n, p in lm.model.named_parameters() if p.requires_grad],
+        }
+    del os.environ["PL_GLOBAL_SEED"]
     half = load(dict(path=f"{folder}/untied"), None, frozen=True)
     found["dtype of a teacher"] = str(next(half.parameters()).dtype), any(p.requires_grad for p in half.parameters())
     offloaded = Sharding(mesh, **{**settings, "offload_student": True})
@@ -106,10 +119,15 @@ def folder(tmp_path_factory) -> Path:
 def found(folder: Path) -> list[dict]:
     script = folder / "models.py"
     script.write_text(MODELS)
-    run_on_ranks(script, 2, folder)
+    run_on_ranks(script, 2, folder, json.dumps(ADAPTERS))
     return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+ADAPTERS = {
+    "adapters in all layers": {"r": 2},
+    "adapters in embeddings and head": {"r": 2, "target_modules": ["embed_tokens", "lm_head"]},
+    "adapters and a module that trains whole": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+}
 SPECS = {
     "untied": {"path": "untied"},
     "tied": {"path": "tied"},
@@ -128,6 +146,27 @@ def test_shards_read_from_the_files_make_the_same_model_on_half_the_memory(found
     for here in found:
         torch.testing.assert_close(here[name]["logits"], expected, rtol=1e-5, atol=1e-6)
         assert here[name]["mine"] < 0.54 * here[name]["whole"]  # a dimension that is odd is padded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_base_under_adapters_is_read_by_shards_and_draws_what_one_process_draws(
+    found, folder, name, monkeypatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    torch.randn(3)  # earlier draws do not matter
+    spec = ModelSpec(str(folder / "untied"), lora=LoraSpec(**ADAPTERS[name]))
+    whole = _Loading(spec, "model.student", None, None).finish(None)
+    weights = dict(whole.model.named_parameters())
+    assert any(weight.any() for weight_name, weight in weights.items() if "lora" in weight_name)
+    expected = whole.model(input_ids=torch.arange(10).view(2, 5) + 1).logits.flatten(0, 1)
+    for here in found:
+        assert here[name]["trained"] == [n for n, p in weights.items() if p.requires_grad]
+        assert here[name]["base"] == fingerprint(whole)
+        assert here[name]["weights"].keys() == weights.keys()
+        for weight_name, weight in weights.items():
+            assert torch.equal(here[name]["weights"][weight_name], weight), weight_name
+        torch.testing.assert_close(here[name]["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
