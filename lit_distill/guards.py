@@ -1,7 +1,7 @@
 """Gradients that are no numbers: they never reach the weights, and the run stops or goes on as it was told to.
 
-A GPU is not waited for: the gradients are looked at where they are and set to 0 there, and what was seen is read when the
-loss is logged, or a checkpoint is saved. A step without gradient still moves the weights by momentum and weight decay.
+A run that is to stop does not wait for a GPU: the gradients are looked at where they are and set to 0 there, and what was
+seen is read when the loss is logged, or a checkpoint is saved. A run that is to skip such steps waits once a step.
 """
 
 from __future__ import annotations
@@ -55,14 +55,22 @@ class NonFinite:
         self._seen: list[Seen] = []
 
     def gate(self, parameters: Iterable[Tensor], step: int) -> None:
-        """Set the gradients to 0 if one of them is not finite; on all ranks alike."""
-        found = [p.grad for p in parameters if p.grad is not None]
-        if not found:
+        """Keep the gradients from the optimiser if one of them is not finite; on all ranks alike.
+
+        Without any gradient an optimiser does nothing at all; with zeros it would go on by momentum and weight decay.
+        """
+        moved = [p for p in parameters if p.grad is not None]
+        if not moved:
             return
-        bad = ~torch.isfinite(gradient_norm(found))
-        for grad in found:
-            local_part(grad).masked_fill_(bad, 0.0)
+        bad = ~torch.isfinite(gradient_norm([p.grad for p in moved if p.grad is not None]))
         self._seen.append(Seen(step, self.ids, bad))
+        if self.action == "stop":
+            for parameter in moved:
+                assert parameter.grad is not None
+                local_part(parameter.grad).masked_fill_(bad, 0.0)
+        elif bad:
+            for parameter in moved:
+                parameter.grad = None
 
     def look(self, module: DistillationModule, loss: Tensor | None = None) -> None:
         """Read what was seen since the last time.
@@ -101,6 +109,6 @@ class NonFinite:
         more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
         return (
             f"{what} at step {step}: the run has diverged. Lower model.optimizer.lr, set trainer.gradient_clip_val: 1.0, or look "
-            "for broken items in the data; the weights are those before that step, and so is the last checkpoint. "
+            "for broken items in the data; the last checkpoint is from before that step. "
             f"The batch was {', '.join(ids[:SHOWN])}{more}. To go on without such steps: model.on_nonfinite: skip."
         )

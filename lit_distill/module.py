@@ -204,7 +204,7 @@ class DistillationModule(L.LightningModule):
                 loss, here = measure(part, {name: factors[name] for name in measure.objectives if name in factors})
                 self.manual_backward(loss)
             terms |= {name: add_terms(terms[name], term) if name in terms else term for name, term in here.items()}
-        self.guard.gate(self.student.parameters(), self.global_step + 1)
+        self.guard.gate(self.parameters(), self.global_step + 1)
         if self.trainer.gradient_clip_val:
             self.clip_gradients(
                 optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm or "norm"
