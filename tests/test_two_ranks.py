@@ -17,9 +17,20 @@ from lit_distill.data import ProceduralData
 from lit_distill.models import ModelSpec
 from lit_distill.models.lora import LoraSpec
 from lit_distill.module import DistillationModule
+from lit_distill.functional import forward_kl
 from lit_distill.objectives import DirectPreference, ForwardKL, JensenShannon, NextToken, PolicyGradient, ReverseKL
+from lit_distill.objectives import LossTerm, Objective
 from lit_distill.parallel import FSDP2Strategy, gathered
 from lit_distill.rollouts import ResponsePairs, Scoring, StudentRollouts, TeacherMixedRollouts
+
+class LearnedTemperature(Objective):
+    def __init__(self, weight=1.0):
+        super().__init__(weight)
+        self.log_temperature = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, student_logits, teacher_logits):
+        losses = forward_kl(student_logits / self.log_temperature.exp(), teacher_logits)
+        return LossTerm(losses.sum(), len(losses))
 
 untied, tied, teacher, strategy, devices, out = sys.argv[1:]
 mixed = dict(max_new_tokens=10, mini_batch_size=4, inner_epochs=2, shuffle=False)
@@ -29,6 +40,7 @@ adapters = LoraSpec(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj", "l
 cases = {  # student, teacher, source, objectives, how much of it is gathered, other settings
     "sft": (untied, None, None, {"ce": NextToken()}, {}, {}),
     "kd, checkpointed and clipped": (tied, teacher, None, kd, {}, {"gradient_clip_val": 0.1}),
+    "an objective that learns": (untied, teacher, None, {"kd": LearnedTemperature()}, {}, {}),
     "gkd, adapters over the teacher": (untied, untied, StudentRollouts(0.5, max_new_tokens=10), kd, {}, {}),
     "dpkd": (
         tied, teacher, ResponsePairs(max_new_tokens=10, mini_batch_size=4, inner_epochs=2, shuffle=False),
@@ -66,7 +78,7 @@ for name, (student, expert, source, objectives, gathers, settings) in cases.item
     figures = dict(trainer.callback_metrics)
     if name == "minillm, all sharded":
         figures |= trainer.test(learner, data, verbose=False)[0]
-    state = gathered(dict(learner.student.named_parameters()), keep=True)
+    state = gathered(dict(learner.named_parameters()), keep=True)
     results[name] = {
         "weights": torch.cat([p.detach().flatten() for p in state.values()]),
         "figures": {k: float(v) for k, v in figures.items()},

@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -86,6 +87,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.data_ranks: DataRanks | None = None
         """How ranks share the items of a batch; known once the processes are."""
         self.checkpoint_io = AtomicCheckpointIO()
+        self._hooks: list[Any] = []
 
     @property
     def precision_plugin(self) -> Precision:
@@ -137,26 +139,26 @@ class FSDP2Strategy(ModelParallelStrategy):
         return "cuda:nccl,cpu:gloo" if on_both else backend
 
     def setup(self, trainer: Any) -> None:
-        """Look at what is trained, and make the optimisers.
+        """Let go of what an earlier fit has gathered, and make the optimisers.
 
-        Raises:
-            ValueError: if something is trained that is not sharded, whose gradients nobody would add up.
+        What is trained whole beside the student, such as an objective's own parameters, has its gradients averaged here.
         """
         assert self.lightning_module is not None
-        for module in self.lightning_module.modules():  # an earlier fit may have left something gathered
+        for module in self.lightning_module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        whole = [
-            name
-            for name, parameter in self.lightning_module.named_parameters()
-            if parameter.requires_grad and not isinstance(parameter, DTensor)
-        ]
-        if whole:
-            raise ValueError(
-                f"trainer.strategy: {NAME} trains the student only, and {', '.join(whole[:5])} would be trained beside it. "
-                "Use trainer.strategy: ddp, or an objective without parameters."
-            )
+        for hook in self._hooks:
+            hook.remove()
+        parameters = self.lightning_module.parameters()
+        whole = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+        self._hooks = [parameter.register_hook(self._average) for parameter in whole]
         super().setup(trainer)
+
+    def _average(self, gradient: Tensor) -> Tensor:
+        assert self.data_ranks is not None
+        average = gradient / self.data_ranks.number
+        torch.distributed.all_reduce(average, group=self.data_ranks.group)
+        return average
 
     def model_to_device(self) -> None:
         """Move what is not sharded; shards are where they belong."""
