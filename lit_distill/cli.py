@@ -208,11 +208,17 @@ class DistillCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A Trainer that logs to TensorBoard with CSV beside it and has our progress bar, unless the config says otherwise."""
+        """A Trainer that logs to TensorBoard with CSV beside it and has our progress bar, unless the config says otherwise.
+
+        `predict` has no figures to log, and leaves its one file.
+        """
         config = self._get(self.config_init, "trainer")
+        predicts = self.subcommand == "predict"
+        if predicts:
+            self.save_config_callback = None
         if config.get("logger") in (None, True):
             name = run_name(self._whole_config())
-            kwargs["logger"] = run_loggers(config.default_root_dir, name, self._continued)
+            kwargs["logger"] = not predicts and run_loggers(config.default_root_dir, name, self._continued)
         configured = config.get("callbacks") or []
         callbacks = configured if isinstance(configured, list) else [configured]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):

@@ -1,4 +1,4 @@
-"""Two runs of `predict` never write to one file at once."""
+"""`predict` leaves one file, to which no two runs write at once."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def config(pair, tmp_path, monkeypatch) -> Path:
 
 def ids() -> list[str]:
     return [json.loads(line)["id"] for line in Path("predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_predict_leaves_nothing_but_its_file(config) -> None:
+    run("predict", "--config", config)
+    assert {path.name for path in config.parent.iterdir()} == {"tiny.yaml", "predictions.jsonl"}
 
 
 def test_a_second_run_stops_before_it_loads_anything_and_the_first_goes_on(config, monkeypatch) -> None:
