@@ -18,6 +18,9 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
 
+BEGINNING = b'{"id": "'
+"""Of every line."""
+
 
 class PredictionWriter(Callback):
     """Appends the records of ``predict`` to the JSONL file ``model.prediction.path``.
@@ -41,8 +44,6 @@ class PredictionWriter(Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8")
             taken = not _locks(self._file)
-            if not taken:
-                _drop_broken_end(path)
         if trainer.strategy.broadcast(taken):  # so that all ranks stop
             raise ValueError(
                 f"model.prediction.path: another `predict` is writing to {path}. Wait for its end, or give another path."
@@ -67,6 +68,8 @@ class PredictionWriter(Callback):
                 rank_zero_info(
                     f"{path}: {len(pl_module.predicted_ids)} items are there already and are left as they are."
                 )
+        if trainer.is_global_zero:
+            _drop_broken_end(path)  # now that the file is known to be ours
 
     def on_predict_batch_end(
         self,
@@ -126,14 +129,29 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open("rb") as lines:
             for line in lines:
+                if _was_cut(line):
+                    break
                 record = json.loads(line)
-                records.append({"id": record["id"], "speaker": record["speaker"], "decoding": record.get("decoding")})
+                known = {"id": record["id"], "speaker": record["speaker"], "decoding": record.get("decoding")}
+                if line.endswith(b"\n"):
+                    records.append(known)
     except (ValueError, KeyError, TypeError) as error:  # no JSON in UTF-8, or a record of something else
         raise ValueError(
             f"model.prediction.path: {path}, line {len(records) + 1} was not written by `predict`. Give another path, or remove "
             "the file."
         ) from error
     return records
+
+
+def _was_cut(line: bytes) -> bool:
+    """Whether this is the first part of a record, which a kill has cut in two."""
+    if line.endswith(b"\n") or line[: len(BEGINNING)] != BEGINNING[: len(line)]:
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
 
 
 def _drop_broken_end(path: Path) -> None:
