@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, Trainer
 
-from lit_distill.parallel.atomic import write_whole
+from lit_distill.atomic import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor

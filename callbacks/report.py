@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_distill.atomic import write_text
 from lit_distill.evaluation.report import (
     Report,
     find_reports,
@@ -17,7 +18,6 @@ from lit_distill.evaluation.report import (
     render_page,
     text_card,
     write_report,
-    write_whole,
 )
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class RunReport(Callback):
         if folder is not None:  # None in a fast_dev_run, which leaves nothing behind
             record = write_report(report, Path(folder))
             page = record.with_suffix(".html")
-            write_whole(page, render_page(everything))
+            write_text(page, render_page(everything))
             rank_zero_info(f"Report: {page} ({record.name} beside it)")
 
     def _sections(self, trainer: Trainer) -> dict[str, list[Any]]:

@@ -1,17 +1,31 @@
-"""Whose fault it is: exceptions become messages that begin with the YAML key of what was wrong."""
+"""Whose fault it is: exceptions become messages that begin with the YAML key of what was wrong, or say what to do."""
 
 from __future__ import annotations
 
+import errno
 import re
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 BUILDERS = ("__init__", "__post_init__")
 ERRORS = (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError, NotImplementedError)
 """What libraries raise at arguments that cannot be. A `MisconfigurationException` of Lightning is none of these."""
+OF_THE_DISK = {
+    errno.ENOSPC: "Make room on the disk; the last checkpoint is still good, and --ckpt_path last goes on from it.",
+    errno.EDQUOT: "Your quota is used up; the last checkpoint is still good, and --ckpt_path last goes on from it.",
+    errno.EROFS: "Give a folder that can be written.",
+    errno.EACCES: "Give a folder that can be written.",
+    errno.ENOENT: "Give a path that exists.",
+    errno.ENOTDIR: "Give a folder that can be written.",
+}
+"""What to do about errors of the operating system that are nobody's mistake in the code."""
 
 _NAMED = re.compile(r"(?P<first>[A-Za-z_]\w*)(?P<rest>(\.\w+)*)(?=:| must)")
 _IN_DECODING = re.compile(r"^decoding\.")
@@ -54,13 +68,30 @@ def said_of_trainer(error: Exception, options: Mapping[str, Any]) -> str:
     return f"trainer.{[*named, *quoted][0]}: {message}" if named or quoted else f"trainer: {message}"
 
 
-def _under_construction(traceback: TracebackType | None) -> Iterator[tuple[type, Mapping[str, Any]]]:
+def said_to_the_user(error: BaseException | None, packages: Sequence[Path]) -> str | None:
+    """The message that was written for the reader of the YAML: the project's own, wrapped by others or not, or Lightning's.
+
+    Args:
+        error: what ended the run.
+        packages: folders of the project's code.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+            return f"{error.strerror}: {error.filename or 'while writing'}. {OF_THE_DISK[error.errno]}"
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, MisconfigurationException) or any(raised_in.is_relative_to(p) for p in packages):
+            return str(error)
+        error = error.__cause__
+    return None
+
+
+def _under_construction(frames: TracebackType | None) -> Iterator[tuple[type, Mapping[str, Any]]]:
     """The classes that were being instantiated, outermost first, with the variables of their constructors."""
-    while traceback is not None:
-        frame = traceback.tb_frame
+    while frames is not None:
+        frame = frames.tb_frame
         if frame.f_code.co_name in BUILDERS and "self" in frame.f_locals:
             yield type(frame.f_locals["self"]), frame.f_locals
-        traceback = traceback.tb_next
+        frames = frames.tb_next
 
 
 def _place(kind: type, given: Mapping[str, Any], config: Mapping[str, Any], keys: Mapping[type, str]) -> str | None:

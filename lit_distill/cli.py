@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import lit_distill.data
 import lit_distill.objectives
 import lit_distill.rollouts
 import lit_distill.schedulers  # with the others: YAML names the classes of all of these without their modules
-from lit_distill.blame import ERRORS, blaming, said_of_trainer
+from lit_distill.blame import ERRORS, blaming, said_of_trainer, said_to_the_user
 from lit_distill.callbacks import (
     CalibrationMonitor,
     ExposureBiasMonitor,
@@ -44,15 +42,6 @@ from lit_distill.parser import DistillParser, check_configs, without_template
 from lit_distill.rollouts import Prediction
 from lit_distill.runs import best_checkpoint, check_checkpoint, last_checkpoint, run_loggers
 
-OF_THE_DISK = {
-    errno.ENOSPC: "Make room on the disk; the last checkpoint is still good, and --ckpt_path last goes on from it.",
-    errno.EDQUOT: "Your quota is used up; the last checkpoint is still good, and --ckpt_path last goes on from it.",
-    errno.EROFS: "Give a folder that can be written.",
-    errno.EACCES: "Give a folder that can be written.",
-    errno.ENOENT: "Give a path that exists.",
-    errno.ENOTDIR: "Give a folder that can be written.",
-}
-"""What to do about errors of the operating system that are nobody's mistake in the code."""
 CHECKPOINT_WORDS = ("best", "last", "hpc")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 CALLBACKS = {
@@ -208,11 +197,17 @@ class DistillCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A Trainer that logs to TensorBoard with CSV beside it and has our progress bar, unless the config says otherwise."""
+        """A Trainer that logs to TensorBoard with CSV beside it and has our progress bar, unless the config says otherwise.
+
+        `predict` has no figures to log, and leaves its one file.
+        """
         config = self._get(self.config_init, "trainer")
+        predicts = self.subcommand == "predict"
+        if predicts:
+            self.save_config_callback = None
         if config.get("logger") in (None, True):
             name = run_name(self._whole_config())
-            kwargs["logger"] = run_loggers(config.default_root_dir, name, self._continued)
+            kwargs["logger"] = not predicts and run_loggers(config.default_root_dir, name, self._continued)
         configured = config.get("callbacks") or []
         callbacks = configured if isinstance(configured, list) else [configured]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -246,23 +241,10 @@ def main(args: ArgsType = None) -> None:
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # no success, though everything was saved
     except (ValueError, MisconfigurationException, OSError) as error:
-        message = _for_the_user(error)
+        message = said_to_the_user(error, (Path(__file__).parent, Path(lit_distill.callbacks.__file__).parent))
         if os.environ.get("LIT_DISTILL_TRACEBACK") or message is None:
             raise
         sys.exit(f"error: {message}\n(The whole traceback: LIT_DISTILL_TRACEBACK=1)")
-
-
-def _for_the_user(error: BaseException | None) -> str | None:
-    """The message that was written for the reader of the YAML: the project's own, wrapped by others or not, or Lightning's."""
-    packages = (Path(__file__).parent, Path(lit_distill.callbacks.__file__).parent)
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in OF_THE_DISK:
-            return f"{error.strerror}: {error.filename or 'while writing'}. {OF_THE_DISK[error.errno]}"
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, MisconfigurationException) or any(raised_in.is_relative_to(p) for p in packages):
-            return str(error)
-        error = error.__cause__
-    return None
 
 
 def _is_about_this_run(record: logging.LogRecord) -> bool:

@@ -11,8 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-META = "meta.pt"
-"""The part of a sharded checkpoint that is no shard."""
+from lit_distill.parallel.storage import META
 
 
 def last_checkpoint(root: str | Path, name: str) -> Path | None:

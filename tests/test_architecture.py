@@ -17,14 +17,15 @@ BELOW = {
     "types": set(),
     "schedulers": set(),
     "blame": set(),
+    "atomic": set(),
     "guards": {"parallel"},
-    "parallel": set(),
-    "runs": set(),
+    "parallel": {"atomic"},
+    "runs": {"parallel"},
     "objectives": {"functional", "types"},
     "models": {"functional", "types", "objectives", "parallel"},
     "data": {"functional", "types", "objectives"},
     "rollouts": {"functional", "types", "objectives", "models", "data"},
-    "evaluation": {"functional", "types", "objectives", "models", "data", "rollouts", "parallel"},
+    "evaluation": {"atomic", "functional", "types", "objectives", "models", "data", "rollouts", "parallel"},
 }
 BELOW["checks"] = {"schedulers"}
 BELOW["lengths"] = {"models"}

@@ -12,7 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_distill.evaluation.report import find_reports, render_page, text_card, write_whole
+from lit_distill.atomic import write_text
+from lit_distill.evaluation.report import find_reports, render_page, text_card
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {(r["run"]["folder"], r["run"]["date"]): r for r in found}.values()
     )  # a run that was named twice counts once
     print(text_card(reports))
-    write_whole(options.out, render_page(reports))
+    write_text(options.out, render_page(reports))
     print(f"Page: {options.out}")
 
 

@@ -49,6 +49,10 @@ class PackedText:
         """A fingerprint of the content, and the texts. The one method to override for text from elsewhere."""
         raise ValueError(f"{KEY}: {type(self).__name__} does not say where its text comes from.")
 
+    def origin(self) -> str:
+        """Key and name of what the texts are from, for messages."""
+        return f"{KEY}: {type(self).__name__}"
+
     def rows(self, tokenizer: Any) -> datasets.Dataset:
         """``input_ids`` of ``length`` tokens each, EOS after every document; the tail that fills no row is left out.
 
@@ -58,7 +62,7 @@ class PackedText:
         source, texts = self.documents()
         cached = cache_file(digest("corpus", VERSION, source, tokenizer_content(tokenizer), self.length))
         if not cached.exists():
-            _write(cached, texts, tokenizer, self.length)
+            _write(cached, texts, tokenizer, self.length, self.origin())
         return datasets.Dataset.from_file(str(cached))
 
 
@@ -91,6 +95,10 @@ class Corpus(PackedText):
         refuse_hub_options(self.config, self.revision, KEY)
         texts = (text for file in files for text in self._from_file(file))
         return digest(content_hash(files), self.text_field), texts
+
+    def origin(self) -> str:
+        """Key and files."""
+        return f"{KEY}.path: {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
 
     def _from_file(self, file: Path) -> Iterator[str]:
         if file.suffix == ".txt":
@@ -163,7 +171,7 @@ def _pack(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[in
     yield waiting
 
 
-def _write(target: Path, texts: Iterable[str], tokenizer: Any, length: int) -> None:
+def _write(target: Path, texts: Iterable[str], tokenizer: Any, length: int, origin: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     count, tail = 0, 0
@@ -178,9 +186,8 @@ def _write(target: Path, texts: Iterable[str], tokenizer: Any, length: int) -> N
             if count:
                 writer.finalize()
         if not count:
-            raise ValueError(
-                f"{KEY}.length: the text has {tail} tokens, too few for a row of {length}. Give more text."
-            )
+            said = f"has {tail} tokens, too few for one row of {length}" if tail else "is empty: there is no text in it"
+            raise ValueError(f"{origin} {said}. Give more text{f', or a smaller {KEY}.length' if tail else ''}.")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

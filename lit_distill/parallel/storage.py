@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lit_distill.parallel.atomic import flush, publish, remove, unfinished_name, write_whole
+from lit_distill.atomic import flush, publish, remove, unfinished_name, write_whole
 from lit_distill.parallel.sharding import Box, as_shard_of, box_of, slices, whole_of
 
-META = "meta.pt"  # also Lightning's sign of a checkpoint in a folder
+META = "meta.pt"
+"""The part of a checkpoint in a folder that is no shard; also Lightning's sign of one."""
 GENERATION = "generation"
 Place = tuple[str | int, ...]
 """Keys that lead from a checkpoint to one of its tensors."""

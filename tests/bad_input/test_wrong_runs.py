@@ -113,12 +113,14 @@ def test_a_folder_that_cannot_be_written_is_named(refusal, tmp_path, command, ch
     [
         ('{"id": "a", "speaker": "teacher"}\n', r"model\.prediction\.path: .*what the teacher said"),
         ("no JSON\n", r"model\.prediction\.path: out\.jsonl, line 1 .*another path"),
+        ("no JSON\nat all", r"model\.prediction\.path: out\.jsonl, line 1 .*another path"),
+        ('{"id": "a", "mine": "x"}', r"model\.prediction\.path: out\.jsonl, line 1 .*another path"),
         ('{"response": "x"}\n', r"model\.prediction\.path: out\.jsonl, line 1 .*another path"),
     ],
 )
 def test_predictions_are_not_added_to_another_file(refusal, tmp_path, content: str, words: str) -> None:
     (tmp_path / "out.jsonl").write_text(content)
-    message = refusal({"model.prediction": {"path": "out.jsonl"}}, command="predict", loading=True)
+    message = refusal({"model.prediction": {"path": "out.jsonl"}}, command="predict")
     assert re.search(words, message), message
     assert (tmp_path / "out.jsonl").read_text() == content
 

@@ -77,9 +77,20 @@ def test_a_hub_dataset_is_read_by_its_text_field(text, tokenizer, monkeypatch):
 
 
 def test_too_little_text_is_an_error_that_leaves_nothing_in_the_cache(text, tokenizer, data_cache):
-    with pytest.raises(ValueError, match=r"data\.init_args\.corpus\.length.*too few for a row of 500"):
+    expected = f"data.init_args.corpus.path: {text} has {len(stream(tokenizer))} tokens, too few for one row of 500."
+    with pytest.raises(
+        ValueError, match=re.escape(f"{expected} Give more text, or a smaller data.init_args.corpus.length")
+    ):
         packed(text, tokenizer, length=500)
     assert not [path for path in data_cache.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", ""), ("a.txt", " \n\n"), ("a.jsonl", '{"text": ""}\n')])
+def test_a_file_without_text_is_named_and_not_the_length_of_rows(tmp_path, tokenizer, name, content) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"data.init_args.corpus.path: {path} is empty: there is no text")):
+        packed(path, tokenizer)
 
 
 def test_a_record_without_text_is_reported_with_file_and_line(write_jsonl, tokenizer):

@@ -72,9 +72,43 @@ def test_checkpoints_of_one_training_are_columns_of_their_own() -> None:
 
 def test_tests_on_other_data_are_not_mixed_and_are_warned_of() -> None:
     here, there = report_of(seed=1), report_of(seed=2, config={"data": {"class_path": "Other"}})
+    there["figures"]["teacher_perplexity"] = 2.5
     columns, _ = columns_of([here, there])
     assert [column.speaker for column in columns] == ["teacher", "teacher", "student", "student"]
     assert "Not all of these runs were tested alike: data.class_path differ" in render_page([here, there])
+
+
+def test_a_teacher_is_one_column_as_long_as_its_tests_agree() -> None:
+    before, after = report_of(trained=False), report_of(config={"exposure_bias": {"max_prompts": 50}})
+    after["figures"] |= {"teacher_perplexity": 2.00001, "sentiment/teacher_ece": 0.2}  # other batches, one more task
+    (teacher,) = (column for column in columns_of([before, after])[0] if column.speaker == "teacher")
+    assert teacher.label == "teacher"
+    assert teacher.figures["sentiment/ece"].mean == 0.2
+    assert teacher.figures["perplexity"] == (2.00001, None, 1)
+
+
+def test_a_teacher_whose_figures_differ_is_several_columns_that_say_why() -> None:
+    reports = [
+        report_of(config={"generation": {"temperature": temperature, "max_prompts": prompts}})
+        for temperature, prompts in ((0.0, 9), (0.0, 5), (1.0, 9))
+    ]
+    for report, rouge in zip(reports, (80.0, 80.0, 70.0), strict=True):
+        report["figures"]["teacher_rouge_l"] = rouge
+    labels = [column.label for column in columns_of(reports)[0]]
+    assert labels[:2] == ["teacher (generation.temperature 0.0)", "teacher (generation.temperature 1.0)"]
+    assert labels[2] == "student, step 100 (generation.temperature 0.0, generation.max_prompts 9)"
+    assert len(set(labels)) == len(labels) == 5
+
+
+def test_a_teacher_in_another_precision_is_not_averaged_with_itself() -> None:
+    reports = [report_of(config={"model": {"teacher": {"dtype": dtype}}}) for dtype in ("float32", "bfloat16")]
+    reports[1]["figures"]["teacher_perplexity"] = 2.1
+    teachers = [column for column in columns_of(reports)[0] if column.speaker == "teacher"]
+    assert [column.figures["perplexity"].mean for column in teachers] == [2.0, 2.1]
+    assert [column.label for column in teachers] == [
+        "teacher (model.teacher.dtype float32)",
+        "teacher (model.teacher.dtype bfloat16)",
+    ]
 
 
 def test_the_best_student_is_marked_in_the_direction_of_the_figure() -> None:

@@ -9,7 +9,6 @@ from lit_distill.evaluation.report.record import (
     read_config,
     read_report,
     write_report,
-    write_whole,
 )
 
 __all__ = [
@@ -22,5 +21,4 @@ __all__ = [
     "render_page",
     "text_card",
     "write_report",
-    "write_whole",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from lit_distill.evaluation.report.record import Report
-from lit_distill.evaluation.report.settings import method_settings, test_settings
+from lit_distill.evaluation.report.settings import distinctions, method_settings, teacher_settings, test_settings
 
 
 class Summary(NamedTuple):
@@ -104,36 +105,60 @@ def _labelled(students: list[Column]) -> list[Column]:
         place = str(first["student"].get("path")) if stage == "as given" else ""
         note = f"{word} {', '.join(seeds)}" if seeds and first["checkpoint"] else place
         labelled.append(replace(column, label=f"{name}, {stage}", note=note))
-    return _told_apart(labelled)
+    return _told_apart(labelled, [[test_settings(r) | method_settings(r) for r in c.reports] for c in labelled])
 
 
-def _told_apart(columns: list[Column]) -> list[Column]:
-    labels = [column.label for column in columns]
-    return [
-        column
-        if labels.count(column.label) == 1
-        else replace(column, label=f"{column.label} ({Path(column.reports[0]['run']['folder']).name})")
-        for column in columns
-    ]
+def _told_apart(columns: Sequence[Column], settings: Sequence[Sequence[dict[str, str]]]) -> list[Column]:
+    """Columns with the settings that differ in the labels that were the same; or the folder, where that is too much to say."""
+    told = list(columns)
+    for label in {column.label for column in columns}:
+        same = [index for index, column in enumerate(columns) if column.label == label]
+        if len(same) > 1:
+            names = distinctions([settings[index] for index in same])
+            if len(set(names)) < len(names):
+                names = [Path(columns[index].reports[0]["run"]["folder"]).name for index in same]
+            for index, name in zip(same, names, strict=True):
+                told[index] = replace(columns[index], label=f"{label} ({name})")
+    return told
 
 
 def _teachers(reports: Sequence[Report]) -> list[Column]:
+    """One for each teacher, and more only where tests have found other figures of it."""
     alike: dict[str, list[Report]] = {}
     for report in reports:
         if report["teacher"]:
-            alike.setdefault(json.dumps([report["teacher"], test_settings(report)], sort_keys=True), []).append(report)
-    columns = []
+            same = json.dumps([report["teacher"], teacher_settings(report)], sort_keys=True)
+            alike.setdefault(same, []).append(report)
+    columns: list[Column] = []
+    stands_for: list[list[Report]] = []
     for group in alike.values():
         # The tests of several students say the same of the same teacher: that counts once.
         told = {
             json.dumps({n: v for n, v in r["figures"].items() if split_speaker(n)[0] == "teacher"}): r for r in group
         }
-        if figures := _figures(list(told.values()), "teacher"):
-            columns.append(Column("teacher", tuple(told.values()), "teacher", figures=figures))
-    names = [Path(column.reports[0]["teacher"]["path"]).name for column in columns]
-    if len(set(names)) > 1:
-        columns = [replace(column, label=f"teacher {name}") for column, name in zip(columns, names, strict=True)]
-    return _told_apart(columns)
+        if not (figures := _figures(list(told.values()), "teacher")):
+            continue
+        path = group[0]["teacher"]["path"]
+        column = Column("teacher", tuple(told.values()), f"teacher {Path(path).name}", figures=figures)
+        for index, other in enumerate(columns):
+            if other.reports[0]["teacher"]["path"] == path and (_says(other, column) or _says(column, other)):
+                stands_for[index] += group
+                columns[index] = other if _says(other, column) else column
+                break
+        else:
+            columns.append(column)
+            stands_for.append(list(group))
+    if len({column.label for column in columns}) == 1:
+        columns = [replace(column, label="teacher") for column in columns]
+    return _told_apart(columns, [[teacher_settings(report) for report in group] for group in stands_for])
+
+
+def _says(column: Column, other: Column) -> bool:
+    """Whether a column has every figure of another one, but for the last bits, which depend on how texts share a batch."""
+    return all(
+        name in column.figures and math.isclose(column.figures[name].mean, figure.mean, rel_tol=1e-4, abs_tol=1e-6)
+        for name, figure in other.figures.items()
+    )
 
 
 def _figures(group: Sequence[Report], speaker: str) -> dict[str, Summary]:

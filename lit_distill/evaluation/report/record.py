@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # its stubs are not worth a dependency
 
+from lit_distill.atomic import write_text
 from lit_distill.evaluation.report.curves import read_curves
 
 FORMAT = "lit-distill report"
@@ -88,16 +89,8 @@ def jsonable(value: Any) -> Any:
 def write_report(report: Report, folder: Path) -> Path:
     """Write ``report.json`` to ``folder``, all of it or nothing, and say where."""
     path = folder / FILE
-    write_whole(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written; half of a surrogate pair becomes a question mark."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(path.name + ".part")
-    half.write_text(text, encoding="utf-8", errors="replace")
-    half.replace(path)
 
 
 def read_report(path: Path) -> Report:

@@ -26,12 +26,21 @@ NOT_THE_METHOD = (
     *("model.prediction", "checkpoint", "trainer.limit_test_batches"),
 )
 """What may differ between trainings that only differ in their seed."""
+MOST_NAMED = 2
+LONGEST = 30
+"""Characters of a value in a name."""
 
 
 def test_settings(report: Report) -> dict[str, str]:
     """Key → value of the settings of the test, flat; the seeds of its draws are among them, the order's seed is not."""
     flat = flatten(report.get("config") or {})
     return {key: value for key, value in flat.items() if _within(key, TEST_KEYS) and key != "data.init_args.seed"}
+
+
+def teacher_settings(report: Report) -> dict[str, str]:
+    """Key → value of what a teacher's figures depend on: the settings of the test, and those of its model."""
+    flat = flatten(report.get("config") or {})
+    return test_settings(report) | {key: value for key, value in flat.items() if _within(key, ("model.teacher",))}
 
 
 def method_settings(report: Report) -> dict[str, str]:
@@ -50,6 +59,21 @@ def differing(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
+def distinctions(groups: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+    """What to call groups of runs that are alike inside: ``key value`` of the settings that tell them apart.
+
+    Empty where that are no settings or more than `MOST_NAMED`.
+    """
+    keys = [
+        key
+        for key in differing([one for group in groups for one in group])
+        if all(len({one.get(key, "") for one in group}) == 1 for group in groups)
+    ]
+    if len(keys) > MOST_NAMED:
+        return [""] * len(groups)
+    return [", ".join(f"{key} {_short(group[0].get(key, 'null'))}" for key in keys) for group in groups]
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
     """``{"a": {"b": 1}}`` as ``{"a.b": "1"}``; lists count their entries, what is absent is left out."""
     if isinstance(config, Mapping):
@@ -62,6 +86,10 @@ def flatten(config: Any, prefix: str = "") -> dict[str, str]:
     for key, value in pairs:
         flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}…"
 
 
 def _within(key: str, places: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a file under another name, and give it its own when all of it is on the disk."""
     unfinished = unfinished_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -18,6 +18,11 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         remove(unfinished)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text; half of a surrogate pair, which a model may say, becomes a question mark."""
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8", errors="replace"))
 
 
 def publish(unfinished: Path, path: Path) -> None:

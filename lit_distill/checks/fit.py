@@ -1,61 +1,21 @@
-"""What is refused: Trainer options that would break a promise, before any weights load, and losses that are no numbers."""
+"""What a run that is about to begin must not be: Trainer, data, source and optimiser together, before any weights load."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lit_distill.checks.command import check_half_precision
 from lit_distill.schedulers import parameter_groups
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
 
-STRATEGIES = ("auto", "ddp", "fsdp2")
 REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-LARGEST_SEED = 2**32 - 1
-
-
-def check_seed(seed: Any) -> None:
-    """Refuse a ``seed_everything`` that numpy does not take."""
-    if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"seed_everything: expected a whole number from 0 to {LARGEST_SEED}, got {seed}.")
-
-
-def check_trainer_options(options: Mapping[str, Any], subcommand: str) -> None:
-    """Look at what a Trainer is to be made of, where its own message would come late or mean something else.
-
-    Raises:
-        ValueError: naming the key, what was given and what to do.
-    """
-    strategy = options.get("strategy")
-    if isinstance(strategy, str) and strategy not in STRATEGIES and not strategy.startswith("ddp_"):
-        raise ValueError(
-            f"trainer.strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}. fsdp2 shards student and teacher, ddp "
-            "keeps both whole on each device."
-        )
-    if subcommand == "fit":
-        _check_half_precision(options.get("precision"))
-    if subcommand == "fit" and options.get("enable_checkpointing") is False:
-        raise ValueError(
-            "trainer.enable_checkpointing: false, but every run has the callback of the key checkpoint. To keep no checkpoints, "
-            "set checkpoint.save_top_k: 0 and checkpoint.save_last: false instead."
-        )
-    if options.get("barebones"):
-        raise ValueError("trainer.barebones: true forbids the logs and checkpoints that every run has. Remove it.")
-
-
-def _check_half_precision(precision: Any) -> None:
-    if str(precision) in ("16", "16-mixed", "16-true"):
-        raise ValueError(
-            f"trainer.precision: {precision} overflows in the loss of long rows. Use bf16-mixed or 32-true."
-        )
 
 
 def check_strategy(trainer: Any) -> None:
@@ -84,7 +44,7 @@ def check_trainer(trainer: Any) -> None:
             "lengths. Set data.init_args.batch_size to the items of one optimiser step and model.micro_batch_size to the "
             "texts that fit in memory at once."
         )
-    _check_half_precision(trainer.precision)
+    check_half_precision(trainer.precision)
     if trainer.precision == "bf16-true":
         raise ValueError(
             "trainer.precision: bf16-true would round what is measured too. For a student whose weights have 16 bits, set "
@@ -110,71 +70,6 @@ def check_trainer(trainer: Any) -> None:
                 f"checkpoint.monitor: {callback.monitor} is watched, and there is no validation. Set "
                 "data.init_args.validation or validation_size, or checkpoint.monitor: null."
             )
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Refuse sizes below 1 among the arguments of the module.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    for key, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"model.{key}: expected at least 1, got {value}.")
-
-
-def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> None:
-    """Refuse names of objectives that are missing, taken, or mean something else in the names of figures.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    names, others = list(objectives), list(corpus_objectives)
-    if not names:
-        raise ValueError("model.objectives: at least one is needed, such as `kd: ForwardKL`.")
-    if both := sorted(set(names) & set(others)):
-        raise ValueError(f"model.corpus_objectives: {both[0]!r} is also in model.objectives; give it another name.")
-    for name in (*names, *others):
-        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
-            raise ValueError(
-                f"model.objectives: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and no word of "
-                "Python's dictionaries."
-            )
-
-
-def check_writable(folder: Path, key: str) -> None:
-    """Refuse a folder that can be neither written nor made.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    folder = folder.expanduser().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{key}: {folder} cannot be written, as {there} cannot. Give a folder that can.")
-
-
-def check_same_model(stored: Mapping[str, Any], here: Mapping[str, Tensor]) -> None:
-    """Refuse the weights of another model.
-
-    Args:
-        stored: what a checkpoint holds, by name; what is no tensor is not compared.
-        here: the weights that are to be overwritten.
-
-    Raises:
-        ValueError: naming ``ckpt_path`` and the first weight that differs.
-    """
-    sharded = {name for name, value in stored.items() if not isinstance(value, Tensor)}  # compared where they are read
-    sizes = {name: tuple(value.shape) for name, value in stored.items() if name not in sharded}
-    wanted = {name: tuple(value.shape) for name, value in here.items() if name not in sharded}
-    different = [name for name in {**wanted, **sizes} if sizes.get(name) != wanted.get(name)]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"ckpt_path: the checkpoint is of another model: {name} is {sizes.get(name, 'not there')} in it, and "
-            f"{wanted.get(name, 'not there')} in model.student ({len(different)} weights differ). Give a checkpoint of this "
-            "student, or set model.student to the checkpoint's."
-        )
 
 
 def check_fit(module: DistillationModule) -> None:
@@ -245,17 +140,4 @@ def _check_batches(trainer: Any, num_items: int) -> None:
         raise ValueError(
             f"trainer.val_check_interval: validation every {every} batches, and an epoch has {num_batches}. Make it smaller, or "
             "set trainer.check_val_every_n_epoch: null to count over epochs."
-        )
-
-
-def check_finite(loss: Tensor, name: str, step: int) -> None:
-    """Stop a run that has diverged.
-
-    Raises:
-        ValueError: if ``loss`` is NaN or infinite.
-    """
-    if not math.isfinite(value := float(loss)):
-        raise ValueError(
-            f"{name} is {value} at step {step}: the run has diverged. Lower model.optimizer.lr, set "
-            "trainer.gradient_clip_val: 1.0, or look for broken items in the data; the last checkpoint is still good."
         )

@@ -1,0 +1,64 @@
+"""What the command line must not ask for, said before anything is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STRATEGIES = ("auto", "ddp", "fsdp2")
+LARGEST_SEED = 2**32 - 1
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse a ``seed_everything`` that numpy does not take."""
+    if isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"seed_everything: expected a whole number from 0 to {LARGEST_SEED}, got {seed}.")
+
+
+def check_trainer_options(options: Mapping[str, Any], subcommand: str) -> None:
+    """Look at what a Trainer is to be made of, where its own message would come late or mean something else.
+
+    Raises:
+        ValueError: naming the key, what was given and what to do.
+    """
+    strategy = options.get("strategy")
+    if isinstance(strategy, str) and strategy not in STRATEGIES and not strategy.startswith("ddp_"):
+        raise ValueError(
+            f"trainer.strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}. fsdp2 shards student and teacher, ddp "
+            "keeps both whole on each device."
+        )
+    if subcommand == "fit":
+        check_half_precision(options.get("precision"))
+    if subcommand == "fit" and options.get("enable_checkpointing") is False:
+        raise ValueError(
+            "trainer.enable_checkpointing: false, but every run has the callback of the key checkpoint. To keep no checkpoints, "
+            "set checkpoint.save_top_k: 0 and checkpoint.save_last: false instead."
+        )
+    if options.get("barebones"):
+        raise ValueError("trainer.barebones: true forbids the logs and checkpoints that every run has. Remove it.")
+
+
+def check_half_precision(precision: Any) -> None:
+    """Refuse what overflows.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if str(precision) in ("16", "16-mixed", "16-true"):
+        raise ValueError(
+            f"trainer.precision: {precision} overflows in the loss of long rows. Use bf16-mixed or 32-true."
+        )
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Refuse a folder that can be neither written nor made.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    folder = folder.expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}: {folder} cannot be written, as {there} cannot. Give a folder that can.")

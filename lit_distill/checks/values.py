@@ -1,0 +1,45 @@
+"""What the numbers of a run must not be: weights of another model, or a loss that has diverged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def check_same_model(stored: Mapping[str, Any], here: Mapping[str, Tensor]) -> None:
+    """Refuse the weights of another model.
+
+    Args:
+        stored: what a checkpoint holds, by name; what is no tensor is not compared.
+        here: the weights that are to be overwritten.
+
+    Raises:
+        ValueError: naming ``ckpt_path`` and the first weight that differs.
+    """
+    sharded = {name for name, value in stored.items() if not isinstance(value, Tensor)}  # compared where they are read
+    sizes = {name: tuple(value.shape) for name, value in stored.items() if name not in sharded}
+    wanted = {name: tuple(value.shape) for name, value in here.items() if name not in sharded}
+    different = [name for name in {**wanted, **sizes} if sizes.get(name) != wanted.get(name)]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"ckpt_path: the checkpoint is of another model: {name} is {sizes.get(name, 'not there')} in it, and "
+            f"{wanted.get(name, 'not there')} in model.student ({len(different)} weights differ). Give a checkpoint of this "
+            "student, or set model.student to the checkpoint's."
+        )
+
+
+def check_finite(loss: Tensor, name: str, step: int) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        ValueError: if ``loss`` is NaN or infinite.
+    """
+    if not math.isfinite(value := float(loss)):
+        raise ValueError(
+            f"{name} is {value} at step {step}: the run has diverged. Lower model.optimizer.lr, set "
+            "trainer.gradient_clip_val: 1.0, or look for broken items in the data; the last checkpoint is still good."
+        )

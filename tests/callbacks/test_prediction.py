@@ -1,0 +1,90 @@
+"""`predict` leaves one file, to which no two runs write at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import run, tiny_config, write
+
+from lit_distill.module import DistillationModule
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+IN_USE = r"model\.prediction\.path: another `predict` is writing to predictions\.jsonl"
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fcntl")
+
+
+@pytest.fixture
+def config(pair, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    settings = {"max_new_tokens": 2}
+    return write(tiny_config(pair, prediction=settings), tmp_path / "tiny.yaml")
+
+
+def ids() -> list[str]:
+    return [json.loads(line)["id"] for line in Path("predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_predict_leaves_nothing_but_its_file(config) -> None:
+    run("predict", "--config", config)
+    assert {path.name for path in config.parent.iterdir()} == {"tiny.yaml", "predictions.jsonl"}
+
+
+def test_a_second_run_stops_before_it_loads_anything_and_the_first_goes_on(config, monkeypatch) -> None:
+    predict_step, told = DistillationModule.predict_step, []
+
+    def beside_another(module, batch, batch_idx):
+        if batch_idx == 1:
+            monkeypatch.setattr("lit_distill.module.build_pair", lambda *_: pytest.fail("models were loaded"))
+            with pytest.raises(ValueError, match=IN_USE):
+                run("predict", "--config", config)
+            told.append(ids())
+        return predict_step(module, batch, batch_idx)
+
+    monkeypatch.setattr(DistillationModule, "predict_step", beside_another)
+    run("predict", "--config", config)
+    assert len(told) == 1
+    assert told[0], "a batch is in the file as soon as it is answered"
+    assert len(set(ids())) == len(ids()) == 48
+
+
+def test_a_run_that_was_killed_locks_nobody_out(config) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, "predictions.jsonl"], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        try:
+            holder.stdout.readline()
+            with pytest.raises(ValueError, match=IN_USE):
+                run("predict", "--config", config)
+        finally:
+            holder.kill()
+    run("predict", "--config", config)
+    assert len(ids()) == 48
+
+
+def test_a_run_that_failed_gives_the_file_back(config, monkeypatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(DistillationModule, "predict_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("predict", "--config", config)
+    run("predict", "--config", config)
+    assert len(ids()) == 48
+
+
+def test_where_files_cannot_be_locked_the_run_says_so_and_goes_on(config, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match=r"model\.prediction\.path: predictions\.jsonl cannot be locked \(Function"):
+        run("predict", "--config", config)
+    assert len(ids()) == 48
