@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 BUILDERS = ("__init__", "__post_init__")
@@ -26,6 +27,8 @@ OF_THE_DISK = {
     errno.ENOTDIR: "Give a folder that can be written.",
 }
 """What to do about errors of the operating system that are nobody's mistake in the code."""
+LOST_A_RANK = re.compile("closed by peer|reset by peer|Broken pipe|Timed out waiting|ncclRemoteError|NCCL.*timeout")
+"""What gloo and NCCL say where another rank is no longer there."""
 
 _NAMED = re.compile(r"(?P<first>[A-Za-z_]\w*)(?P<rest>(\.\w+)*)(?=:| must)")
 _IN_DECODING = re.compile(r"^decoding\.")
@@ -78,8 +81,15 @@ def said_to_the_user(error: BaseException | None, packages: Sequence[Path]) -> s
     while error is not None:
         if isinstance(error, OSError) and error.errno in OF_THE_DISK:
             return f"{error.strerror}: {error.filename or 'while writing'}. {OF_THE_DISK[error.errno]}"
+        if isinstance(error, RuntimeError) and LOST_A_RANK.search(str(error)):
+            rank = getattr(rank_zero_only, "rank", 0)
+            return (
+                f"rank {rank} has lost another rank. What that one said stands above; one that was killed, as for want of memory, "
+                "says nothing. --ckpt_path last goes on from the last checkpoint."
+            )
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, MisconfigurationException) or any(raised_in.is_relative_to(p) for p in packages):
+        ours = isinstance(error, ValueError | OSError) and any(raised_in.is_relative_to(p) for p in packages)
+        if ours or isinstance(error, MisconfigurationException):
             return str(error)
         error = error.__cause__
     return None

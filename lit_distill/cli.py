@@ -240,7 +240,7 @@ def main(args: ArgsType = None) -> None:
         DistillCLI(args)
     except SIGTERMException:
         sys.exit(128 + signal.SIGTERM)  # no success, though everything was saved
-    except (ValueError, MisconfigurationException, OSError) as error:
+    except (ValueError, RuntimeError, MisconfigurationException, OSError) as error:
         message = said_to_the_user(error, (Path(__file__).parent, Path(lit_distill.callbacks.__file__).parent))
         if os.environ.get("LIT_DISTILL_TRACEBACK") or message is None:
             raise

@@ -204,6 +204,8 @@ def test_a_rank_that_ends_ends_the_others_and_is_heard(pair, tmp_path, what: str
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0, output[-3000:]
     assert said in output
+    assert ("rank 0 has lost another rank" in output) == ("SIGTERM" not in what)
+    assert "closed by peer" not in output
     if "SIGTERM" in what:
         assert torch.load("runs/c/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
