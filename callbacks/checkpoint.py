@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_distill.callbacks.guards import StopSignals, check_monitor
@@ -22,8 +23,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     ``every_n_train_steps`` saves at the end of the batch in which a multiple of n was passed; Lightning's compares the step
     modulo n, which a batch of many steps may miss for ever. ``save_last`` is the state at the last validation and at the end of
-    training; Lightning's is that of the last checkpoint among the best. SIGTERM and SIGUSR1 end the run after the batch, with the
-    state at that time saved.
+    training; Lightning's is that of the last checkpoint among the best. SIGTERM and SIGUSR1 end the run after the batch, and a
+    validation that is due, with the state at that time saved.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -35,21 +36,32 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.checkpoint_callback is self:
+            self._signals.take_over(trainer)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Listen to signals in the place of Lightning, which has begun to since `setup`."""
+        if self._listens(trainer):
+            self._signals.listen()
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Look for the figure to monitor."""
         check_monitor(self.monitor, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Listen to signals from now on; one callback is enough for all."""
+        """The same, where there was no such check."""
         super().on_train_start(trainer, pl_module)
-        if trainer.checkpoint_callback is self:
+        if self._listens(trainer):
             self._signals.listen()
 
     def teardown(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Listen no more."""
         super().teardown(trainer, pl_module, stage)
-        self._signals.forget()
+        self._signals.forget(trainer)
+
+    def _listens(self, trainer: Trainer) -> bool:
+        """One callback is enough for all, and only a run that trains has something to save."""
+        return trainer.checkpoint_callback is self and trainer.state.fn == TrainerFn.FITTING
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
         """Not where validation comes after every batch, whose ``val_check_interval: 1`` Lightning takes for that of an epoch."""
@@ -73,8 +85,14 @@ class RunCheckpoint(ModelCheckpoint):
                     self._save_last_checkpoint(trainer, candidates)
         elif self._train_time_interval is not None:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.checkpoint_callback is self:
+        if self._listens(trainer):
             self._signals.heed(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Let it come to its end, whatever was heard."""
+        super().on_validation_start(trainer, pl_module)
+        if self._listens(trainer):
+            self._signals.let_validate(trainer)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for logger in trainer.loggers:  # a run that goes on from here expects what was logged until here
@@ -89,6 +107,8 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         if not self._should_save_on_train_epoch_end(trainer):
             self._save_stale_last(trainer)
+        if self._listens(trainer) and not trainer.sanity_checking:
+            self._signals.heed(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """The same, where checkpoints are saved at the end of an epoch."""
@@ -104,9 +124,11 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: DistillationModule, exception: BaseException) -> None:
         """Save, if it was a signal, and say how to go on."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, SIGTERMException) and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if isinstance(exception, SIGTERMException):
+            if not self._should_skip_saving_checkpoint(trainer):
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._signals.requeue(trainer)
+        self._signals.forget(trainer)
         if last := self.last_model_path or self.best_model_path:
             rank_zero_info(
                 f"The last checkpoint is {last}. To go on, give the same command with --ckpt_path last, or with this path."

@@ -16,12 +16,11 @@ from lit_distill.runs import run_loggers
 
 KILLER = """
 import os, signal
-from lightning.pytorch import Callback
 from lit_distill.cli import main
 
 class Kill(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == {step}:
+        if trainer.global_step == {step} and trainer.global_rank in {ranks}:
             os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
@@ -70,9 +69,9 @@ def weights(cli) -> Tensor:
     return torch.cat([p.detach().flatten() for p in cli.model.student.parameters()])
 
 
-def logged(cli) -> list[tuple[str, str]]:
+def logged(log_dir: str | Path) -> list[tuple[str, str]]:
     """Step and figure of every loss, in their order, and of every phase of rollouts."""
-    with (Path(cli.trainer.log_dir) / "metrics.csv").open() as file:
+    with (Path(log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return [
         (row["step"], row[name])
@@ -89,7 +88,7 @@ def test_after_a_kill_in_the_middle_of_a_phase_the_run_goes_on_to_the_same_bits(
 ) -> None:
     config = write(config_of(pair, method, workers), tmp_path / "whole.yaml")
     whole = run("fit", "--config", config)
-    (tmp_path / "killer.py").write_text(KILLER.format(step=9))
+    (tmp_path / "killer.py").write_text(KILLER.format(step=9, ranks=[0]))
     config = write(config_of(pair, method, workers), tmp_path / "killed.yaml")
     done = subprocess.run(
         [sys.executable, "killer.py", config], capture_output=True, text=True, timeout=300, check=False
@@ -98,7 +97,7 @@ def test_after_a_kill_in_the_middle_of_a_phase_the_run_goes_on_to_the_same_bits(
     assert not (tmp_path / "runs" / "killed" / "version_0" / "export").exists()
     resumed = run("fit", "--config", config, "--ckpt_path", "last")
     assert torch.equal(weights(resumed), weights(whole))
-    assert logged(resumed) == logged(whole)  # one log, from the first step to the last
+    assert logged(resumed.trainer.log_dir) == logged(whole.trainer.log_dir)  # one log, from the first step to the last
     log_dir = Path(resumed.trainer.log_dir)
     assert log_dir.name == "version_0"
     assert (log_dir / "export" / "best" / "model.safetensors").exists()
@@ -135,13 +134,13 @@ def test_a_log_outlives_kills_while_it_is_continued(pair, tmp_path) -> None:
     config = config_of(pair, "offline", 0)
     config["trainer"]["max_steps"] = 4
     whole = run("fit", "--config", write(config, tmp_path / "run.yaml"))
-    before = logged(whole)
+    before = logged(whole.trainer.log_dir)
     folder = Path(whole.trainer.log_dir)
     (folder / "metrics.csv").rename(folder / ".metrics.csv.kept")  # killed before the log was written again
     (folder / "metrics.csv").write_text("step\n")  # or while it was
     _, beside = run_loggers(tmp_path / "runs", "run", folder / "checkpoints" / "last.ckpt")
-    assert logged(whole) == before
+    assert logged(whole.trainer.log_dir) == before
     assert not (folder / ".metrics.csv.kept").exists()
     beside.log_metrics({"train/loss": 1.0, "new": 2.0}, step=5)
     beside.save()
-    assert [row for row in logged(whole) if row[0] == "5"] == [("5", "1.0")]
+    assert [row for row in logged(whole.trainer.log_dir) if row[0] == "5"] == [("5", "1.0")]
