@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -11,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_distill.callbacks.guards import StopSignals, check_monitor
+from torch import Tensor
 
 from lit_distill.parallel import AtomicCheckpointIO
 
@@ -30,6 +32,8 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._signals = StopSignals()
+        self._postponed = False
+        self._step_before = 0
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Let checkpoints be written whole or not at all, and read from folders of shards too."""
@@ -51,6 +55,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """The same, where there was no such check."""
         super().on_train_start(trainer, pl_module)
+        self._step_before = trainer.global_step
         if self._listens(trainer):
             self._signals.listen()
 
@@ -73,17 +78,19 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if a multiple of ``every_n_train_steps`` was passed, or the time has come."""
-        every, before = self._every_n_train_steps, getattr(self, "_step_before", 0)
+        """Save if a multiple of ``every_n_train_steps`` was passed, or the time has come; after a validation that is due.
+
+        From a state before it a run would go on without it.
+        """
+        every, before = self._every_n_train_steps, self._step_before
         self._step_before = trainer.global_step
+        assert trainer.fit_loop._data_fetcher is not None
+        validates = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         if every >= 1 and trainer.global_step // every > before // every:
-            if not self._should_skip_saving_checkpoint(trainer):
-                candidates = self._monitor_candidates(trainer)
-                if self.monitor is None or self.monitor in candidates:
-                    self._save_topk_checkpoint(trainer, candidates)
-                if self.save_last:
-                    self._save_last_checkpoint(trainer, candidates)
-        elif self._train_time_interval is not None:
+            self._postponed = validates
+            if not validates:
+                self._save_passed(trainer)
+        elif self._train_time_interval is not None and not validates:  # else after the next batch
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._listens(trainer):
             self._signals.heed(trainer, pl_module)
@@ -106,6 +113,7 @@ class RunCheckpoint(ModelCheckpoint):
         )  # what a validation says, and what the source makes of it, is part of the state
         super().on_validation_end(trainer, pl_module)
         if not self._should_save_on_train_epoch_end(trainer):
+            self._save_postponed(trainer)
             self._save_stale_last(trainer)
         if self._listens(trainer) and not trainer.sanity_checking:
             self._signals.heed(trainer, pl_module)
@@ -114,6 +122,7 @@ class RunCheckpoint(ModelCheckpoint):
         """The same, where checkpoints are saved at the end of an epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
+            self._save_postponed(trainer)
             self._save_stale_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
@@ -133,6 +142,23 @@ class RunCheckpoint(ModelCheckpoint):
             rank_zero_info(
                 f"The last checkpoint is {last}. To go on, give the same command with --ckpt_path last, or with this path."
             )
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        """With the step of now: that among the figures, which says where they stand in the logs, is of the last validation."""
+        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
+
+    def _save_passed(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            if self.monitor is None or self.monitor in candidates:
+                self._save_topk_checkpoint(trainer, candidates)
+            if self.save_last:
+                self._save_last_checkpoint(trainer, candidates)
+
+    def _save_postponed(self, trainer: Trainer) -> None:
+        if self._postponed:
+            self._postponed = False
+            self._save_passed(trainer)
 
     def _save_stale_last(self, trainer: Trainer) -> None:
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):

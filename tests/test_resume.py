@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run, tiny_config, write
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from lit_distill.runs import run_loggers
 
 KILLER = """
 import os, signal
+from lightning.pytorch import Callback
 from lit_distill.cli import main
 
 class Kill(Callback):
@@ -103,6 +105,38 @@ def test_after_a_kill_in_the_middle_of_a_phase_the_run_goes_on_to_the_same_bits(
     assert (log_dir / "export" / "best" / "model.safetensors").exists()
     seen = (resumed.trainer.checkpoint_callback, whole.trainer.checkpoint_callback)
     assert seen[0].best_model_score == seen[1].best_model_score
+
+
+class Die(Callback):
+    """Ends a run in the second batch of the validation at step 4, in which nothing is saved, as nothing is by SIGKILL."""
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        if trainer.global_step == 4 and batch_idx == 1 and not trainer.sanity_checking:
+            raise RuntimeError("dead")
+
+
+@pytest.mark.parametrize(
+    ("every", "epoch", "monitor"), [(2, False, None), (4, False, "val/loss"), (4, True, "val/loss")]
+)
+def test_after_a_kill_in_a_validation_at_whose_step_a_checkpoint_was_due_it_is_made_again(
+    pair, tmp_path, every: int, epoch: bool, monitor: str | None
+) -> None:
+    config = config_of(pair, "offline", 0)
+    config["trainer"] |= {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 2}
+    if epoch:
+        config["trainer"] |= {"val_check_interval": 1.0, "limit_train_batches": 4}
+    config["checkpoint"] = {"every_n_train_steps": every, "save_top_k": -1, "monitor": monitor}
+    whole = run("fit", "--config", write(config, tmp_path / "whole.yaml"))
+    config = write(config, tmp_path / "killed.yaml")
+    with pytest.raises(RuntimeError, match="dead"):
+        run("fit", "--config", config, trainer_defaults={"callbacks": [Die()]})
+    resumed = run("fit", "--config", config, "--ckpt_path", "last")
+    assert torch.equal(weights(resumed), weights(whole))
+    assert logged(resumed.trainer.log_dir) == logged(whole.trainer.log_dir)
+    assert resumed.trainer.checkpoint_callback.best_model_score == whole.trainer.checkpoint_callback.best_model_score
+    for cli in (resumed, whole):
+        kept = {file.name for file in (Path(cli.trainer.log_dir) / "checkpoints").glob("step-*.ckpt")}
+        assert kept == {f"step-{step}.ckpt" for step in range(every, 9, every)}
 
 
 def test_last_and_best_are_those_of_the_newest_run_that_has_them(pair, tmp_path) -> None:
