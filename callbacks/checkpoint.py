@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lit_distill.callbacks.guards import StopSignals, check_monitor
+from lit_distill.callbacks.guards import StopSignals, check_monitor, settle_at_exit
 from torch import Tensor
 
 from lit_distill.parallel import AtomicCheckpointIO
@@ -40,6 +40,8 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.world_size > 1:
+            settle_at_exit()
         if trainer.checkpoint_callback is self:
             self._signals.take_over(trainer)
 

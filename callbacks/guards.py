@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from difflib import get_close_matches
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +49,16 @@ def follow_rank_zero(every: float = 1.0) -> None:
         os.kill(os.getpid(), signal.SIGKILL)  # it may wait for rank 0 in code that hears nothing else
 
     threading.Thread(target=follow, name="follow-rank-zero", daemon=True).start()
+
+
+@cache
+def settle_at_exit(seconds: float = 0.2) -> None:
+    """Wait a little when the interpreter ends, once it has talked to other ranks.
+
+    A thread of gloo gives back the tensors of the last collective when the ranks have gone on already. If the interpreter is
+    ending by then, the thread aborts the process; and Lightning kills rank 0, at its export perhaps, if another rank ended badly.
+    """
+    atexit.register(time.sleep, seconds)
 
 
 class StopSignals:
