@@ -125,9 +125,13 @@ class StopSignals:
         trainer._signal_connector.received_sigterm = False
 
     def requeue(self, trainer: Trainer) -> None:
-        """Put a SLURM job whose time is nearly up back into the queue."""
-        if self._requeues_at is None or self.received != self._requeues_at or not trainer.is_global_zero:
-            return
+        """Put a SLURM job whose time is nearly up back into the queue; no rank ends before, at which SLURM may kill the others."""
+        if self._requeues_at is not None and self.received == self._requeues_at:
+            if trainer.is_global_zero:
+                self._ask_slurm()
+            trainer.strategy.barrier("requeue")
+
+    def _ask_slurm(self) -> None:
         job, array = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_ARRAY_JOB_ID")
         if array:  # the number of the job may be that of the whole array
             job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def requeued(tmp_path, monkeypatch):
     """What `scontrol` was asked for."""
     asked, tool = tmp_path / "asked", tmp_path / "bin" / "scontrol"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\necho "$@" >> {asked}\necho refused >&2\nexit ${{REFUSE:-0}}\n')
+    tool.write_text(f'#!/bin/sh\nsleep ${{TAKES:-0}}\necho "$@" >> {asked}\necho refused >&2\nexit ${{REFUSE:-0}}\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     return lambda: asked.read_text().splitlines() if asked.exists() else []
@@ -121,7 +122,9 @@ def test_a_job_whose_time_is_nearly_up_goes_back_into_the_queue_once_and_goes_on
     assert requeued() == ["requeue 4711"]
     assert torch.load("runs/told/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == saved
     assert not list(tmp_path.rglob("hpc_ckpt*"))  # Lightning's, which any other run in this folder would go on from
+    handler = signal.getsignal(signal.SIGTERM)
     resumed = run("fit", "--config", config, "--ckpt_path", "last")
+    assert signal.getsignal(signal.SIGTERM) == handler
     assert isinstance(resumed.trainer._accelerator_connector.cluster_environment, SLURMEnvironment)
     assert torch.equal(weights(resumed), whole[0])
     assert logged(resumed.trainer.log_dir) == whole[1]
@@ -164,7 +167,10 @@ def test_a_validation_leaves_nothing_that_another_run_would_start_from(pair, tmp
 
 
 @pytest.mark.slow
-def test_of_two_ranks_that_are_told_both_save_and_one_requeues(pair, tmp_path, requeued) -> None:
+def test_of_two_ranks_that_are_told_both_save_and_one_requeues_before_any_ends(
+    pair, tmp_path, monkeypatch, requeued
+) -> None:
+    monkeypatch.setenv("TAKES", "3")
     (tmp_path / "task.py").write_text(TASK)
     config = write(small(pair), tmp_path / "told.yaml")
     options = ["--config", config, "--trainer.devices=2", "--trainer.strategy=fsdp2"]
@@ -180,11 +186,15 @@ def test_of_two_ranks_that_are_told_both_save_and_one_requeues(pair, tmp_path, r
         tasks.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
+    end = time.monotonic() + 120
     try:
+        while all(task.poll() is None for task in tasks) and time.monotonic() < end:
+            time.sleep(0.05)
+        before = requeued()
         said = [task.communicate(timeout=120)[0] for task in tasks]
     finally:
         for task in tasks:
             task.kill()
     assert [task.returncode for task in tasks] == [143, 143], said[0][-3000:] + said[1][-3000:]
-    assert requeued() == ["requeue 4711"]
+    assert before == requeued() == ["requeue 4711"]
     assert torch.load("runs/told/version_0/checkpoints/last.ckpt/meta.pt", weights_only=True)["global_step"] == 3
