@@ -59,6 +59,7 @@ BREAK = ("--trainer.callbacks", "[{class_path: broken.Break}]")
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of other processes; more add up in another order
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
 
 

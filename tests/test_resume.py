@@ -55,6 +55,7 @@ METHODS = {
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of other processes; more add up in another order
 
 
 def config_of(pair: tuple[Path, Path], method: str, workers: int) -> dict:
