@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lit_distill.callbacks.guards import StopSignals, check_monitor
+from lit_distill.callbacks.guards import StopSignals, check_monitor, settle_at_exit
+from torch import Tensor
 
 from lit_distill.parallel import AtomicCheckpointIO
 
@@ -22,34 +25,50 @@ class RunCheckpoint(ModelCheckpoint):
 
     ``every_n_train_steps`` saves at the end of the batch in which a multiple of n was passed; Lightning's compares the step
     modulo n, which a batch of many steps may miss for ever. ``save_last`` is the state at the last validation and at the end of
-    training; Lightning's is that of the last checkpoint among the best. SIGTERM and SIGUSR1 end the run after the batch, with the
-    state at that time saved.
+    training; Lightning's is that of the last checkpoint among the best. SIGTERM and SIGUSR1 end the run after the batch, and a
+    validation that is due, with the state at that time saved.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._signals = StopSignals()
+        self._postponed = False
+        self._step_before = 0
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Let checkpoints be written whole or not at all, and read from folders of shards too."""
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.world_size > 1:
+            settle_at_exit()
+        if trainer.checkpoint_callback is self:
+            self._signals.take_over(trainer)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Listen to signals in the place of Lightning, which has begun to since `setup`."""
+        if self._listens(trainer):
+            self._signals.listen()
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Look for the figure to monitor."""
         check_monitor(self.monitor, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Listen to signals from now on; one callback is enough for all."""
+        """The same, where there was no such check."""
         super().on_train_start(trainer, pl_module)
-        if trainer.checkpoint_callback is self:
+        self._step_before = trainer.global_step
+        if self._listens(trainer):
             self._signals.listen()
 
     def teardown(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Listen no more."""
         super().teardown(trainer, pl_module, stage)
-        self._signals.forget()
+        self._signals.forget(trainer)
+
+    def _listens(self, trainer: Trainer) -> bool:
+        """One callback is enough for all, and only a run that trains has something to save."""
+        return trainer.checkpoint_callback is self and trainer.state.fn == TrainerFn.FITTING
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
         """Not where validation comes after every batch, whose ``val_check_interval: 1`` Lightning takes for that of an epoch."""
@@ -61,20 +80,28 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if a multiple of ``every_n_train_steps`` was passed, or the time has come."""
-        every, before = self._every_n_train_steps, getattr(self, "_step_before", 0)
+        """Save if a multiple of ``every_n_train_steps`` was passed, or the time has come; after a validation that is due.
+
+        From a state before it a run would go on without it.
+        """
+        every, before = self._every_n_train_steps, self._step_before
         self._step_before = trainer.global_step
+        assert trainer.fit_loop._data_fetcher is not None
+        validates = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         if every >= 1 and trainer.global_step // every > before // every:
-            if not self._should_skip_saving_checkpoint(trainer):
-                candidates = self._monitor_candidates(trainer)
-                if self.monitor is None or self.monitor in candidates:
-                    self._save_topk_checkpoint(trainer, candidates)
-                if self.save_last:
-                    self._save_last_checkpoint(trainer, candidates)
-        elif self._train_time_interval is not None:
+            self._postponed = validates
+            if not validates:
+                self._save_passed(trainer)
+        elif self._train_time_interval is not None and not validates:  # else after the next batch
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.checkpoint_callback is self:
+        if self._listens(trainer):
             self._signals.heed(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Let it come to its end, whatever was heard."""
+        super().on_validation_start(trainer, pl_module)
+        if self._listens(trainer):
+            self._signals.let_validate(trainer)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         for logger in trainer.loggers:  # a run that goes on from here expects what was logged until here
@@ -88,12 +115,16 @@ class RunCheckpoint(ModelCheckpoint):
         )  # what a validation says, and what the source makes of it, is part of the state
         super().on_validation_end(trainer, pl_module)
         if not self._should_save_on_train_epoch_end(trainer):
+            self._save_postponed(trainer)
             self._save_stale_last(trainer)
+        if self._listens(trainer) and not trainer.sanity_checking:
+            self._signals.heed(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """The same, where checkpoints are saved at the end of an epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
+            self._save_postponed(trainer)
             self._save_stale_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
@@ -104,13 +135,32 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: DistillationModule, exception: BaseException) -> None:
         """Save, if it was a signal, and say how to go on."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, SIGTERMException) and not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if isinstance(exception, SIGTERMException):
+            if not self._should_skip_saving_checkpoint(trainer):
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._signals.requeue(trainer)
+        self._signals.forget(trainer)
         if last := self.last_model_path or self.best_model_path:
             rank_zero_info(
                 f"The last checkpoint is {last}. To go on, give the same command with --ckpt_path last, or with this path."
             )
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        """With the step of now: that among the figures, which says where they stand in the logs, is of the last validation."""
+        return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
+
+    def _save_passed(self, trainer: Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            if self.monitor is None or self.monitor in candidates:
+                self._save_topk_checkpoint(trainer, candidates)
+            if self.save_last:
+                self._save_last_checkpoint(trainer, candidates)
+
+    def _save_postponed(self, trainer: Trainer) -> None:
+        if self._postponed:
+            self._postponed = False
+            self._save_passed(trainer)
 
     def _save_stale_last(self, trainer: Trainer) -> None:
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):

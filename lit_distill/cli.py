@@ -36,6 +36,7 @@ from lit_distill.callbacks import (
     RunProgress,
     RunReport,
 )
+from lit_distill.callbacks.guards import follow_rank_zero
 from lit_distill.checks import check_seed, check_trainer, check_trainer_options, check_writable
 from lit_distill.module import DistillationModule
 from lit_distill.parser import DistillParser, check_configs, without_template
@@ -234,6 +235,7 @@ def run_name(config: Any) -> str:
 
 def main(args: ArgsType = None) -> None:
     """Run the command line; what is wrong with the user's input is said in one message."""
+    follow_rank_zero()
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # classes of the user's own; last, so that no file of theirs hides a package
     try:

@@ -34,12 +34,33 @@ class Break(Callback):
 if __name__ == "__main__":
     main(["fit", *sys.argv[1:]])
 """
+LAST_WORDS = """
+import atexit, ctypes
+atexit.register(ctypes.PyDLL(None).sleep, 2)  # the last of all: no thread gets the interpreter until it is ending
+import os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from lit_distill.callbacks.guards import settle_at_exit
+
+rank_one = os.fork()
+dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", rank=0 if rank_one else 1, world_size=2)
+if rank_one:
+    while not Path("ending").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    dist.broadcast(torch.ones(3), src=0)
+    os._exit(os.waitpid(rank_one, 0)[1] != 0)
+settle_at_exit(3)
+dist.broadcast(torch.ones(3), src=0, async_op=True)
+Path("ending").touch()
+"""
 BREAK = ("--trainer.callbacks", "[{class_path: broken.Break}]")
 
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of other processes; more add up in another order
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
 
 
@@ -208,6 +229,13 @@ def test_a_rank_that_ends_ends_the_others_and_is_heard(pair, tmp_path, what: str
     assert "closed by peer" not in output
     if "SIGTERM" in what:
         assert torch.load("runs/c/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.slow
+def test_a_rank_that_ends_while_its_last_words_are_given_back_does_not_abort(tmp_path) -> None:
+    (tmp_path / "talk.py").write_text(LAST_WORDS)
+    done = subprocess.run([sys.executable, "talk.py"], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 @pytest.mark.parametrize(

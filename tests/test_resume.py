@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run, tiny_config, write
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from lit_distill.runs import run_loggers
@@ -21,7 +22,7 @@ from lit_distill.cli import main
 
 class Kill(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == {step}:
+        if trainer.global_step == {step} and trainer.global_rank in {ranks}:
             os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
@@ -54,6 +55,7 @@ METHODS = {
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of other processes; more add up in another order
 
 
 def config_of(pair: tuple[Path, Path], method: str, workers: int) -> dict:
@@ -70,9 +72,9 @@ def weights(cli) -> Tensor:
     return torch.cat([p.detach().flatten() for p in cli.model.student.parameters()])
 
 
-def logged(cli) -> list[tuple[str, str]]:
+def logged(log_dir: str | Path) -> list[tuple[str, str]]:
     """Step and figure of every loss, in their order, and of every phase of rollouts."""
-    with (Path(cli.trainer.log_dir) / "metrics.csv").open() as file:
+    with (Path(log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     return [
         (row["step"], row[name])
@@ -89,7 +91,7 @@ def test_after_a_kill_in_the_middle_of_a_phase_the_run_goes_on_to_the_same_bits(
 ) -> None:
     config = write(config_of(pair, method, workers), tmp_path / "whole.yaml")
     whole = run("fit", "--config", config)
-    (tmp_path / "killer.py").write_text(KILLER.format(step=9))
+    (tmp_path / "killer.py").write_text(KILLER.format(step=9, ranks=[0]))
     config = write(config_of(pair, method, workers), tmp_path / "killed.yaml")
     done = subprocess.run(
         [sys.executable, "killer.py", config], capture_output=True, text=True, timeout=300, check=False
@@ -98,12 +100,44 @@ def test_after_a_kill_in_the_middle_of_a_phase_the_run_goes_on_to_the_same_bits(
     assert not (tmp_path / "runs" / "killed" / "version_0" / "export").exists()
     resumed = run("fit", "--config", config, "--ckpt_path", "last")
     assert torch.equal(weights(resumed), weights(whole))
-    assert logged(resumed) == logged(whole)  # one log, from the first step to the last
+    assert logged(resumed.trainer.log_dir) == logged(whole.trainer.log_dir)  # one log, from the first step to the last
     log_dir = Path(resumed.trainer.log_dir)
     assert log_dir.name == "version_0"
     assert (log_dir / "export" / "best" / "model.safetensors").exists()
     seen = (resumed.trainer.checkpoint_callback, whole.trainer.checkpoint_callback)
     assert seen[0].best_model_score == seen[1].best_model_score
+
+
+class Die(Callback):
+    """Ends a run in the second batch of the validation at step 4, in which nothing is saved, as nothing is by SIGKILL."""
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        if trainer.global_step == 4 and batch_idx == 1 and not trainer.sanity_checking:
+            raise RuntimeError("dead")
+
+
+@pytest.mark.parametrize(
+    ("every", "epoch", "monitor"), [(2, False, None), (4, False, "val/loss"), (4, True, "val/loss")]
+)
+def test_after_a_kill_in_a_validation_at_whose_step_a_checkpoint_was_due_it_is_made_again(
+    pair, tmp_path, every: int, epoch: bool, monitor: str | None
+) -> None:
+    config = config_of(pair, "offline", 0)
+    config["trainer"] |= {"max_steps": 8, "val_check_interval": 4, "limit_val_batches": 2}
+    if epoch:
+        config["trainer"] |= {"val_check_interval": 1.0, "limit_train_batches": 4}
+    config["checkpoint"] = {"every_n_train_steps": every, "save_top_k": -1, "monitor": monitor}
+    whole = run("fit", "--config", write(config, tmp_path / "whole.yaml"))
+    config = write(config, tmp_path / "killed.yaml")
+    with pytest.raises(RuntimeError, match="dead"):
+        run("fit", "--config", config, trainer_defaults={"callbacks": [Die()]})
+    resumed = run("fit", "--config", config, "--ckpt_path", "last")
+    assert torch.equal(weights(resumed), weights(whole))
+    assert logged(resumed.trainer.log_dir) == logged(whole.trainer.log_dir)
+    assert resumed.trainer.checkpoint_callback.best_model_score == whole.trainer.checkpoint_callback.best_model_score
+    for cli in (resumed, whole):
+        kept = {file.name for file in (Path(cli.trainer.log_dir) / "checkpoints").glob("step-*.ckpt")}
+        assert kept == {f"step-{step}.ckpt" for step in range(every, 9, every)}
 
 
 def test_last_and_best_are_those_of_the_newest_run_that_has_them(pair, tmp_path) -> None:
@@ -135,13 +169,13 @@ def test_a_log_outlives_kills_while_it_is_continued(pair, tmp_path) -> None:
     config = config_of(pair, "offline", 0)
     config["trainer"]["max_steps"] = 4
     whole = run("fit", "--config", write(config, tmp_path / "run.yaml"))
-    before = logged(whole)
+    before = logged(whole.trainer.log_dir)
     folder = Path(whole.trainer.log_dir)
     (folder / "metrics.csv").rename(folder / ".metrics.csv.kept")  # killed before the log was written again
     (folder / "metrics.csv").write_text("step\n")  # or while it was
     _, beside = run_loggers(tmp_path / "runs", "run", folder / "checkpoints" / "last.ckpt")
-    assert logged(whole) == before
+    assert logged(whole.trainer.log_dir) == before
     assert not (folder / ".metrics.csv.kept").exists()
     beside.log_metrics({"train/loss": 1.0, "new": 2.0}, step=5)
     beside.save()
-    assert [row for row in logged(whole) if row[0] == "5"] == [("5", "1.0")]
+    assert [row for row in logged(whole.trainer.log_dir) if row[0] == "5"] == [("5", "1.0")]

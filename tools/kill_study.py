@@ -1,25 +1,32 @@
 """Kills runs at random moments, lets them go on from `last`, and compares the end with that of a run that was never killed.
 
 Run: python tools/kill_study.py --kills 50         (half a minute a kill on one core; the embedded models, no download)
+     python tools/kill_study.py --kills 15 --devices 2 --strategy fsdp2
 
 Each method is trained once undisturbed. Then it is started again and again with `--ckpt_path last` and killed (SIGKILL)
 after a random time, up to four times, before it may live to the end. Weights, optimiser state and logged losses must be
-equal to the last bit.
+equal to the last bit. On several ranks a kill takes all processes, rank 0 alone or another rank alone; whatever it takes, no
+process may be left half a minute later. Processes are looked up in /proc, so this needs Linux.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from lit_distill.parallel import read_checkpoint
 from lit_distill.runs import last_checkpoint
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -38,29 +45,118 @@ SMALL = {
     "generation.max_prompts": 8,
 }
 OF_METHOD = {"minillm_quickstart": {"model.source.mini_batch_size": 8, "trainer.val_check_interval": 1}}
+PATIENCE = 30.0
+"""Seconds in which all processes have to be gone after one was killed; torch.distributed alone would wait 1800."""
 
 
-def command(method: str, folder: Path, workers: int) -> list[str]:
-    """`lit-distill fit` on a small share of the method's quickstart."""
-    settings = {**SMALL, **OF_METHOD.get(method, {}), "data.num_workers": workers, "trainer.default_root_dir": folder}
-    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    start = [sys.executable, "-m", "lit_distill", "fit", "--config", str(CONFIGS / f"{method}.yaml")]
-    return [*start, *options, "--ckpt_path", "last"]
+class Plan(NamedTuple):
+    """What is run, and where."""
+
+    method: str
+    workers: int
+    """Of each rank's data loader."""
+    devices: int
+    strategy: str
+
+    def command(self, folder: Path) -> list[str]:
+        """`lit-distill fit` on a small share of the method's quickstart."""
+        settings = {
+            **SMALL,
+            **OF_METHOD.get(self.method, {}),
+            "data.num_workers": self.workers,
+            "trainer.default_root_dir": folder,
+            "trainer.devices": self.devices,
+            "trainer.strategy": self.strategy,
+        }
+        options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        start = [sys.executable, "-m", "lit_distill", "fit", "--config", str(CONFIGS / f"{self.method}.yaml")]
+        return [*start, *options, "--ckpt_path", "last"]
 
 
-def run(method: str, folder: Path, workers: int, seconds: float | None = None) -> bool:
-    """Whether the process lived to the end."""
-    with (folder / "output.txt").open("ab") as output:
-        process = subprocess.Popen(command(method, folder, workers), stdout=output, stderr=output)  # noqa: S603 - ours
+class Job:
+    """A command in a session of its own, so that its processes are known and no others are killed."""
+
+    def __init__(self, command: list[str], output: Any, **settings: Any) -> None:
+        self.leader = subprocess.Popen(  # noqa: S603 - ours
+            command, stdout=output, stderr=output, start_new_session=True, **settings
+        )
+
+    def living(self) -> dict[int, int]:
+        """Processes that have not ended, each with its parent."""
+        found = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it has just ended
+                state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+                if int(session) == self.leader.pid and state not in "ZX":
+                    found[int(stat.parent.name)] = int(parent)
+        return found
+
+    def other_ranks(self) -> list[int]:
+        """The processes of rank 1 and up, as soon as rank 0 has started them."""
+        found = []
+        for process, parent in self.living().items():
+            with suppress(OSError):
+                if parent == self.leader.pid and b"\0LOCAL_RANK=" in Path(f"/proc/{process}/environ").read_bytes():
+                    found.append(process)
+        return sorted(found)
+
+    def kill(self, who: str, moments: random.Random | None = None) -> str:
+        """SIGKILL to "all" processes, to "rank 0" or to "another rank"; returns who it was, all where there is no other yet."""
+        others = self.other_ranks() if who == "another rank" else []
+        with suppress(ProcessLookupError):
+            if others:
+                os.kill((moments or random).choice(others), signal.SIGKILL)
+            elif who == "rank 0":
+                os.kill(self.leader.pid, signal.SIGKILL)
+            else:
+                os.killpg(self.leader.pid, signal.SIGKILL)
+                return "all"
+        return who
+
+    def ended(self, patience: float = PATIENCE) -> float | None:
+        """Seconds until the last process was gone; None if there was one left, which is killed then."""
+        start = time.monotonic()
+        while self.living() or self.leader.poll() is None:
+            if time.monotonic() - start > patience:
+                os.killpg(self.leader.pid, signal.SIGKILL)
+                return None
+            time.sleep(0.05)
+        return time.monotonic() - start
+
+
+class End(NamedTuple):
+    """How a job ended."""
+
+    killed: str | None
+    """Who was killed; None if it lived to its end."""
+    seconds: float
+    """That its last process lived on."""
+
+
+def run(plan: Plan, folder: Path, moments: random.Random | None = None, seconds: float | None = None) -> End:
+    """Start a job and, after ``seconds``, kill it."""
+    log, killed = folder / "output.txt", None
+    with log.open("ab") as output:
+        job = Job(plan.command(folder), output)
         try:
-            status = process.wait(seconds)
+            job.leader.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return False
-    if status:
-        sys.exit(f"{method} ended with status {status}; see {folder / 'output.txt'}")
-    return True
+            assert moments is not None
+            who = moments.choice(["all", "rank 0", "another rank"] if plan.devices > 1 else ["all"])
+            killed = job.kill(who, moments)
+        except BaseException:
+            job.kill("all")
+            raise
+        outlived = job.ended()
+    if outlived is None:
+        sys.exit(
+            f"{plan.method}: processes were left {PATIENCE:.0f} s after {killed or 'the run'} had ended; see {log}"
+        )
+    if job.leader.returncode and killed is None:
+        sys.exit(f"{plan.method} ended with status {job.leader.returncode}; see {log}")
+    if not job.leader.returncode:  # a rank killed when there was nothing left to do
+        killed = None
+    return End(killed, outlived)
 
 
 def left(method: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -69,7 +165,7 @@ def left(method: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
     assert last is not None
     with (last.parent.parent / "metrics.csv").open(newline="") as file:
         losses = [f"{row['step']}: {row['train/loss']}" for row in csv.DictReader(file) if row.get("train/loss")]
-    state = torch.load(last, weights_only=True)
+    state = read_checkpoint(last)
     return {key: state[key] for key in ("state_dict", "optimizer_states", "global_step", "source")}, losses
 
 
@@ -89,32 +185,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--devices", type=int, default=1, help="processes of a run")
+    parser.add_argument("--strategy", choices=("auto", "ddp", "fsdp2"), default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments, and of who is killed")
     parser.add_argument("--folder", type=Path, default=Path("runs/kills"))
     options = parser.parse_args()
     moments = random.Random(options.seed)
-    whole: dict[tuple[str, int], tuple[Any, float]] = {}
-    kills = runs = 0
-    while kills < options.kills:
+    whole: dict[Plan, tuple[Any, float]] = {}
+    who: Counter[str] = Counter()
+    longest, runs = 0.0, 0
+    while who.total() < options.kills:
         method, workers = options.methods[runs % len(options.methods)], 2 * (runs // len(options.methods) % 2)
-        if (method, workers) not in whole:
+        plan = Plan(method, workers, options.devices, options.strategy)
+        if plan not in whole:
             folder = options.folder / f"whole-{method}-{workers}"
             folder.mkdir(parents=True)
             start = time.monotonic()
-            run(method, folder, workers)
-            whole[method, workers] = (left(method, folder), time.monotonic() - start)
-        expected, seconds = whole[method, workers]
+            run(plan, folder)
+            whole[plan] = (left(method, folder), time.monotonic() - start)
+        expected, seconds = whole[plan]
         folder = options.folder / f"killed-{runs}-{method}-{workers}"
         folder.mkdir(parents=True)
-        here, planned = 0, moments.randint(1, 4)
-        while not run(method, folder, workers, None if here == planned else moments.uniform(0.3, 1.1) * seconds):
-            here += 1
-        kills, runs = kills + here, runs + 1
+        here: list[str] = []
+        planned, killed = moments.randint(1, 4), None
+        while True:
+            limit = None if len(here) == planned else moments.uniform(0.3, 1.0) * seconds
+            killed, outlived = run(plan, folder, moments, limit)
+            longest = max(longest, outlived)
+            if killed is None:
+                break
+            here.append(killed)
+        who.update(here)
+        runs += 1
         equal = same(left(method, folder), expected)
-        print(f"{method} with {workers} workers: killed {here} times, {'equal' if equal else 'NOT EQUAL'}", flush=True)
+        names = f" ({', '.join(here)})" if options.devices > 1 else ""
+        print(
+            f"{method} with {workers} workers: killed {len(here)} times{names}, {'equal' if equal else 'NOT EQUAL'}",
+            flush=True,
+        )
         if not equal:
             sys.exit(f"{folder} differs from {options.folder / f'whole-{method}-{workers}'}")
-    print(f"{kills} kills in {runs} runs: every run ended like one that was never killed.")
+    print(f"{who.total()} kills in {runs} runs: every run ended like one that was never killed.")
+    print(
+        f"{', '.join(f'{name}: {count}' for name, count in who.items())}; all gone {longest:.1f} s later at the latest."
+    )
 
 
 if __name__ == "__main__":

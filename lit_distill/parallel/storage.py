@@ -294,3 +294,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return read_checkpoint(Path(path))
         where: Any = map_location or "cpu"
         return super().load_checkpoint(path, where, weights_only=weights_only)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a file or a folder, of which half would still look like a checkpoint: its name goes first."""
+        if Path(path).is_dir():
+            path = Path(path).rename(unfinished_name(Path(path)))
+        super().remove_checkpoint(path)
