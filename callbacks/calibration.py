@@ -121,8 +121,8 @@ class CalibrationMonitor(Callback):
                     for figure, value in result.figures.items()
                 }
             )
-            draw = partial(draw_reliability, results=results, title=f"{name}, step {pl_module.global_step}")
-            show_figure(trainer, f"{place}/reliability", draw, pl_module.global_step)
+            draw = partial(draw_reliability, results=results, title=f"{name}, step {pl_module.trained_steps}")
+            show_figure(trainer, f"{place}/reliability", draw, pl_module.trained_steps)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Forget the last validation and listen to this one."""

@@ -109,7 +109,9 @@ class ExposureBiasMonitor(PromptEvaluator):
             )
         pl_module.log_figures({f"{stage}/ex_acc_err_{at}": found.curves.excess[at - 1].float() for at in reached})
         curves = {name: values[: found.longest].tolist() for name, values in found.curves._asdict().items()}
-        show_figure(trainer, f"{stage}/exposure_bias", lambda axes: draw_curves(axes, **curves), pl_module.global_step)
+        show_figure(
+            trainer, f"{stage}/exposure_bias", lambda axes: draw_curves(axes, **curves), pl_module.trained_steps
+        )
         if stage == "test":
             self._report = {"exposure_bias": self._section(curves, found)}
 

@@ -112,7 +112,7 @@ class GenerationEvaluator(PromptEvaluator):
         speakers = list(summaries)
         heads = ["prompt", "response", *speakers[1:], "reference"]
         rows = [[sample[key] for key in ("prompt", *speakers, "reference")] for sample in self._samples]
-        show_samples(trainer, f"{stage}/samples", heads, rows, pl_module.global_step)
+        show_samples(trainer, f"{stage}/samples", heads, rows, pl_module.trained_steps)
         if stage == "test":
             self._report = {"generation": [self._section(who, summary) for who, summary in summaries.items()]}
 

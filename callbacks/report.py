@@ -41,20 +41,14 @@ class RunReport(Callback):
         self.enabled = enabled
         self.compare_with = list(compare_with or [])
         self._others: list[Report] = []
-        self._step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Read the other reports, so that what is wrong with them is said before the work."""
-        self._step = None
         if self.enabled and stage == "test":
             found = [
                 report for place in self.compare_with for report in find_reports(Path(place), "report.compare_with")
             ]
             self._others = list({report["run"]["folder"]: report for report in found}.values())
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: DistillationModule, checkpoint: dict[str, Any]) -> None:
-        """Remember how long the student was trained."""
-        self._step = checkpoint.get("global_step")
 
     def on_test_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """The table at the end replaces Lightning's, which has the same numbers in another order."""
@@ -67,7 +61,8 @@ class RunReport(Callback):
         if not self.enabled:
             return
         folder = trainer.log_dir  # asks all ranks
-        figures = {name.removeprefix("test/"): value for name, value in trainer.callback_metrics.items()}
+        logged = trainer.callback_metrics.items()
+        figures = {name.removeprefix("test/"): value for name, value in logged if name != "step"}
         sections = self._sections(trainer)
         if not trainer.is_global_zero:
             return
@@ -79,7 +74,7 @@ class RunReport(Callback):
             pl_module.teacher_spec.path if pl_module.teacher_spec else None,
             self._config(trainer, folder),
             Path(trainer.ckpt_path) if trainer.ckpt_path else None,
-            self._step,
+            pl_module.trained_steps or None,
             getattr(trainer.datamodule, "seed", None),  # type: ignore[attr-defined]
         )
         everything = [*self._others, report]

@@ -7,7 +7,7 @@ ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import repeat
@@ -31,6 +31,7 @@ from lit_distill.models import (
     ModelSpec,
     build_pair,
     check_specs,
+    global_counts,
     load_tokenizer,
     stop_token_ids,
 )
@@ -118,6 +119,7 @@ class DistillationModule(L.LightningModule):
         self.guard = NonFinite(on_nonfinite)
         self.predicted_ids: frozenset[str] = frozenset()  # what an earlier, interrupted `predict` has written already
         self.teacher: FrozenTeacher | None = None
+        self._loaded_steps = 0
         check_signals(self.source, objectives, corpus_objectives or {}, has_teacher=teacher is not None)
 
     @cached_property
@@ -157,6 +159,11 @@ class DistillationModule(L.LightningModule):
         """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
         return optimization(self.optimizer_factory, self.lr_scheduler_factory, self.parameters(), self.total_steps)
 
+    @property
+    def trained_steps(self) -> int:
+        """Optimiser steps behind the student: of this run, or of the checkpoint that is looked at."""
+        return self.global_step or self._loaded_steps
+
     def total_steps(self) -> int:
         """Optimiser steps of the whole run, over all of its batches."""
         batches = int(self.trainer.estimated_stepping_batches)
@@ -192,7 +199,7 @@ class DistillationModule(L.LightningModule):
         streams = [(self._text, text)] if corpus is None else [(self._text, text), (self._corpus, corpus)]
         asked = [(measure, texts) for measure, texts in streams if weights.keys() & measure.objectives.keys()]
         parts = [(measure, part) for measure, texts in asked for part in self._micro_batches(texts)]
-        counts = self._global_counts(parts, weights)
+        counts = global_counts(parts, weights, self.sum_over_ranks)
         # A count of zero has a sum of zero; the factor only has to be finite. Gradients are averaged over ranks; ask for the sum.
         ranks = self.data_ranks.number
         factors = {name: weights[name] * ranks / counts[name].clamp(min=1).float() for name in counts}
@@ -219,19 +226,6 @@ class DistillationModule(L.LightningModule):
         size = self.micro_batch_size or len(text)
         parts: list[Any] = [text.rows(start, start + size) for start in range(0, len(text), size)]
         return parts + [text.rows(0, 1).uncounted()] * (most_over_ranks(self, len(parts)) - len(parts))
-
-    def _global_counts(
-        self, parts: Sequence[tuple[Measurement, Any]], weights: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        counts: dict[str, Tensor] = {}
-        for measure in (self._text, self._corpus):
-            names = [name for name in measure.objectives if name in weights]
-            mine = [part for owner, part in parts if owner is measure]
-            if names and mine:
-                counts |= measure.counts(mine, names)
-        if not counts:
-            raise ValueError("model.objectives: every weight is 0, so there is nothing to learn. Give one a weight.")
-        return dict(zip(counts, self.sum_over_ranks(torch.stack(list(counts.values()))), strict=True))
 
     @property
     def data_ranks(self) -> DataRanks:
@@ -309,8 +303,7 @@ class DistillationModule(L.LightningModule):
 
     def log_figures(self, figures: Mapping[str, Tensor]) -> None:
         """Log figures that are equal on all ranks, at the optimiser step; Lightning would place them at the batch."""
-        at = {"step": float(self.global_step)} if self.trainer.state.fn == "fit" else {}
-        self.log_dict({**figures, **at})
+        self.log_dict({**figures, "step": float(self.trained_steps)})
 
     def generate(
         self, prompts: Prompts, ids: tuple[str, ...], decoding: Decoding, seed: int = 0, speaker: str = "student"
@@ -348,3 +341,4 @@ class DistillationModule(L.LightningModule):
         check_same_adapters(checkpoint.get("student", {}), self.student_spec.lora, self.student)
         checks.check_same_model(checkpoint["state_dict"], self.state_dict())
         self.source.load_state_dict(checkpoint.get("source", {}))
+        self._loaded_steps = checkpoint["global_step"]

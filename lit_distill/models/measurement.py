@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -131,6 +131,30 @@ class Measurement:
                 terms = {name: add_terms(terms[name], term) if terms else term for name, term in here.items()}
         device = (parts[0].chosen if isinstance(parts[0], Pairs) else parts[0]).input_ids.device
         return {name: torch.as_tensor(term.count, device=device).double() for name, term in terms.items()}
+
+
+def global_counts(
+    parts: Sequence[tuple[Measurement, Sequences | Pairs]],
+    names: Collection[str],
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """How many items each objective counts over all micro-batches and ranks, ``[]`` float64 by name.
+
+    Args:
+        parts: this rank's texts, and who measures each.
+        names: of the objectives that are to run.
+        sum_over_ranks: adds up a tensor of sums.
+
+    Raises:
+        ValueError: if none of them sees a text.
+    """
+    counts: dict[str, Tensor] = {}
+    for measure in dict.fromkeys(owner for owner, _ in parts):
+        mine = [part for owner, part in parts if owner is measure]
+        counts |= measure.counts(mine, [name for name in measure.objectives if name in names])
+    if not counts:
+        raise ValueError("model.objectives: every weight is 0, so there is nothing to learn. Give one a weight.")
+    return dict(zip(counts, sum_over_ranks(torch.stack(list(counts.values()))), strict=True))
 
 
 def _asked(objectives: Mapping[str, Objective], signals: Collection[str]) -> bool:

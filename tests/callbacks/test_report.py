@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,13 +40,21 @@ def test_a_test_writes_what_it_has_logged(finished) -> None:
     _, before, after = finished
     for cli in (before, after):
         report = report_of(cli)
-        logged = {name.removeprefix("test/"): float(value) for name, value in cli.trainer.callback_metrics.items()}
+        found = cli.trainer.callback_metrics.items()
+        logged = {name.removeprefix("test/"): float(value) for name, value in found if name != "step"}
         assert report["figures"] == pytest.approx(logged, nan_ok=True)
         assert {"perplexity", "rouge_l", "teacher_rouge_l", "ece"} <= set(report["figures"])
         assert {"calibration", "generation", "exposure_bias"} <= set(report["sections"])
         assert {entry["speaker"] for entry in report["sections"]["generation"]} == {"student", "teacher"}
         assert report["config"] == yaml.safe_load((Path(cli.trainer.log_dir) / "config.yaml").read_text())
         assert report["run"]["name"] == "tiny"
+
+
+def test_what_is_logged_of_a_test_stands_at_the_step_of_its_checkpoint(finished) -> None:
+    for cli, step in zip(finished[1:], (0, 4), strict=True):
+        with (Path(cli.trainer.log_dir) / "metrics.csv").open() as file:
+            assert {row["step"] for row in csv.DictReader(file)} == {str(step)}
+        assert "step" not in report_of(cli)["figures"]
 
 
 def test_a_checkpoint_brings_its_step_its_seed_and_its_curves(finished) -> None:
@@ -115,7 +124,7 @@ def finish(callback: RunReport, folder: Path, **trainer) -> None:
         "test_loop": SimpleNamespace(verbose=True),
     }
     fake = SimpleNamespace(**state | trainer)
-    module = SimpleNamespace(student_spec=SimpleNamespace(path="small"), teacher_spec=None)
+    module = SimpleNamespace(student_spec=SimpleNamespace(path="small"), teacher_spec=None, trained_steps=0)
     callback.setup(fake, module, "test")
     callback.on_test_start(fake, module)
     callback.on_test_end(fake, module)
