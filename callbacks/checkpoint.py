@@ -11,10 +11,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lit_distill.callbacks.guards import StopSignals, check_monitor, settle_at_exit
+from lit_distill.callbacks.guards import check_monitor
+from lit_distill.callbacks.signals import StopSignals
 from torch import Tensor
 
 from lit_distill.parallel import AtomicCheckpointIO
+from lit_distill.parallel.processes import settle_at_exit
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule

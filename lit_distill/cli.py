@@ -36,9 +36,9 @@ from lit_distill.callbacks import (
     RunProgress,
     RunReport,
 )
-from lit_distill.callbacks.guards import follow_rank_zero
 from lit_distill.checks import check_seed, check_trainer, check_trainer_options, check_writable
 from lit_distill.module import DistillationModule
+from lit_distill.parallel.processes import follow_rank_zero
 from lit_distill.parser import DistillParser, check_configs, without_template
 from lit_distill.rollouts import Prediction
 from lit_distill.runs import best_checkpoint, check_checkpoint, last_checkpoint, run_loggers

@@ -24,7 +24,7 @@ SECONDS = 15.0
 """After which nothing is left of a run of which a rank was killed: Lightning looks every 5 s, and so do workers of data loaders."""
 LEFT_ALONE = """
 import os, subprocess, sys, time
-from lit_distill.callbacks.guards import follow_rank_zero
+from lit_distill.parallel.processes import follow_rank_zero
 
 follow_rank_zero(0.1)
 if "LOCAL_RANK" in os.environ:

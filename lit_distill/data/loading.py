@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,6 +89,12 @@ class ResumableLoader(DataLoader[Batch]):
         self.sampler.skip(state["batches"], epoch=state["epoch"])
 
 
+def _apart(_worker: int) -> None:
+    """Leave the process group: a signal to the group asks the run to save and end, for which it may need more batches."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 def make_loader(
     dataset: BatchDataset, sampler: GlobalBatchSampler, num_workers: int, loader: type[DataLoader[Batch]] = DataLoader
 ) -> DataLoader[Batch]:
@@ -100,4 +107,5 @@ def make_loader(
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(sampler.seed),
+        worker_init_fn=_apart,
     )
