@@ -112,9 +112,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Save the best, and the last whether it is among them or not; again, if this step was saved before its validation."""
-        self._last_global_step_saved = (
-            -1
-        )  # what a validation says, and what the source makes of it, is part of the state
+        # what a validation says, and what the source makes of it, is part of the state
+        self._last_global_step_saved = -1
         super().on_validation_end(trainer, pl_module)
         if not self._should_save_on_train_epoch_end(trainer):
             self._save_postponed(trainer)

@@ -30,9 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = [report for place in options.runs for report in find_reports(place, "RUN")]
     except ValueError as error:
         parser.error(str(error))
-    reports = list(
-        {(r["run"]["folder"], r["run"]["date"]): r for r in found}.values()
-    )  # a run that was named twice counts once
+    once = {(report["run"]["folder"], report["run"]["date"]): report for report in found}  # if a run was named twice
+    reports = list(once.values())
     print(text_card(reports))
     write_text(options.out, render_page(reports))
     print(f"Page: {options.out}")

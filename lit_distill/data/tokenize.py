@@ -78,10 +78,9 @@ def tokenize_records(
             identity = fields.value(record, "id")
             found["id"].append(f"{split}-{index}" if identity is None else str(identity))
             found["references"].append(fields.references(record, where) if with_references else [])
-            said = (
-                record.get("finished") is not None and fields.value(record, "output") == ""
-            )  # a model had nothing to say
-            outputs.append(fields.filled(record, "output", where) if responses and not said else "")
+            by_a_model = record.get("finished") is not None
+            may_be_empty = by_a_model and fields.value(record, "output") == ""  # it had nothing to say
+            outputs.append(fields.filled(record, "output", where) if responses and not may_be_empty else "")
             places.append(where)
             ends.append([] if record.get("finished") is False else [eos])  # `predict` says which responses were cut off
         prompts = [prefix + ids for ids in encode(tokenizer, found["prompt_text"])]

@@ -93,9 +93,7 @@ class StoredWeights:
         shapes = {name: shape for name, (shape, _) in self.described().items()}
         names: dict[int, str] = {}
         wanted: dict[int, Tensor] = {}
-        for name, parameter in model.named_parameters(
-            remove_duplicate=False
-        ):  # tied ones may be stored under either name
+        for name, parameter in model.named_parameters(remove_duplicate=False):  # tied: stored under either name
             wanted[id(parameter)] = parameter
             for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
                 if shapes.get(candidate) == tuple(parameter.shape):

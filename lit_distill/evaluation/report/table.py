@@ -62,9 +62,8 @@ def _cell(summary: Summary | None, metric: Metric, decimals: int, num_reports: i
         return ""
     mean = number(summary.mean * metric.scale, decimals)
     spread = "" if summary.std is None else f" ± {number(summary.std * metric.scale, decimals)}"
-    return (
-        mean + spread + (f" ({summary.n} of {num_reports})" if summary.n < num_reports else "")
-    )  # some seeds do not have it
+    some_lack_it = f" ({summary.n} of {num_reports})" if summary.n < num_reports else ""
+    return mean + spread + some_lack_it
 
 
 def _of_a_bucket(name: str) -> bool:
