@@ -168,12 +168,11 @@ class DistillCLI(LightningCLI):
                 )
             if last is not None:
                 check_checkpoint(last)
-            else:
-                rank_zero_info("ckpt_path: there is no checkpoint yet, so the run starts from the beginning.")
             config.ckpt_path = last and str(last if checkpoint == "last" else best_checkpoint(last))
+            missing = "there is no checkpoint yet, so the run starts from the beginning."
+            rank_zero_info(f"ckpt_path: {config.ckpt_path or missing}")
             if self.subcommand == "fit" and checkpoint == "last":
                 self._continued = last
-            rank_zero_info(f"ckpt_path: {config.ckpt_path}")
         if config.ckpt_path not in (None, *CHECKPOINT_WORDS) and "://" not in config.ckpt_path:
             check_checkpoint(Path(config.ckpt_path))
         if config.weights_only is False:

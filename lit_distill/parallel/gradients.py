@@ -64,9 +64,9 @@ class ShardPrecision(Precision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Scale all gradients down to a norm of ``clip_val``; a GPU is not waited for."""
         gradients = [p.grad for p in self.main_params(optimizer) if p.grad is not None]
-        scale = (clip_val / (gradient_norm(gradients) + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            local_part(gradient).mul_(scale)
+        if gradients:
+            scale = (clip_val / (gradient_norm(gradients) + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         """Bound every number of the gradients by ``clip_val``."""
