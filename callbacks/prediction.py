@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,8 +69,9 @@ class PredictionWriter(Callback):
                 rank_zero_info(
                     f"{path}: {len(pl_module.predicted_ids)} items are there already and are left as they are."
                 )
+        trainer.strategy.barrier("predictions")  # all have read it, and it is known to be ours
         if trainer.is_global_zero:
-            _drop_broken_end(path)  # now that the file is known to be ours
+            _drop_broken_end(path)
 
     def on_predict_batch_end(
         self,
@@ -159,4 +161,4 @@ def _drop_broken_end(path: Path) -> None:
         return
     content = path.read_bytes()
     if not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+        os.truncate(path, content.rfind(b"\n") + 1)
