@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+NO_ROOM = 2**20
+"""Bytes that are left on a full disk at most."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -13,11 +18,28 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     unfinished = unfinished_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write(unfinished)
+        with naming_a_full_disk(unfinished):
+            write(unfinished)
         publish(unfinished, path)
     except BaseException:
         remove(unfinished)
         raise
+
+
+@contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Let a write that failed for want of room say so: libraries that write tensors have errors of their own for it.
+
+    Raises:
+        OSError: with the number of the operating system's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        no_room = shutil.disk_usage(path.parent).free < NO_ROOM
+        if isinstance(error, OSError) or not no_room:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ BELOW = {
     "rollouts": {"functional", "types", "objectives", "models", "data"},
     "evaluation": {"atomic", "functional", "types", "objectives", "models", "data", "rollouts", "parallel"},
 }
-BELOW["checks"] = {"schedulers"}
+BELOW["checks"] = {"schedulers", "parallel"}
 BELOW["lengths"] = {"models"}
 BELOW["module"] = {*BELOW, "evaluation"}
 BELOW["callbacks"] = {*BELOW, "module"}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -11,7 +14,8 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from processes import run_on_ranks
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lit_distill.checks import check_strategy
@@ -147,6 +151,40 @@ def test_a_checkpoint_of_shards_has_everything_but_the_teacher_once(runs, name) 
     assert written == sum(tensor.numel() for tensor in [*two["state_dict"].values(), *states])
 
 
+def without(file: Path) -> None:
+    file.unlink()
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, 3000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(without, "last.ckpt is incomplete: 2 ranks have written it, and there are the files of 1"),
+     (cut_short, "rank-00001.safetensors cannot be read: .*Give another checkpoint")],
+)  # fmt: skip
+def test_a_checkpoint_of_which_a_part_is_lost_is_refused(runs, tmp_path, damage, said: str) -> None:
+    copy = tmp_path / "last.ckpt"
+    shutil.copytree(runs / "two" / "last.ckpt", copy)
+    damage(next(copy.glob("*-rank-00001.safetensors")))
+    with pytest.raises(ValueError, match=said):
+        read_checkpoint(copy)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_which_a_piece_is_lost_is_refused(runs, tmp_path) -> None:
+    copy = tmp_path / "last.ckpt"
+    shutil.copytree(runs / "two" / "last.ckpt", copy)
+    file = next(copy.glob("*-rank-00001.safetensors"))
+    with safe_open(file, framework="pt") as opened:
+        index = json.loads(opened.metadata()["index"])[1:]
+    save_file(load_file(file), file, metadata={"index": json.dumps(index)})
+    with pytest.raises(ValueError, match=r"last\.ckpt is incomplete: it has not all of state_dict\."):
+        read_checkpoint(copy)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "two whole", "together", "together whole", "one"])
 def test_any_checkpoint_and_the_run_itself_become_the_same_folder(runs, name) -> None:
@@ -170,6 +208,17 @@ def test_a_save_that_fails_leaves_the_last_good_checkpoint(tmp_path) -> None:
         store.save_checkpoint({"weights": torch.zeros(3), "broken": lambda: None}, path)
     assert torch.equal(store.load_checkpoint(path)["weights"], torch.ones(3))
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("free", [100, 10**9])
+def test_a_write_that_fails_on_a_full_disk_says_so_whatever_the_library_says(tmp_path, monkeypatch, free: int) -> None:
+    usage = SimpleNamespace(free=free)
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: usage)
+    failed = patch("torch.save", side_effect=RuntimeError("unexpected pos 547072 vs 546964"))
+    expected = (OSError, "No space left on device: .*last.ckpt") if free == 100 else (RuntimeError, "unexpected pos")
+    with failed, pytest.raises(expected[0], match=expected[1]):
+        AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_written_anew_stays_good_until_the_new_one_is(tmp_path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 STRATEGIES = ("auto", "ddp", "fsdp2")
+OTHER_STRATEGIES = ("ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+"""Which nobody needs; those that start processes otherwise are not for a command line."""
 LARGEST_SEED = 2**32 - 1
 
 
@@ -24,7 +26,7 @@ def check_trainer_options(options: Mapping[str, Any], subcommand: str) -> None:
         ValueError: naming the key, what was given and what to do.
     """
     strategy = options.get("strategy")
-    if isinstance(strategy, str) and strategy not in STRATEGIES and not strategy.startswith("ddp_"):
+    if isinstance(strategy, str) and strategy not in (*STRATEGIES, *OTHER_STRATEGIES):
         raise ValueError(
             f"trainer.strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}. fsdp2 shards student and teacher, ddp "
             "keeps both whole on each device."

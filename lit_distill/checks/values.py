@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_distill.parallel.reading import refuse_another_model
+
 
 def check_same_model(stored: Mapping[str, Any], here: Mapping[str, Tensor]) -> None:
     """Refuse the weights of another model.
@@ -22,14 +24,7 @@ def check_same_model(stored: Mapping[str, Any], here: Mapping[str, Tensor]) -> N
     sharded = {name for name, value in stored.items() if not isinstance(value, Tensor)}  # compared where they are read
     sizes = {name: tuple(value.shape) for name, value in stored.items() if name not in sharded}
     wanted = {name: tuple(value.shape) for name, value in here.items() if name not in sharded}
-    different = [name for name in {**wanted, **sizes} if sizes.get(name) != wanted.get(name)]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"ckpt_path: the checkpoint is of another model: {name} is {sizes.get(name, 'not there')} in it, and "
-            f"{wanted.get(name, 'not there')} in model.student ({len(different)} weights differ). Give a checkpoint of this "
-            "student, or set model.student to the checkpoint's."
-        )
+    refuse_another_model(sizes, wanted)
 
 
 def check_finite(loss: Tensor, name: str, step: int) -> None:

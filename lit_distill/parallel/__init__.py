@@ -1,6 +1,7 @@
 """Models spread over ranks: the strategy ``fsdp2``, and checkpoints that any number of ranks can read."""
 
 from lit_distill.parallel.gradients import gradient_norm, local_part
+from lit_distill.parallel.reading import read_checkpoint
 from lit_distill.parallel.sharding import (
     ALONE,
     Box,
@@ -14,7 +15,7 @@ from lit_distill.parallel.sharding import (
     slices,
     without_gradient_sync,
 )
-from lit_distill.parallel.storage import AtomicCheckpointIO, gathered, read_checkpoint
+from lit_distill.parallel.storage import AtomicCheckpointIO, gathered
 from lit_distill.parallel.strategy import FSDP2Strategy
 
 __all__ = [

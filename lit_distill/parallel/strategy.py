@@ -23,8 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_distill.parallel.gradients import ShardPrecision
+from lit_distill.parallel.reading import load_into, open_checkpoint
 from lit_distill.parallel.sharding import DataRanks, Sharding
-from lit_distill.parallel.storage import AtomicCheckpointIO, gathered, load_into, open_checkpoint, save_sharded
+from lit_distill.parallel.storage import AtomicCheckpointIO, gathered, save_sharded
 
 NAME = "fsdp2"
 KEY = "trainer.strategy.init_args"
@@ -74,8 +75,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             raise ValueError(
                 f"trainer.strategy: {NAME} needs torch 2.8 or newer, and this is {torch.__version__}. Use ddp."
             )
-        if tensor_parallel_size < 1:
-            raise ValueError(f"{KEY}.tensor_parallel_size: expected at least 1, got {tensor_parallel_size}.")
         self.tensor_parallel_size = tensor_parallel_size
         self.gather_student = gather_student
         self.gather_teacher = gather_teacher
@@ -112,6 +111,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             ValueError: if the ranks cannot be grouped as asked for.
         """
         ranks, size = self.num_nodes * self.num_processes, self.tensor_parallel_size
+        if size < 1:
+            raise ValueError(f"{KEY}.tensor_parallel_size: expected at least 1, got {size}.")
         if ranks % size:
             raise ValueError(
                 f"{KEY}.tensor_parallel_size: {size} does not divide the {ranks} ranks. Let trainer.devices be a multiple."
