@@ -38,7 +38,8 @@ class TeacherMixedRollouts(Source):
         top_p: draw from the smallest set of tokens with this much probability; with alpha 0.
         mini_batch_size: rollouts of one optimiser step, over all ranks.
         inner_epochs: how often each rollout is learnt from.
-        shuffle: mix the rollouts anew for each inner epoch.
+        shuffle: mix the rollouts anew for each inner epoch; each rank its own, so that another number of ranks makes other
+            mini-batches.
         decode_batch_size: rollouts decoded at a time on each rank, with coins of their own; all at once by default.
         hidden_on_host: keep the teacher's hidden rows in host memory between decoding and learning.
         scoring: from log-probabilities to advantages and weights; the paper's by default.

@@ -34,7 +34,8 @@ class ResponsePairs(Source):
         chosen: dataset, or teacher, who then answers live.
         mini_batch_size: pairs of one optimiser step, over all ranks; by default the whole batch.
         inner_epochs: how often each pair is learnt from. With more than one, the teacher scores a pair once for all of them.
-        shuffle: mix the pairs anew for each inner epoch.
+        shuffle: mix the pairs anew for each inner epoch; each rank its own, so that another number of ranks makes other
+            mini-batches.
         max_new_tokens: longest response, of both speakers.
         temperature: of both speakers; 0 takes the most probable token.
         top_k: draw from the k most probable tokens only; 0 draws from all.
