@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,16 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.checkpoint_callback is self:
             self._signals.take_over(trainer)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: DistillationModule, checkpoint: dict[str, Any]) -> None:
+        """Let the paths of checkpoints follow their folder, if it was moved or copied; what is not in it stays as it is."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state and state["dirpath"] != self.dirpath:
+            kept = [state["best_model_path"], state["last_model_path"], *state["best_k_models"]]
+            here = trainer.strategy.broadcast(self._found_here(trainer, [state["dirpath"], *kept]))
+            for key in ("dirpath", "best_model_path", "last_model_path", "kth_best_model_path"):
+                state[key] = here.get(state[key], state[key])
+            state["best_k_models"] = {here.get(path, path): score for path, score in state["best_k_models"].items()}
+
     def on_sanity_check_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Listen to signals in the place of Lightning, which has begun to since `setup`."""
         if self._listens(trainer):
@@ -67,6 +78,15 @@ class RunCheckpoint(ModelCheckpoint):
         """Listen no more."""
         super().teardown(trainer, pl_module, stage)
         self._signals.forget(trainer)
+
+    def _found_here(self, trainer: Trainer, paths: list[str]) -> dict[str, str]:
+        """Of a folder and the files in it, where each is today: nothing, if the run goes on elsewhere than its checkpoint lies."""
+        folder = Path(str(self.dirpath))
+        if trainer.ckpt_path is None or Path(trainer.ckpt_path).parent.resolve() != folder.resolve():
+            return {}  # a file of the same name is then another run's
+        beside = {path: folder / Path(path).name for path in paths[1:] if path}
+        found = {path: str(place) for path, place in beside.items() if place.exists()}
+        return {paths[0]: str(self.dirpath), **found}
 
     def _listens(self, trainer: Trainer) -> bool:
         """One callback is enough for all, and only a run that trains has something to save."""
