@@ -16,6 +16,7 @@ from lit_distill.callbacks.guards import check_monitor
 from lit_distill.callbacks.signals import StopSignals
 from torch import Tensor
 
+from lit_distill.occupied import leave, occupies, refusal
 from lit_distill.parallel import AtomicCheckpointIO
 from lit_distill.parallel.processes import settle_at_exit
 
@@ -29,7 +30,7 @@ class RunCheckpoint(ModelCheckpoint):
     ``every_n_train_steps`` saves at the end of the batch in which a multiple of n was passed; Lightning's compares the step
     modulo n, which a batch of many steps may miss for ever. ``save_last`` is the state at the last validation and at the end of
     training; Lightning's is that of the last checkpoint among the best. SIGTERM and SIGUSR1 end the run after the batch, and a
-    validation that is due, with the state at that time saved.
+    validation that is due, with the state at that time saved. No second process trains in the same folder meanwhile.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -39,8 +40,12 @@ class RunCheckpoint(ModelCheckpoint):
         self._step_before = 0
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Let checkpoints be written whole or not at all, and read from folders of shards too."""
+        """Let checkpoints be written whole or not at all, and read from folders of shards too; take their folder."""
         super().setup(trainer, pl_module, stage)
+        if self._listens(trainer) and not getattr(trainer, "fast_dev_run", False) and "://" not in str(self.dirpath):
+            folder = self._folder_of_run()
+            if trainer.strategy.broadcast(trainer.is_global_zero and not occupies(folder)):  # so that all ranks stop
+                raise refusal(folder, "ckpt_path" if folder != Path(str(self.dirpath)) else "checkpoint.dirpath")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.world_size > 1:
@@ -75,9 +80,11 @@ class RunCheckpoint(ModelCheckpoint):
             self._signals.listen()
 
     def teardown(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Listen no more."""
+        """Listen no more, and let others into the folder."""
         super().teardown(trainer, pl_module, stage)
         self._signals.forget(trainer)
+        if self._listens(trainer):
+            leave(self._folder_of_run())
 
     def _found_here(self, trainer: Trainer, paths: list[str]) -> dict[str, str]:
         """Of a folder and the files in it, where each is today: nothing, if the run goes on elsewhere than its checkpoint lies."""
@@ -87,6 +94,11 @@ class RunCheckpoint(ModelCheckpoint):
         beside = {path: folder / Path(path).name for path in paths[1:] if path}
         found = {path: str(place) for path, place in beside.items() if place.exists()}
         return {paths[0]: str(self.dirpath), **found}
+
+    def _folder_of_run(self) -> Path:
+        """Where logs lie beside the folder of checkpoints; or that folder, if it was named by the user."""
+        folder = Path(str(self.dirpath))
+        return folder.parent if folder.name == "checkpoints" else folder
 
     def _listens(self, trainer: Trainer) -> bool:
         """One callback is enough for all, and only a run that trains has something to save."""
@@ -161,6 +173,8 @@ class RunCheckpoint(ModelCheckpoint):
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._signals.requeue(trainer)
         self._signals.forget(trainer)
+        if self.dirpath is not None and self._listens(trainer):
+            leave(self._folder_of_run())
         if last := self.last_model_path or self.best_model_path:
             rank_zero_info(
                 f"The last checkpoint is {last}. To go on, give the same command with --ckpt_path last, or with this path."

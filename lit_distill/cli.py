@@ -41,7 +41,7 @@ from lit_distill.module import DistillationModule
 from lit_distill.parallel.processes import follow_rank_zero
 from lit_distill.parser import DistillParser, check_configs, without_template
 from lit_distill.rollouts import Prediction
-from lit_distill.runs import best_checkpoint, check_checkpoint, last_checkpoint, run_loggers
+from lit_distill.runs import best_checkpoint, check_checkpoint, continue_log, last_checkpoint, run_loggers
 
 CHECKPOINT_WORDS = ("best", "last", "hpc")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -189,6 +189,11 @@ class DistillCLI(LightningCLI):
             super().instantiate_classes()
         if self.subcommand == "fit":
             check_trainer(self.trainer)
+
+    def before_fit(self) -> None:
+        """Go on with the log of the run that is continued."""
+        if self._continued is not None:
+            continue_log(self.trainer, self._continued)
 
     def after_fit(self) -> None:
         """Say where to look."""

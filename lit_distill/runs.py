@@ -8,9 +8,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_distill.occupied import leave, occupies, refusal
 from lit_distill.parallel.storage import META
 
 
@@ -74,16 +77,30 @@ def run_loggers(root: str | Path, name: str, continued: Path | None = None) -> l
     Args:
         root: ``trainer.default_root_dir``.
         name: of the run.
-        continued: the checkpoint to go on from; what was logged after it will be logged again.
+        continued: the checkpoint to go on from; what was logged after it will be logged again, see `continue_log`.
     """
     if continued is None:
         version = _new_version(Path(root).expanduser() / name)
         return [TensorBoardLogger(root, name=name, version=version), CSVLogger(root, name=name, version=version)]
     step, folder = int(_without_tensors(continued)["global_step"]), continued.parent.parent
     beside = CSVLogger(root, name=name, version=folder.name)
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        _continue_csv(folder, beside, step)
     return [TensorBoardLogger(root, name=name, version=folder.name, purge_step=step + 1), beside]
+
+
+def continue_log(trainer: Trainer, checkpoint: Path) -> None:
+    """Let rank 0 write again what was logged in CSV before a checkpoint of the same folder.
+
+    Raises:
+        ValueError: naming ``ckpt_path``, if another process is running there; nothing was touched.
+    """
+    folder, step = checkpoint.parent.parent, int(_without_tensors(checkpoint)["global_step"])
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        if isinstance(logger, CSVLogger) and Path(logger.log_dir).resolve() == folder.resolve():
+            if not occupies(folder):
+                raise refusal(folder, "ckpt_path")
+            _continue_csv(folder, logger, step)
+            if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+                leave(folder)  # to a process that will be rank 0
 
 
 def _continue_csv(folder: Path, logger: CSVLogger, step: int) -> None:

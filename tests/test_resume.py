@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run, tiny_config, write
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from lit_distill.runs import run_loggers
+from lit_distill.runs import continue_log, run_loggers
 
 KILLER = """
 import os, signal
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lit_distill.cli import main
 
 class Kill(Callback):
@@ -173,7 +173,10 @@ def test_a_log_outlives_kills_while_it_is_continued(pair, tmp_path) -> None:
     folder = Path(whole.trainer.log_dir)
     (folder / "metrics.csv").rename(folder / ".metrics.csv.kept")  # killed before the log was written again
     (folder / "metrics.csv").write_text("step\n")  # or while it was
-    _, beside = run_loggers(tmp_path / "runs", "run", folder / "checkpoints" / "last.ckpt")
+    last = folder / "checkpoints" / "last.ckpt"
+    loggers = run_loggers(tmp_path / "runs", "run", last)
+    continue_log(Trainer(accelerator="cpu", logger=loggers, default_root_dir=tmp_path), last)
+    beside = loggers[1]
     assert logged(whole.trainer.log_dir) == before
     assert not (folder / ".metrics.csv.kept").exists()
     beside.log_metrics({"train/loss": 1.0, "new": 2.0}, step=5)
