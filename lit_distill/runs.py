@@ -14,7 +14,10 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_distill.occupied import leave, occupies, refusal
-from lit_distill.parallel.storage import META
+from lit_distill.parallel.reading import META, rank_files
+
+UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, KeyError, UnpicklingError)
+"""What torch raises at a checkpoint that is no zip file, cut off, or holds code."""
 
 
 def last_checkpoint(root: str | Path, name: str) -> Path | None:
@@ -34,18 +37,14 @@ def check_checkpoint(path: Path) -> None:
     Raises:
         ValueError: naming ``ckpt_path``.
     """
-    if not path.exists() or (path.is_dir() and not (path / META).is_file()):
-        raise ValueError(f"ckpt_path: there is no {path}. Give a .ckpt file, or one of best, last.")
+    advice = "Give a .ckpt file, or the folder of a sharded checkpoint, or one of best, last."
+    if not path.exists():
+        raise ValueError(f"ckpt_path: there is no {path}. {advice}")
+    if path.is_dir() and not (path / META).is_file():
+        raise ValueError(f"ckpt_path: {path} is a folder and no checkpoint, for it has no {META}. {advice}")
     try:
         said = _without_tensors(path)
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        UnpicklingError,
-    ) as error:  # no zip, cut off, or code
+    except UNREADABLE as error:
         raise ValueError(
             f"ckpt_path: {path} cannot be read as a checkpoint of plain tensors, and nothing else in it was run "
             f"({str(error).splitlines()[0]}). Give another one; the run keeps {path.parent}/*.ckpt."
@@ -55,6 +54,11 @@ def check_checkpoint(path: Path) -> None:
             f"ckpt_path: {path} is no checkpoint of lit-distill. To start from the weights of a model, save it as a Hugging Face "
             "folder and set model.student.path."
         )
+    if path.is_dir():
+        try:
+            rank_files(path, said)
+        except ValueError as error:
+            raise ValueError(f"ckpt_path: {error}") from error
 
 
 def best_checkpoint(last: Path) -> Path:

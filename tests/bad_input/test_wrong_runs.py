@@ -9,6 +9,7 @@ import pytest
 import torch
 from bad_input.conftest import changed
 from command_line import run, tiny_config, write
+from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="session")
@@ -57,11 +58,22 @@ def test_lightning_is_told_to_load_weights_only(checkpoint, pair, tmp_path, monk
     assert all(asked)
 
 
+def a_part_of_a_checkpoint(path: Path) -> None:
+    path.mkdir()
+    said = {"state_dict": {}, "student": {}, "global_step": 1, "generation": 0, "ranks": 2}
+    torch.save(said, path / "meta.pt")
+    save_file({}, path / "0-rank-00000.safetensors")
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda path: None, r"ckpt_path: there is no x\.ckpt\. Give a \.ckpt file"),
-        (lambda path: path.mkdir(), r"ckpt_path: there is no x\.ckpt"),
+        (lambda path: path.mkdir(), r"ckpt_path: x\.ckpt is a folder and no checkpoint, for it has no meta\.pt"),
+        (
+            a_part_of_a_checkpoint,
+            r"ckpt_path: x\.ckpt is incomplete: 2 ranks have written it, and there are the files of 1",
+        ),
         (lambda path: path.write_text("no checkpoint"), r"ckpt_path: x\.ckpt cannot be read as a checkpoint"),
         (lambda path: path.write_bytes(b""), r"ckpt_path: x\.ckpt cannot be read as a checkpoint"),
         (
