@@ -85,19 +85,14 @@ class _Loading:
             log.info("%s.path: each process loads the whole of %s before it is cut into shards.", key, spec.path)
 
     def _add_lora(self, lora: LoraSpec) -> None:
-        stored = (
-            {id(parameter): self.names[name] for name, parameter in self.model.named_parameters()} if self.names else {}
-        )
+        stored = {id(p): (self.names or {}).get(name) for name, p in self.model.named_parameters()}
         with _drawn_by_the_seed():
             add_lora(self.model, lora, f"{self.key}.lora")
-        if self.names is None:
-            return
-        self.names = {name: stored[id(p)] for name, p in self.model.named_parameters() if id(p) in stored}
-        copies = {
-            name: name.replace(f"modules_to_save.{ADAPTER}", "original_module")
-            for name, _ in self.model.named_parameters()
-        }
-        self.names |= {copy: self.names[name] for copy, name in copies.items() if name != copy}
+        if self.names is not None:  # parameters have other names now, and those that train whole are copies
+            named = dict(self.model.named_parameters())
+            originals = {name: name.replace(f"modules_to_save.{ADAPTER}", "original_module") for name in named}
+            files = {name: stored.get(id(named[original])) for name, original in originals.items()}
+            self.names = {name: file for name, file in files.items() if file is not None}
 
     def finish(self, vocabulary_size: int | None, frozen: bool = False) -> CausalLM:
         """Read, shard and check it."""
