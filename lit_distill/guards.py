@@ -67,7 +67,7 @@ class NonFinite:
         if self.action == "stop":
             for parameter in moved:
                 assert parameter.grad is not None
-                local_part(parameter.grad).masked_fill_(bad, 0.0)
+                local_part(parameter.grad).masked_fill_(bad.to(parameter.grad.device), 0.0)
         elif bad:
             for parameter in moved:
                 parameter.grad = None

@@ -27,7 +27,8 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
     for gradient in gradients:
         by_copies.setdefault(_copies(gradient), []).append(local_part(gradient))
     squares = [torch.nn.utils.get_total_norm(parts).float().square() / copies for copies, parts in by_copies.items()]
-    total = torch.stack(squares).sum() if squares else torch.zeros(())
+    # an offloaded student's are in host memory, an objective's own may not be
+    total = torch.stack([square.to(squares[0].device) for square in squares]).sum() if squares else torch.zeros(())
     if any(copies != _world_size() for copies in by_copies):
         torch.distributed.all_reduce(total)
     else:
@@ -66,7 +67,9 @@ class ShardPrecision(Precision):
         gradients = [p.grad for p in self.main_params(optimizer) if p.grad is not None]
         if gradients:
             scale = (clip_val / (gradient_norm(gradients) + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)
+            for device in {gradient.device for gradient in gradients}:
+                here = [local_part(gradient) for gradient in gradients if gradient.device == device]
+                torch._foreach_mul_(here, scale.to(device))
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         """Bound every number of the gradients by ``clip_val``."""
