@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from lit_distill.types import Sequences
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What a body's forward may call its key-value cache: the first since transformers 5.24, the second before and in models from
+elsewhere."""
+
+
 class CausalLM(nn.Module):
     """A decoder whose logits are never computed for more tokens than somebody asks for.
 
@@ -42,7 +47,9 @@ class CausalLM(nn.Module):
         self._whole = False
         self.base_fingerprint: int | None = None
         """See `lora.fingerprint`: noted where the weights under adapters are sharded, and no longer to be looked at as one."""
-        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        taken = inspect.signature(model.base_model.forward).parameters
+        self._takes_positions = "position_ids" in taken
+        self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in taken), CACHE_ARGUMENTS[0])
         if compile_body:
             model.base_model.compile(dynamic=True)
 
@@ -64,8 +71,8 @@ class CausalLM(nn.Module):
         output = self.model.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_argument: cache},
             **positions,
         )
         hidden: Tensor = output.last_hidden_state

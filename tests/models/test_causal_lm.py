@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     PhiConfig,
     Qwen2Config,
 )
+from transformers.cache_utils import DynamicCache
 
 from lit_distill.functional.divergences import forward_kl
 from lit_distill.models import CausalLM, FrozenTeacher, Measurement, ModelSpec, check_head, load_model
@@ -54,6 +56,29 @@ def model_of(name: str, seed: int = 0):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # of transformers since 5.24, and before
+def test_the_cache_is_handed_over_under_the_name_that_the_body_takes(name: str) -> None:
+    given = {}
+    model = model_of("untied Llama")
+    body = {
+        "cache": lambda input_ids, attention_mask, use_cache, cache=None, **_: given.update(cache=cache),
+        "past_key_values": lambda input_ids, attention_mask, use_cache, past_key_values=None, **_: given.update(
+            cache=past_key_values
+        ),
+    }[name]
+    inner = model.base_model
+
+    def forward(**arguments):
+        body(**arguments)
+        return inner.__class__.forward(inner, input_ids=arguments["input_ids"], use_cache=False)
+
+    forward.__signature__ = inspect.signature(body)
+    inner.forward = forward
+    ids, cache = torch.arange(4)[None], DynamicCache(config=model.config)
+    CausalLM(model)(ids, torch.ones_like(ids), cache)
+    assert given["cache"] is cache
 
 
 @pytest.fixture

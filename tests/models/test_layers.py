@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+from transformers.cache_utils import DynamicCache
 
+from lit_distill.models import CausalLM
 from lit_distill.models.layers import keep_layers, resolve_layers
 
 
@@ -44,12 +46,10 @@ def test_a_pruned_model_computes_what_the_kept_layers_compute_one_after_the_othe
 def test_a_pruned_model_decodes_with_its_cache_what_it_computes_without(family, make_model, ids):
     model = make_model(family, num_layers=5)
     keep_layers(model, [1, 2, 4])
-    cache, rows = None, []
-    for step in range(ids.shape[1]):
-        output = model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        rows.append(output.logits)
-    torch.testing.assert_close(torch.cat(rows, dim=1), model(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    lm, mask, cache = CausalLM(model), torch.ones_like(ids), DynamicCache(config=model.config)
+    rows = [lm(ids[:, step : step + 1], mask[:, : step + 1], cache) for step in range(ids.shape[1])]
+    assert cache.get_seq_length() == ids.shape[1]
+    torch.testing.assert_close(torch.cat(rows, dim=1), lm(ids, mask), rtol=1e-4, atol=1e-4)
     generated = [model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)]
     assert torch.equal(*generated)
 
