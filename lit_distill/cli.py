@@ -88,6 +88,7 @@ class DistillCLI(LightningCLI):
             },
             args=args,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # the module keeps no hyperparameters, so nothing need be dumped for them
             **arguments,
         )
 

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import yaml
 
+from lit_distill import cli
 from lit_distill.cli import DistillCLI
+
+
+class SharedParserCLI(DistillCLI):
+    """The command line with a parser that is built once a process: building it takes longer than most of what is tested."""
+
+    _parsers: ClassVar[dict[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __init__(self, args: list[str], **settings: Any) -> None:
+        self._prints = any("help" in word or "print_config" in word for word in args)  # these have longer descriptions
+        super().__init__(args, **settings)
+
+    def setup_parser(self, add_subcommands: bool, *arguments: Any) -> None:
+        """Take the parser of an earlier run of the same subcommand, with what Lightning keeps beside it."""
+        parts = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+        defaults = sorted((key, repr(value)) for key, value in self.trainer_defaults.items() if key != "callbacks")
+        shape = (add_subcommands, self._asked, self._prints, *defaults)
+        if shape not in self._parsers:
+            super().setup_parser(add_subcommands, *arguments)
+            self._parsers[shape] = {name: vars(self)[name] for name in parts if name in vars(self)}
+        vars(self).update(self._parsers[shape])
 
 
 def tiny_config(pair: tuple[Path, Path], **model: Any) -> dict[str, Any]:
@@ -40,4 +61,10 @@ def write(config: dict[str, Any], path: Path) -> Path:
 def run(*arguments: object, **settings: Any) -> DistillCLI:
     """What `lit-distill` with these arguments does, without the console script around it."""
     with patch.object(sys, "argv", ["lit-distill"]):
-        return DistillCLI([str(argument) for argument in arguments], **settings)
+        return SharedParserCLI([str(argument) for argument in arguments], **settings)
+
+
+def main(*arguments: object) -> None:
+    """The console script: `run`, and errors as messages."""
+    with patch.object(sys, "argv", ["lit-distill"]), patch.object(cli, "DistillCLI", SharedParserCLI):
+        cli.main([str(argument) for argument in arguments])

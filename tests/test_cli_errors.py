@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from command_line import tiny_config, write
-
-from lit_distill.cli import main
+from command_line import main, tiny_config, write
 
 TYPOS = {
     "modle": {"student": {"path": "x"}},
@@ -42,7 +40,6 @@ def command(pair, tmp_path, monkeypatch):
     """`lit-distill fit` with one key of the config set, as a function that returns the exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setattr(sys, "argv", ["lit-distill"])
 
     def fit(key: str, value: object) -> object:
         config = node = tiny_config(pair)
@@ -51,7 +48,7 @@ def command(pair, tmp_path, monkeypatch):
             node = node.setdefault(parent, {})
         node[last] = value
         with pytest.raises(SystemExit) as stop:
-            main(["fit", "--config", str(write(config, tmp_path / "wrong.yaml"))])
+            main("fit", "--config", write(config, tmp_path / "wrong.yaml"))
         return stop.value.code
 
     return fit

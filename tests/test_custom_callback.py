@@ -11,9 +11,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from command_line import tiny_config, write
+from command_line import main, tiny_config, write
 
-from lit_distill.cli import main
 from lit_distill.data import ProceduralData
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
@@ -33,7 +32,6 @@ def example() -> str:
 def run(pair, tmp_path, monkeypatch):
     """Fit with the README's callback; gives its lines and the rows of the CSV log."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lit-distill"])
     # As in a console script: the folder one works in is not on the path before `main` puts it there.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     (tmp_path / "callback_of_mine.py").write_text(example(), encoding="utf-8")
@@ -49,7 +47,7 @@ def run(pair, tmp_path, monkeypatch):
         config["trainer"]["callbacks"] = [
             {"class_path": f"callback_of_mine.{name}", "init_args": {"path": "terms.jsonl", "shortest": shortest}}
         ]
-        main(["fit", "--config", str(write(config, tmp_path / "own.yaml")), "--export.enabled", "false"])
+        main("fit", "--config", write(config, tmp_path / "own.yaml"), "--export.enabled", "false")
         (log,) = (tmp_path / "runs").rglob("metrics.csv")
         with log.open() as file:
             rows = list(csv.DictReader(file))

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import tiny_config, write
-
-from lit_distill.cli import main
+from command_line import main, tiny_config, write
 
 REMOVED = "<removed>"
 Refusal = Callable[..., str]
@@ -43,7 +41,6 @@ def refusal(pair, tmp_path, monkeypatch, capsys) -> Refusal:
     """`lit-distill` with some keys changed, as a function that returns the one message of which it dies."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setattr(sys, "argv", ["lit-distill"])
 
     def begins(*arguments: object) -> None:
         raise AssertionError("training began")
@@ -64,7 +61,7 @@ def refusal(pair, tmp_path, monkeypatch, capsys) -> Refusal:
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What `lit-distill` says when it does not do as it is told."""
     with pytest.raises(SystemExit) as stop:
-        main(arguments)
+        main(*arguments)
     said = capsys.readouterr().err
     code = stop.value.code
     assert code not in (0, None)
