@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from math import prod
 
 import pytest
 import torch
@@ -130,36 +132,44 @@ def test_bf16_models_record_what_their_own_rescore_says(make_model) -> None:
         torch.testing.assert_close(responses.logprobs[row][responses.mask[row]], expected, rtol=0.05, atol=0.15)
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.7])
-def test_every_sequence_has_the_probability_of_the_mixture(alpha: float, make_model) -> None:
-    """χ² over all sequences of three tokens, with coins shared by the rows of each of many decoding batches."""
-    torch.manual_seed(5)
+def test_every_sequence_has_the_probability_of_the_mixture(make_model) -> None:
+    """χ² over all texts of three tokens at each throw of the coins; by their chances, the throws add up to the mixture."""
     student, teacher = make_model("llama", 1, vocab_size=3), make_model("llama", 1, seed=4, vocab_size=3)
     models = CausalLM(student), FrozenTeacher(CausalLM(teacher))
     for model in (student, teacher):
         model.get_output_embeddings().weight.data *= 0.5
-    batches, rows, steps, stop = 1000, 100, 3, 0
+    rows, steps, stop = 4000, 3, 0
     prompts = Prompts(torch.full((rows, 1), 1), torch.ones(rows, 1, dtype=torch.int64))
+    whole = itertools.product(range(3), repeat=steps)
+    texts = sorted({text[: text.index(stop) + 1] if stop in text else text for text in whole})
+    by_student, by_teacher = ([token_probabilities(model, text) for text in texts] for model in (student, teacher))
+    throws = list(itertools.product((False, True), repeat=steps))
+    laws = torch.tensor([
+        [prod(p if coin else q for coin, q, p in zip(coins, *speakers, strict=False))
+         for speakers in zip(by_student, by_teacher, strict=True)]
+        for coins in throws
+    ])  # fmt: skip
     generator = torch.Generator().manual_seed(11)
-    counts: dict[tuple[int, ...], int] = {}
-    for _ in range(batches):
-        coins = (torch.rand(steps, generator=generator) < alpha).tolist()
+    for coins, law in zip(throws, laws, strict=True):
         uniforms = torch.rand(rows, steps, generator=generator, dtype=torch.float64)
         responses = decode_mixed(*models, coins, prompts, Decoding(steps), (stop,), uniforms)
-        for ids, mask in zip(responses.ids.tolist(), responses.mask.tolist(), strict=True):
-            sequence = tuple(token for token, kept in zip(ids, mask, strict=True) if kept)
-            counts[sequence] = counts.get(sequence, 0) + 1
-    expected: dict[tuple[int, ...], float] = {}
-    for sequence in itertools.product(range(3), repeat=steps):
-        cut = sequence[: sequence.index(stop) + 1] if stop in sequence else sequence
-        if cut not in expected:
-            whole = torch.tensor([[1, *cut]])
-            with torch.no_grad():
-                q, p = (m(input_ids=whole).logits[0, :-1].softmax(-1) for m in (student, teacher))
-            mixed = (alpha * p + (1 - alpha) * q).gather(-1, whole[0, 1:, None])
-            expected[cut] = float(mixed.prod()) * batches * rows
-    assert set(counts) <= set(expected)
-    # Shared coins correlate the rows of a batch: the variance of a count is larger than multinomial, by what the batches say.
-    chi_square = sum((counts.get(s, 0) - e) ** 2 / e for s, e in expected.items())
-    degrees = len(expected) - 1
-    assert chi_square < 3 * (degrees + 3 * (2 * degrees) ** 0.5)
+        lengths = responses.mask.sum(dim=-1).tolist()
+        said = Counter(tuple(ids[:n]) for ids, n in zip(responses.ids.tolist(), lengths, strict=True))
+        assert set(said) <= set(texts)
+        chi_square = sum((said[text] - rows * p) ** 2 / (rows * p) for text, p in zip(texts, law.tolist(), strict=True))
+        degrees = len(texts) - 1
+        assert chi_square < degrees + 3 * (2 * degrees) ** 0.5, coins
+    for alpha in (0.2, 0.7):
+        chances = torch.tensor([prod(alpha if coin else 1 - alpha for coin in coins) for coins in throws])
+        mixture = [
+            prod(alpha * p + (1 - alpha) * q for q, p in zip(*speakers, strict=True))
+            for speakers in zip(by_student, by_teacher, strict=True)
+        ]
+        torch.testing.assert_close(chances @ laws, torch.tensor(mixture), rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def token_probabilities(model: torch.nn.Module, text: tuple[int, ...]) -> list[float]:
+    """Of each token of a text after the prompt [1], by the model's own logits."""
+    whole = torch.tensor([[1, *text]])
+    return model(input_ids=whole).logits[0, :-1].softmax(-1).gather(-1, whole[0, 1:, None])[:, 0].tolist()
