@@ -6,8 +6,8 @@ import copy
 import json
 import re
 import shlex
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +17,10 @@ import datasets
 import pytest
 import torch
 import yaml
+from command_line import main, run
 from transformers import AutoConfig, GenerationConfig, GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config
 
-from lit_distill.cli import DistillCLI, main
+from lit_distill.cli import DistillCLI
 from lit_distill.models import ModelSpec
 from lit_distill.models import pair as model_pair
 from lit_distill.models.spec import load_model
@@ -31,6 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 KD, SEQKD = (next(path for path in CONFIGS if path.stem == stem) for stem in ("smollm2_kd", "seqkd_smollm2"))
+MISSPELT = ("quickstart", "minillm_gpt2", "smollm2_lora")
+"""Of these, typos are looked for by default: a short config, one with rollouts and a corpus, one with adapters."""
 
 
 def smollm2(hidden: int, inner: int, layers: int, heads: int) -> LlamaConfig:
@@ -123,7 +126,6 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path_factory, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["lit-distill"])  # LightningCLI warns where a command line stands beside its args
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     datasets.disable_progress_bars()
 
@@ -134,8 +136,30 @@ def config(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
-def instantiate(path: Path, *overrides: str) -> DistillCLI:
-    return DistillCLI(args=["--config", str(path), *overrides], run=False)
+@cache
+def instantiated(path: Path) -> DistillCLI:
+    """Everything that a YAML stands for; to be looked at, not to be changed."""
+    return run("--config", path, run=False)
+
+
+def kind(path: Path) -> tuple[object, ...]:
+    """What decides which code a step of a YAML runs: its source, its data and its adapters."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    model = content["model"]
+    return (model.get("source") or {}).get("class_path"), content["data"]["class_path"], "lora" in model["student"]
+
+
+def models(path: Path) -> str:
+    """Student and teacher of a YAML, as they stand there: what many of them have is looked at once."""
+    model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+    return json.dumps([model["student"], model.get("teacher")])
+
+
+def some(chosen: Iterable[Path]) -> list[Any]:
+    """All YAML files, of which ``chosen`` are looked at by default and the others with ``-m slow``."""
+    chosen = set(chosen)
+    marks = {path: () if path in chosen else pytest.mark.slow for path in CONFIGS}
+    return [pytest.param(path, marks=mark, id=path.stem) for path, mark in marks.items()]
 
 
 def head(path: Path) -> str:
@@ -228,7 +252,7 @@ def test_the_head_of_a_config_gives_the_command_that_runs_it(config: Path) -> No
 
 def test_every_command_in_the_head_of_a_config_parses(config: Path) -> None:
     shown = commands(config)
-    parser = instantiate(config).parser if any(len(words) > 3 for words in shown) else None
+    parser = instantiated(config).parser
     for stage, flag, path, *overrides in shown:
         assert stage in ("fit", "predict", "test")
         assert flag == "--config"
@@ -239,14 +263,15 @@ def test_every_command_in_the_head_of_a_config_parses(config: Path) -> None:
 
 
 def test_a_config_parses_and_instantiates(config: Path) -> None:
-    cli = instantiate(config)
+    cli = instantiated(config)
     assert cli.model.objectives
     assert cli.datamodule is not None
     assert cli.trainer.max_steps > 0 or cli.trainer.max_epochs is not None
 
 
+@pytest.mark.parametrize("config", some({kind(path): path for path in reversed(CONFIGS)}.values()))
 def test_a_config_takes_one_step_and_exports_a_student(config: Path, stand_ins, tmp_path) -> None:
-    main(["fit", "--config", str(stand_ins(config))])
+    main("fit", "--config", stand_ins(config))
     run = tmp_path / "runs" / config.stem / "version_0"
     losses = [line for line in (run / "metrics.csv").read_text().splitlines() if line]
     assert "train/loss" in losses[0]
@@ -254,9 +279,10 @@ def test_a_config_takes_one_step_and_exports_a_student(config: Path, stand_ins, 
     assert (run / "export" / "last" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("config", some(path for path in CONFIGS if path.stem in MISSPELT))
 def test_a_typo_at_any_level_of_a_config_is_an_error_that_names_it(config: Path, tmp_path, capsys) -> None:
     written = tmp_path / "typo.yaml"
-    parser = instantiate(config).parser
+    parser = instantiated(config).parser
     unnamed = {}
     for way in levels(yaml.safe_load(config.read_text(encoding="utf-8"))):
         broken = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -291,8 +317,11 @@ def test_the_shapes_of_these_tests_count_as_many_parameters_as_the_model_cards(p
         assert load_model(ModelSpec(path), "model.student").num_parameters() == PUBLISHED[path][1]
 
 
+@pytest.mark.parametrize(
+    "config", {models(path): path for path in reversed(CONFIGS)}.values(), ids=lambda path: path.stem
+)
 def test_student_and_teacher_of_a_config_fit_each_other_at_full_size(config: Path, published, monkeypatch) -> None:
-    module = instantiate(config).model
+    module = instantiated(config).model
     specs = [spec for spec in (module.student_spec, module.teacher_spec) if spec is not None]
     if not all(spec.path in PUBLISHED for spec in specs):
         assert all("assets" in spec.path or spec.from_scratch for spec in specs), "add its shape to PUBLISHED"
@@ -316,7 +345,7 @@ def test_student_and_teacher_of_a_config_fit_each_other_at_full_size(config: Pat
 
 def test_the_pruned_smollm2_has_25_of_30_layers(published) -> None:
     with torch.device("meta"):
-        student = load_model(instantiate(KD).model.student_spec, "model.student")
+        student = load_model(instantiated(KD).model.student_spec, "model.student")
     assert student.config.num_hidden_layers == 25
     assert student.num_parameters() == 134_515_008 - 5 * SMOLLM2_LAYER
 
@@ -325,7 +354,7 @@ def test_the_pruned_smollm2_has_25_of_30_layers(published) -> None:
     ("name", "rate", "epochs"), [("gpt2_sft", 5e-4, 20), ("gpt2_kd", 5e-4, 20), ("gpt2_xl_sft", 5e-5, 10)]
 )
 def test_the_baselines_have_the_numbers_of_minillm(name: str, rate: float, epochs: int) -> None:
-    cli = instantiate(KD.with_name(f"{name}.yaml"))
+    cli = instantiated(KD.with_name(f"{name}.yaml"))
     optimizer = cli.model.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
     schedule = cli.model.lr_scheduler_factory(optimizer)
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -364,7 +393,7 @@ def test_the_baselines_have_the_numbers_of_minillm(name: str, rate: float, epoch
 def test_the_other_methods_have_the_numbers_of_their_scripts(
     name: str, rate: float, epochs: int, batch: int, objectives: dict[str, float], corpus: dict[str, float]
 ) -> None:
-    cli = instantiate(KD.with_name(f"{name}.yaml"))
+    cli = instantiated(KD.with_name(f"{name}.yaml"))
     module, data = cli.model, cli.datamodule
     optimizer = module.optimizer_factory([torch.nn.Parameter(torch.zeros(1))])
     schedule = module.lr_scheduler_factory(optimizer)
@@ -385,7 +414,7 @@ def test_the_other_methods_have_the_numbers_of_their_scripts(
 
 def test_preference_jsd_and_replay_have_the_settings_of_the_papers_and_their_code() -> None:
     dpkd, token, gkd, distillm = (
-        instantiate(KD.with_name(f"{name}_gpt2.yaml")).model for name in ("dpkd", "dpkd_token", "gkd", "distillm")
+        instantiated(KD.with_name(f"{name}_gpt2.yaml")).model for name in ("dpkd", "dpkd_token", "gkd", "distillm")
     )
     preference = dpkd.objectives["dpkd"]
     assert (preference.beta, preference.variant, preference.length_normalize) == (0.1, "dpkd", True)
@@ -398,20 +427,19 @@ def test_preference_jsd_and_replay_have_the_settings_of_the_papers_and_their_cod
 
 
 def test_the_overrides_in_the_heads_do_what_they_say() -> None:
-    cli = instantiate(
-        KD, "--data.train.path", "my.jsonl", "--data.fields", "null", "--model.objectives.kd", "ReverseKL"
-    )
+    overrides = ("--data.train.path", "my.jsonl", "--data.fields", "null", "--model.objectives.kd", "ReverseKL")
+    cli = run("--config", KD, *overrides, run=False)
     assert cli.datamodule.records["train"].path == "my.jsonl"
     assert cli.datamodule.fields.columns["output"] == "output"
     assert isinstance(cli.model.objectives["kd"], ReverseKL)
-    assert cli.model.objectives["ce"].weight == instantiate(KD).model.objectives["ce"].weight
+    assert cli.model.objectives["ce"].weight == instantiated(KD).model.objectives["ce"].weight
 
 
 def test_what_the_teacher_says_is_what_seqkd_learns(stand_ins, tmp_path) -> None:
     said = tmp_path / "said.jsonl"
-    speak = ["--model.prediction.speaker", "teacher", "--model.prediction.path", str(said)]
-    main(["predict", "--config", str(stand_ins(KD)), *speak, "--model.prediction.max_new_tokens", "4"])
+    speak = ("--model.prediction.speaker", "teacher", "--model.prediction.path", said)
+    main("predict", "--config", stand_ins(KD), *speak, "--model.prediction.max_new_tokens", 4)
     responses = [json.loads(line)["response"] for line in said.read_text().splitlines()]
     assert len(responses) == 20  # four of 24 are for validation
-    main(["fit", "--config", str(stand_ins(SEQKD)), "--data.train.path", str(said)])
+    main("fit", "--config", stand_ins(SEQKD), "--data.train.path", said)
     assert (tmp_path / "runs" / SEQKD.stem / "version_0" / "export" / "best" / "config.json").is_file()
