@@ -36,6 +36,7 @@ from lit_distill.models import (
     stop_token_ids,
 )
 from lit_distill.models.record import check_same_adapters, student_record
+from lit_distill.models.roles import resolve_dtypes, warn_of_emulation
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.parallel import DataRanks, data_ranks, most_over_ranks, sharding_of, without_gradient_sync
 from lit_distill.rollouts import (
@@ -131,7 +132,10 @@ class DistillationModule(L.LightningModule):
         """Load student and teacher; called by the Trainer once it knows the device and the strategy."""
         if hasattr(self, "student"):
             return
+        device_type = self.trainer.strategy.root_device.type
+        self.student_spec, self.teacher_spec = resolve_dtypes(self.student_spec, self.teacher_spec, device_type)
         self.student, teacher = build_pair(self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self))
+        warn_of_emulation(self.student, teacher, str(self.trainer.precision), device_type)
         self.teacher = FrozenTeacher(teacher, shared=teacher is self.student) if teacher else None
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
         self._text = self._measurement(self.objectives, "model.objectives")

@@ -30,6 +30,7 @@ BELOW = {
 }
 BELOW["checks"] = {"schedulers", "parallel"}
 BELOW["lengths"] = {"models"}
+BELOW["trainer"] = {"models"}
 BELOW["module"] = {*BELOW, "evaluation"}
 BELOW["callbacks"] = {*BELOW, "module"}
 BELOW["parser"] = {*BELOW, "callbacks"}

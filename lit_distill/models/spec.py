@@ -45,9 +45,10 @@ class ModelSpec:
     """Branch, tag or commit of a hub id; the default is its main branch."""
     tokenizer: str | None = None
     """Folder, hub id or .gguf file of the tokenizer; the default is `path`."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
     """Type of the weights. By default the role decides: float32 for a student that trains, as stored for a teacher and for a
-    student with adapters, which are float32 themselves."""
+    student with adapters, which are float32 themselves. auto is bfloat16 where the device multiplies it fast, else float32, and
+    float32 for all weights that train."""
     attn_implementation: str | None = None
     """Attention of transformers: eager, sdpa, flash_attention_2, …; the default is the fastest it finds."""
     keep_layers: list[int] | int | None = None

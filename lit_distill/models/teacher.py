@@ -69,9 +69,9 @@ class FrozenTeacher:
         return rows
 
     def head(self) -> Head:
-        """The teacher's output projection over the common vocabulary."""
+        """The teacher's output projection over the common vocabulary, in its own dtype where the device multiplies that fast."""
         with switched_off(self._switches):
-            return self.lm.head()
+            return self.lm.head().for_products()
 
     decoding_head = head
 
