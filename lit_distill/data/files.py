@@ -96,7 +96,7 @@ def _to_table(rows: list[dict[str, Any]]) -> pa.Table:
         for row in rows:
             try:
                 pa.Table.from_pylist([row])
-            except failures as reason:  # noqa: PERF203 - runs once, to find the line
+            except failures as reason:
                 raise ValueError(f"{row[ORIGIN]}: a value cannot be stored: {reason}") from reason
         span = f"{rows[0][ORIGIN]} to {rows[-1][ORIGIN]}"
         raise ValueError(f"{span}: a column mixes types inside its lists or objects: {error}") from error
