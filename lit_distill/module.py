@@ -33,6 +33,7 @@ from lit_distill.models import (
     check_specs,
     global_counts,
     load_tokenizer,
+    shared_ids,
     stop_token_ids,
 )
 from lit_distill.models.record import check_same_adapters, student_record
@@ -158,6 +159,9 @@ class DistillationModule(L.LightningModule):
             # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
             self.automatic_optimization = False
         check_lengths(self, stage)
+        check = getattr(self.trainer.datamodule, "check_token_ids", None)  # type: ignore[attr-defined]
+        if check is not None and self.teacher_spec is not None and not self.teacher_spec.shared_with_student:
+            check(shared_ids(self.tokenizer, load_tokenizer(self.teacher_spec, "model.teacher")))
 
     def configure_optimizers(self) -> Any:
         """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
@@ -331,7 +335,8 @@ class DistillationModule(L.LightningModule):
             return []
         settings = self.prediction
         responses = self.generate(batch.prompts, batch.ids, settings, settings.seed, settings.speaker)
-        records = prediction_records(batch, responses, self.response_texts(responses), self.stop_ids, settings)
+        texts = self.response_texts(responses)
+        records = prediction_records(batch, responses, texts, self.stop_ids, settings, self.tokenizer)
         return [record for record in records if record["id"] not in self.predicted_ids]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ BELOW = {
     "occupied": set(),
     "runs": {"occupied", "parallel"},
     "objectives": {"functional", "types"},
-    "models": {"functional", "types", "objectives", "parallel"},
+    "models": {"functional", "types", "objectives", "parallel", "data"},
     "data": {"functional", "types", "objectives"},
     "rollouts": {"functional", "types", "objectives", "models", "data"},
     "evaluation": {"atomic", "functional", "types", "objectives", "models", "data", "rollouts", "parallel"},
