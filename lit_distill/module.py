@@ -23,7 +23,7 @@ from torchmetrics import Metric
 from lit_distill import checks
 from lit_distill.evaluation.held_out import HeldOut
 from lit_distill.guards import NonFinite
-from lit_distill.lengths import check_lengths
+from lit_distill.lengths import check_lengths, check_tokens
 from lit_distill.models import (
     CausalLM,
     FrozenTeacher,
@@ -33,7 +33,6 @@ from lit_distill.models import (
     check_specs,
     global_counts,
     load_tokenizer,
-    shared_ids,
     stop_token_ids,
 )
 from lit_distill.models.record import check_same_adapters, student_record
@@ -159,9 +158,7 @@ class DistillationModule(L.LightningModule):
             # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
             self.automatic_optimization = False
         check_lengths(self, stage)
-        check = getattr(self.trainer.datamodule, "check_token_ids", None)  # type: ignore[attr-defined]
-        if check is not None and self.teacher_spec is not None and not self.teacher_spec.shared_with_student:
-            check(shared_ids(self.tokenizer, load_tokenizer(self.teacher_spec, "model.teacher")))
+        check_tokens(self)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
