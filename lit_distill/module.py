@@ -132,10 +132,11 @@ class DistillationModule(L.LightningModule):
         """Load student and teacher; called by the Trainer once it knows the device and the strategy."""
         if hasattr(self, "student"):
             return
-        device_type = self.trainer.strategy.root_device.type
+        trainer: Any = self._trainer  # a module may be used without one
+        device_type = trainer.strategy.root_device.type if trainer else self.device.type
         self.student_spec, self.teacher_spec = resolve_dtypes(self.student_spec, self.teacher_spec, device_type)
         self.student, teacher = build_pair(self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self))
-        warn_of_emulation(self.student, teacher, str(self.trainer.precision), device_type)
+        warn_of_emulation(self.student, teacher, trainer.precision if trainer else None, device_type)
         self.teacher = FrozenTeacher(teacher, shared=teacher is self.student) if teacher else None
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
         self._text = self._measurement(self.objectives, "model.objectives")

@@ -100,12 +100,12 @@ def resolve_dtypes(
     return trained, None if teacher is None else resolve(teacher, "model.teacher", auto)
 
 
-def warn_of_emulation(student: CausalLM, teacher: CausalLM | None, precision: str, device_type: str) -> None:
+def warn_of_emulation(student: CausalLM, teacher: CausalLM | None, precision: str | None, device_type: str) -> None:
     """Log where the user has asked for numbers that the device multiplies slowly, with the key to change."""
     asked = {"model.student.dtype": student.model.dtype}
     if teacher is not None and teacher is not student:
         asked["model.teacher.dtype"] = teacher.model.dtype
-    if precision.startswith("bf16"):
+    if precision == "bf16-mixed":
         asked["trainer.precision"] = torch.bfloat16
     for key, dtype in asked.items():
         if message := emulated(key, dtype, device_type):
