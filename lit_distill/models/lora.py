@@ -112,7 +112,22 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
     for layer in layers:
         if hasattr(layer, "reset_lora_parameters") and ADAPTER in (*layer.lora_A, *layer.lora_embedding_A):
             _materialize(layer)
-            layer.reset_lora_parameters(ADAPTER, True)
+            with _on_the_processor(layer):
+                layer.reset_lora_parameters(ADAPTER, True)
+
+
+@contextmanager
+def _on_the_processor(layer: Any) -> Iterator[None]:
+    """Have an adapter in host memory for a while: what is drawn there is the same whatever the device."""
+    halves = [getattr(layer, name) for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")]
+    parts = [half[ADAPTER] for half in halves if ADAPTER in half]
+    parameters = [part if isinstance(part, nn.Parameter) else part.weight for part in parts]
+    devices = [parameter.device for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.cpu()
+    yield
+    for parameter, device in zip(parameters, devices, strict=True):
+        parameter.data = parameter.data.to(device)
 
 
 def _materialize(layer: Any) -> None:

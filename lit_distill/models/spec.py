@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,8 +147,10 @@ def load_model(spec: ModelSpec, key: str, dtype: torch.dtype | None = None) -> P
     total = config.get_text_config(decoder=True).num_hidden_layers
     layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
     dtype = getattr(torch, spec.dtype) if spec.dtype is not None else dtype
-    if torch.get_default_device().type == "meta" or spec.from_scratch:
-        with naming(key, _source(spec, key)):
+    shapes_only = torch.get_default_device().type == "meta"
+    if shapes_only or spec.from_scratch:
+        # drawn on the processor, whose draws are the same whatever the device and the strategy
+        with naming(key, _source(spec, key)), nullcontext() if shapes_only else torch.device("cpu"):
             model = _build(config, dtype, spec.trust_remote_code)
         if (generation_config := _generation_config(spec, key)) is not None:
             model.generation_config = generation_config
@@ -245,7 +249,7 @@ def _read(spec: ModelSpec, key: str, config: PreTrainedConfig, dtype: torch.dtyp
         if hasattr(config, "quantization_config"):
             raise ValueError(f"{key}.quantization: {source.location} is stored quantised already. Remove it.")
         arguments["quantization_config"] = quantization_config(spec.quantization, f"{key}.quantization")
-    with naming(f"{key}.path", source):
+    with naming(f"{key}.path", source), _device_to_read_on():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
@@ -261,6 +265,11 @@ def _read(spec: ModelSpec, key: str, config: PreTrainedConfig, dtype: torch.dtyp
     if source.gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # save_pretrained refuses a model that calls itself quantised
     return model
+
+
+def _device_to_read_on() -> AbstractContextManager[Any]:
+    """Lightning's device, whose context we are in; the processor where `accelerate` is missing, which transformers then needs."""
+    return nullcontext() if importlib.util.find_spec("accelerate") else torch.device("cpu")
 
 
 def is_quantized(spec: ModelSpec, config: PreTrainedConfig) -> bool:
