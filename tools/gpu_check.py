@@ -18,10 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products of one shape give the same bits in every run
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
+if __name__ == "__main__":  # before those who read them are imported
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products of one shape give the same bits in every run
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 from gpu_checks.project import make_importable
 

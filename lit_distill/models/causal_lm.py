@@ -119,12 +119,26 @@ class CausalLM(nn.Module):
     def speaking(self) -> Iterator[None]:
         """Quiet while text is being written, and, where `gathers` says so, whole: then ranks need not wait for each other."""
         hold = self.gathers and self.runs_together
-        with self.quiet(), held_whole(self) if hold else nullcontext():
+        with self.quiet(), held_whole(self) if hold else nullcontext(), _weights_cast_once(self.model.device.type):
             self._whole |= hold
             try:
                 yield
             finally:
                 self._whole &= not hold
+
+
+@contextmanager
+def _weights_cast_once(device: str) -> Iterator[None]:
+    """Let autocast keep its copies of weights, which do not change while text is written; Lightning's casts them for each token."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    torch.clear_autocast_cache()
+    with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
 
 
 @torch.no_grad()

@@ -57,7 +57,8 @@ def values(machine: Machine) -> Iterator[Row]:
         with machine.autocast(precision):
             value = loss_of(*ours, labels, teacher)
         value.backward()
-        yield below(f"{precision}: value against float64 at once, relative", abs(float(value / expected - 1)), limit)
+        error = abs(float(value.detach() / expected.detach() - 1))
+        yield below(f"{precision}: value against float64 at once, relative", error, limit)
         for name, part, reference in zip(("hidden rows", "head"), ours, wide, strict=True):
             error = (part.grad.double() - reference.grad).norm() / reference.grad.norm()
             yield below(f"{precision}: gradient of the {name}, relative", float(error), limit)

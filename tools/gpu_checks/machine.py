@@ -8,8 +8,9 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import lightning
@@ -26,6 +27,8 @@ class Machine:
     device: torch.device
     folder: Path
     """Temporary."""
+    runs: dict[str, Any] = field(default_factory=dict)
+    """What runs have done, by their config."""
 
     @property
     def cuda(self) -> bool:
@@ -43,14 +46,15 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def clear(self) -> None:
-        """Give memory back."""
+        """Give memory back, and stop looking for waits."""
         gc.collect()
         if self.cuda:
+            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.empty_cache()
 
     def autocast(self, precision: str) -> torch.autocast:
         """What Lightning's precision plugin enters for a step."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False)
 
 
 def describe(device: str) -> dict[str, str]:

@@ -63,13 +63,13 @@ def mixed(machine: Machine, precision: str) -> Iterator[Row]:
     mask = responses.mask
     mean, largest = LIMITS[precision]
     for name, recorded, reference in (
-        ("student's", responses.logprobs, own),
-        ("teacher's", responses.teacher_logprobs, theirs),
-        ("teacher's, kept rows:", kept, theirs),
+        ("student", responses.logprobs, own),
+        ("teacher", responses.teacher_logprobs, theirs),
+        ("teacher's kept rows", kept, theirs),
     ):
         gaps = (recorded - reference).abs()[mask]
-        yield below(f"{precision}: {name} log-probabilities against a re-score, nats", float(gaps.mean()), mean)
-        yield below(f"{precision}: {name} largest difference", float(gaps.max()), largest)
+        yield below(f"{precision}: {name}: log-probabilities against a re-score, nats", float(gaps.mean()), mean)
+        yield below(f"{precision}: {name}: the largest difference", float(gaps.max()), largest)
     from_teacher = responses.from_teacher
     assert from_teacher is not None
     both = bool(from_teacher.any()) and bool((mask & ~from_teacher).any())

@@ -134,30 +134,41 @@ def changed(config: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def fit(
-    machine: Machine, config: dict[str, Any], steps: int, watch: Watch | None = None, name: str = "run", **keys: Any
+    machine: Machine,
+    config: dict[str, Any],
+    steps: int,
+    watch: Watch | None = None,
+    name: str | None = None,
+    **keys: Any,
 ) -> Watch:
-    """What a run of ``steps`` optimiser steps did.
+    """What a run of ``steps`` optimiser steps did; one that did the same before does not run again.
 
     Args:
         machine: the device to run on, unless ``keys`` say otherwise.
         config: of the run.
         steps: until it ends.
-        watch: what keeps it.
+        watch: what keeps it; with one, or a name, it always runs.
         name: of the run's folder.
         keys: other values of the config, by dotted name with ``__`` for the dot.
     """
-    watch = watch or Watch()
     chosen = {
         "trainer.accelerator": machine.device.type,
         "trainer.devices": 1,
         "trainer.max_steps": steps,
         "trainer.default_root_dir": str(machine.folder / "runs"),
         "trainer.enable_progress_bar": False,
-        "run_name": name,
+        "run_name": name or "run",
         **{key.replace("__", "."): value for key, value in keys.items()},
     }
-    command(machine, "fit", changed(config, chosen), watch)
-    return watch
+    whole = changed(config, chosen)
+    key = yaml.safe_dump(whole)
+    if watch is None and name is None and key in machine.runs:
+        return machine.runs[key]
+    own = watch or Watch()
+    command(machine, "fit", whole, own)
+    if watch is None and name is None:
+        machine.runs[key] = own
+    return own
 
 
 def command(machine: Machine, word: str, config: dict[str, Any], watch: Watch | None = None) -> Any:

@@ -153,6 +153,7 @@ def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
         )  # fmt: skip
         loader = DataLoader(batches, batch_size=None, pin_memory=machine.cuda)  # type: ignore[arg-type]
         trainer.fit(module, loader)
+    pair.student.zero_grad()
     pair.student.to(machine.device)  # Lightning has put it into host memory
     tokens = pair.texts * pair.length
     seconds = watch.seconds / timed

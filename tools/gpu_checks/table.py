@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-WIDTHS = (22, 62, 10, 8, 6, 8)
+WIDTHS = (22, 70, 10, 7, 5, 8)
 HEADS = ("check", "what", "value", "limit", "s", "verdict")
 
 

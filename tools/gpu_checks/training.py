@@ -53,7 +53,8 @@ def resume(machine: Machine, config: str) -> Iterator[Row]:
         inner = settings["model"]["source"]["init_args"]
         inner |= {"mini_batch_size": 8, "inner_epochs": 1, "max_new_tokens": 16}
         settings["data"]["init_args"]["batch_size"] = 16
-    straight, again = (fit(machine, settings, steps, name=f"straight {number} {config}") for number in (1, 2))
+    straight = fit(machine, settings, steps)
+    again = fit(machine, settings, steps, name=f"again {config}") if machine.cuda else straight
     name = f"resumed {config}"
     with suppress(StoppedError):
         fit(machine, settings, steps, Watch(killed_after=steps // 2), name=name)
@@ -61,7 +62,7 @@ def resume(machine: Machine, config: str) -> Iterator[Row]:
     if len(resumed.terms) != steps - steps // 2:
         raise RuntimeError(f"the resumed run took {len(resumed.terms)} steps: it did not go on from step {steps // 2}")
     noise = distance(again.weights, straight.weights)
-    note = "two runs straight through are equal to the bit" if noise == 0 else f"two runs straight through: {noise:.2g}"
+    note = f"two runs straight through: {noise:.2g}" if machine.cuda else ""
     what = f"weights after {steps // 2} + {steps // 2} steps against {steps}, relative"
     yield below(what, distance(resumed.weights, straight.weights), 0.0 if noise == 0 else max(1e-5, 4 * noise), note)
 
@@ -73,9 +74,10 @@ def lora(machine: Machine) -> Iterator[Row]:
         return
     config = method("quickstart", machine)
     config["model"]["student"]["lora"] = {"r": 4}
-    own = fit(machine, config, STEPS)
     reference = fit(machine, config, STEPS, trainer__accelerator="cpu")
-    yield below("32-true: losses against the processor's, relative", furthest(own.losses, reference.losses), 1e-4)
+    if machine.cuda:
+        own = fit(machine, config, STEPS)
+        yield below("32-true: losses against the processor's, relative", furthest(own.losses, reference.losses), 1e-4)
     mixed = fit(machine, config, STEPS, trainer__precision="bf16-mixed")
     yield below("bf16-mixed: losses against the processor's, relative", furthest(mixed.losses, reference.losses), 2e-2)
 
