@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from families import family, ids, make_model, make_tokenizer
+from session import pytest_configure, pytest_terminal_summary, pytest_warning_recorded, pytest_xdist_auto_num_workers
 from tiny import ASSETS, ragged_text, tiny_llama
 
 from lit_distill.models import CausalLM, FrozenTeacher
 from lit_distill.types import Sequences
 
 __all__ = ["family", "ids", "make_model", "make_tokenizer"]
+__all__ += ["pytest_configure", "pytest_terminal_summary", "pytest_warning_recorded", "pytest_xdist_auto_num_workers"]
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
 

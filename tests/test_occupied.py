@@ -91,6 +91,7 @@ def test_a_second_run_ends_with_one_line_and_touches_nothing_until_the_first_is_
     assert not (VERSION / NAME).exists()
 
 
+@pytest.mark.slow
 def test_it_is_refused_before_any_weights_load(config, monkeypatch) -> None:
     run("fit", "--config", config)
     before = content(VERSION)
@@ -105,6 +106,7 @@ def test_it_is_refused_before_any_weights_load(config, monkeypatch) -> None:
     assert not (VERSION / NAME).exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_checkpoints_that_is_in_use_is_refused_too(config, tmp_path) -> None:
     (tmp_path / "kept").mkdir()
     said = rf"checkpoint\.dirpath: another process is running in {tmp_path}/kept"
@@ -131,6 +133,7 @@ def is_free(folder: Path) -> bool:
     return done.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_new_run_has_its_folder_and_gives_it_back_at_its_end_and_when_it_fails(config) -> None:
     looks = [Look(), Look(fails=True)]
     run("fit", "--config", config, trainer_defaults={"callbacks": looks[:1]})
@@ -141,6 +144,7 @@ def test_a_new_run_has_its_folder_and_gives_it_back_at_its_end_and_when_it_fails
     assert is_free(VERSION.with_name("version_1"))
 
 
+@pytest.mark.slow
 def test_a_process_may_take_its_folder_again_by_any_name(tmp_path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "run")
     assert occupies(tmp_path / "run")
@@ -150,6 +154,7 @@ def test_a_process_may_take_its_folder_again_by_any_name(tmp_path) -> None:
     assert is_free(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_file_that_was_deleted_before_it_was_locked_is_no_lock(tmp_path, monkeypatch) -> None:
     import fcntl
 

@@ -38,11 +38,13 @@ def metadata(wheel: ZipFile, name: str) -> str:
     return wheel.read(found).decode()
 
 
+@pytest.mark.slow
 def test_nothing_generic_lands_in_site_packages(wheel) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert tops == {"lit_distill", f"lit_distill-{lit_distill.__version__}.dist-info"}
 
 
+@pytest.mark.slow
 def test_every_source_file_is_in_the_wheel_and_callbacks_are_a_subpackage(wheel) -> None:
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "lit_distill").rglob("*.py")}
     ours |= {f"lit_distill/{path.relative_to(ROOT)}" for path in (ROOT / "callbacks").rglob("*.py")}
@@ -50,12 +52,14 @@ def test_every_source_file_is_in_the_wheel_and_callbacks_are_a_subpackage(wheel)
     assert "lit_distill/callbacks/__init__.py" in ours
 
 
+@pytest.mark.slow
 def test_types_and_assets_are_in_the_wheel(wheel) -> None:
     assets = {str(p.relative_to(ROOT)) for p in (ROOT / "lit_distill" / "assets").rglob("*") if p.is_file()}
     assert assets
     assert {*assets, "lit_distill/py.typed"} <= set(wheel.namelist())
 
 
+@pytest.mark.slow
 def test_licence_entry_point_and_version_are_told(wheel) -> None:
     about = Parser().parsestr(metadata(wheel, "METADATA"))
     assert about["Version"] == lit_distill.__version__
@@ -64,6 +68,7 @@ def test_licence_entry_point_and_version_are_told(wheel) -> None:
     assert "lit-distill = lit_distill.cli:main" in metadata(wheel, "entry_points.txt")
 
 
+@pytest.mark.slow
 def test_python_m_is_the_console_script() -> None:
     command = [sys.executable, "-m", "lit_distill", "--help"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

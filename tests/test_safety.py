@@ -51,9 +51,10 @@ def faults(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_no_source_runs_what_is_only_data(path: Path) -> None:
-    assert not faults(path.read_text())
+def test_no_source_runs_what_is_only_data() -> None:
+    assert len(SOURCES) > 100
+    found = {str(path): faults(path.read_text()) for path in SOURCES}
+    assert not {path: calls for path, calls in found.items() if calls}
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,10 @@ def told(config: Path, hook: str, step: int, *arguments: str) -> None:
 @pytest.mark.parametrize(
     ("hook", "step", "saved"),
     [
-        ("on_before_optimizer_step", 1, 2),
+        pytest.param("on_before_optimizer_step", 1, 2, marks=pytest.mark.slow),
         ("on_before_optimizer_step", 3, 4),  # a validation of two batches is due
-        ("on_validation_batch_start", 4, 4),  # in its first batch
-        ("on_sanity_check_start", 0, 1),  # as soon as there is something to save
+        pytest.param("on_validation_batch_start", 4, 4, marks=pytest.mark.slow),  # in its first batch
+        pytest.param("on_sanity_check_start", 0, 1, marks=pytest.mark.slow),  # as soon as there is something to save
     ],
 )
 def test_a_job_whose_time_is_nearly_up_goes_back_into_the_queue_once_and_goes_on_to_the_same_bits(
@@ -140,7 +140,7 @@ def test_a_step_that_was_saved_already_is_no_reason_not_to_requeue(pair, tmp_pat
     assert requeued() == ["requeue 4700_11"]
 
 
-@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("missing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_job_that_slurm_does_not_take_back_says_what_to_do(pair, tmp_path, monkeypatch, requeued, missing) -> None:
     if missing:
         monkeypatch.setenv("PATH", str(tmp_path))

@@ -58,6 +58,7 @@ def test_a_second_run_stops_before_it_loads_anything_and_the_first_goes_on(confi
     assert len(set(ids())) == len(ids()) == 48
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_locks_nobody_out(config) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, "predictions.jsonl"], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None

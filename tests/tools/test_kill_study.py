@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 PATH = Path(__file__).parents[2] / "tools" / "kill_study.py"
@@ -33,6 +34,7 @@ def job(folder: Path) -> kill_study.Job:
     return started
 
 
+@pytest.mark.slow
 def test_one_rank_is_killed_and_what_is_left_is_seen_and_ended(tmp_path) -> None:
     for who in ("rank 0", "another rank"):
         started = job(tmp_path)
@@ -47,6 +49,7 @@ def test_one_rank_is_killed_and_what_is_left_is_seen_and_ended(tmp_path) -> None
         assert started.ended(5.0) is not None
 
 
+@pytest.mark.slow
 def test_a_job_of_which_nothing_is_left_has_ended(tmp_path) -> None:
     started = job(tmp_path)
     assert started.kill("all") == "all"
