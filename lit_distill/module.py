@@ -35,6 +35,7 @@ from lit_distill.models import (
     load_tokenizer,
     stop_token_ids,
 )
+from lit_distill.models.precision import avoid_cudnn_attention
 from lit_distill.models.record import check_same_adapters, student_record
 from lit_distill.models.roles import resolve_dtypes, warn_of_emulation
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
@@ -134,6 +135,7 @@ class DistillationModule(L.LightningModule):
             return
         trainer: Any = self._trainer  # a module may be used without one
         device_type = trainer.strategy.root_device.type if trainer else self.device.type
+        avoid_cudnn_attention(device_type)
         self.student_spec, self.teacher_spec = resolve_dtypes(self.student_spec, self.teacher_spec, device_type)
         self.student, teacher = build_pair(self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self))
         warn_of_emulation(self.student, teacher, trainer.precision if trainer else None, device_type)

@@ -1,4 +1,4 @@
-"""Which types of numbers a device multiplies fast, and what `auto` stands for on it.
+"""Which types of numbers a device multiplies fast and right, and what `auto` stands for on it.
 
 A processor without units for bfloat16 emulates its products: up to 200 times slower than float32, by the layout of the
 matrices. Every float32 represents a bfloat16 exactly, so there the products run in float32.
@@ -42,6 +42,18 @@ def multiplies_fast(dtype: torch.dtype, device_type: str) -> bool:
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """``dtype``, or float32 where products of ``dtype`` would be emulated."""
     return dtype if multiplies_fast(dtype, device_type) else torch.float32
+
+
+def avoid_cudnn_attention(device_type: str) -> None:
+    """Leave the attention of cuDNN out of what PyTorch chooses from, in this process.
+
+    Its backward gives NaN for the queries where a mask is passed and the scores are low (PyTorch 2.11 to 2.13 on Hopper, 16 bits);
+    on an H200 the shipped MiniLLM and DPKD runs met it after a dozen steps. Padded batches always pass a mask.
+
+    Source: https://github.com/pytorch/pytorch/issues/196678.
+    """
+    if device_type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def auto_dtype(device_type: str) -> torch.dtype:

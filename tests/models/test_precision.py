@@ -96,3 +96,15 @@ def test_the_command_line_takes_auto_and_says_what_it_is(pair, tmp_path, units, 
         cli = run("--config", write(config, tmp_path / "auto.yaml"), run=False)
     assert cli.trainer.precision == ("bf16-mixed" if units else "32-true")
     assert f"trainer.precision: auto is {cli.trainer.precision} on this cpu." in caplog.text
+
+
+def test_attention_of_cudnn_is_left_out_on_a_gpu() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        of.avoid_cudnn_attention("cpu")
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        of.avoid_cudnn_attention("cuda")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
