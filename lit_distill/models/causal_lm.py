@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_distill.models.head import Head, head_of
+from lit_distill.models.precision import forward_only
 from lit_distill.models.sharding import gather_ends, held_whole, is_sharded
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class CausalLM(nn.Module):
     def speaking(self) -> Iterator[None]:
         """Quiet while text is being written, and, where `gathers` says so, whole: then ranks need not wait for each other."""
         hold = self.gathers and self.runs_together
-        with self.quiet(), held_whole(self) if hold else nullcontext(), _weights_cast_once(self.model.device.type):
+        device_type = self.model.device.type
+        whole = held_whole(self) if hold else nullcontext()
+        with self.quiet(), whole, _weights_cast_once(device_type), forward_only(device_type):
             self._whole |= hold
             try:
                 yield

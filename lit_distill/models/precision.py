@@ -7,7 +7,8 @@ matrices. Every float32 represents a bfloat16 exactly, so there the products run
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 def avoid_cudnn_attention(device_type: str) -> None:
-    """Leave the attention of cuDNN out of what PyTorch chooses from, in this process.
+    """Leave the attention of cuDNN out of what PyTorch chooses from, in this process; `forward_only` takes it in again.
 
     Its backward gives NaN for the queries where a mask is passed and the scores are low (PyTorch 2.11 to 2.13 on Hopper, 16 bits);
     on an H200 the shipped MiniLLM and DPKD runs met it after a dozen steps. Padded batches always pass a mask.
@@ -53,6 +54,19 @@ def avoid_cudnn_attention(device_type: str) -> None:
     Source: https://github.com/pytorch/pytorch/issues/196678.
     """
     if device_type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextmanager
+def forward_only(device_type: str) -> Iterator[None]:
+    """Let PyTorch choose from all kernels of attention where no gradient is taken: generation and frozen models."""
+    if device_type != "cuda" or torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 

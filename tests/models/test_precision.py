@@ -98,13 +98,16 @@ def test_the_command_line_takes_auto_and_says_what_it_is(pair, tmp_path, units, 
     assert f"trainer.precision: auto is {cli.trainer.precision} on this cpu." in caplog.text
 
 
-def test_attention_of_cudnn_is_left_out_on_a_gpu() -> None:
+def test_attention_of_cudnn_is_left_out_on_a_gpu_but_where_no_gradient_is_taken() -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
         of.avoid_cudnn_attention("cpu")
         assert torch.backends.cuda.cudnn_sdp_enabled()
         of.avoid_cudnn_attention("cuda")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        with of.forward_only("cuda"), of.forward_only("cuda"):
+            assert torch.backends.cuda.cudnn_sdp_enabled()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
