@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_distill.models import ModelSpec, load_tokenizer
 from lit_distill.models.merging import adapted_model, check_exportable, merged_weights, save_adapter
 from lit_distill.models.spec import spec_of
+from lit_distill.models.tying import mark_untied, tied_names
 from lit_distill.parallel import gathered, read_checkpoint
 
 if TYPE_CHECKING:
@@ -149,16 +150,24 @@ def save_folder(
     model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path, dtype: str | None
 ) -> Path:
     """`save_pretrained` of ``weights`` in the shape of ``model``, with its tokenizer, all or nothing."""
+    config = copy.deepcopy(model.config)
+    tied = {name: source for name, source in tied_names(model).items() if {name, source} <= weights.keys()}
+    if all(_same(weights[name], weights[source]) for name, source in tied.items()):
+        weights = {name: weight for name, weight in weights.items() if name not in tied}  # tied again on loading
+    else:  # by the weights, whatever the config of an older checkpoint says; each then has memory of its own
+        mark_untied(config)
+        weights = {**weights, **{name: weights[name].clone() for name in tied}}
     if dtype:
         weights = {name: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for name, w in weights.items()}
-    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        tied = set(model._tied_weights_keys or ())  # by name: stored once, and tied again when they are loaded
-        weights = {name: weight for name, weight in weights.items() if name not in tied}
     written = next(w.dtype for w in weights.values() if w.is_floating_point())
     with replacing(folder) as unfinished:
         model.save_pretrained(unfinished, state_dict=weights)
-        config = copy.deepcopy(model.config)
         config.dtype = written  # decides in what dtype the folder loads; `save_pretrained` has noted that of `model`
+        config.architectures = model.config.architectures
         config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     return folder
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
