@@ -91,7 +91,7 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return others | merged
 
 
-def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: torch.dtype | None) -> None:
+def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Write the adapter as peft reads it: `PeftModel.from_pretrained(base, folder)`.
 
     Args:
@@ -99,6 +99,9 @@ def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: t
         spec: of the student; says where its base is.
         folder: where to.
         dtype: of the written weights; float32 by default.
+
+    Returns:
+        What was written, by the names of peft.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -113,3 +116,4 @@ def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: t
     folder.mkdir(parents=True)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+    return weights
