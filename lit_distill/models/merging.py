@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_distill.models.lora import ADAPTER, add_lora
 from lit_distill.models.record import check_same_adapters
@@ -71,24 +71,37 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     Args:
         model: of `add_lora`; not changed.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
     merged: dict[str, Tensor] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            layer: Any = copy.deepcopy(module)
-            layer.cpu().float().merge()
-            part = layer.get_base_layer()
-        elif isinstance(module, ModulesToSaveWrapper):
-            part = module.modules_to_save[ADAPTER]
-        else:
-            continue
-        inside.append(f"{name}.")
-        merged |= {f"{name}.{own}": value for own, value in part.state_dict().items()}
+        if _is_adapted(module) and not name.startswith(tuple(inside)):  # the outermost: one may wrap another
+            inside.append(f"{name}.")
+            part = _plain(copy.deepcopy(module).cpu().float())
+            merged |= {f"{name}.{own}": value for own, value in part.state_dict().items()}
     others = {n: w.cpu() for n, w in model.state_dict().items() if not n.startswith(tuple(inside))}
     return others | merged
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
+
+
+def _plain(module: Any) -> nn.Module:
+    """What peft has put adapters into, with these merged; changes ``module``.
+
+    Of a module with several adapted parameters, such as the fused experts of a layer, peft wraps the wrapped one again.
+    """
+    if _is_adapted(module):
+        if hasattr(module, "modules_to_save"):
+            return _plain(module.modules_to_save[ADAPTER])
+        module.merge()
+        return _plain(module.base_layer)
+    for name, child in module.named_children():
+        setattr(module, name, _plain(child))
+    return module
 
 
 def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:

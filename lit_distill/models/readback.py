@@ -129,8 +129,8 @@ def check_adapter(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor], 
         return
     base = load_model(spec, "model.student")
     try:
-        with warnings.catch_warnings():  # of what transformers calls otherwise today
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings():  # of names in transformers, and of patterns that do match fused experts
+            warnings.simplefilter("ignore")
             model = PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # of any library
         raise WrongExportError(f"peft cannot load the adapter. {type(error).__name__}: {error}. {ADVICE}") from error
