@@ -89,7 +89,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
         key: their YAML key, for messages.
 
     Raises:
-        ValueError: if a name is that of no layer, or of one whose adapter could not be respected.
+        ValueError: if a name is that of no layer, or of one whose adapter could not be respected, or that peft cannot adapt so.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -103,7 +103,12 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
     before = torch.get_rng_state()
     with warnings.catch_warnings():  # GPT-2's layers are transposed, its head is not, and peft corrects that one by one
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        inject_adapter_in_model(config, model, ADAPTER)
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")  # fused experts do match
+        try:
+            inject_adapter_in_model(config, model, ADAPTER)
+        except ValueError as error:
+            said = str(error).rstrip(".")
+            raise ValueError(f"{key}: {said}. Change that, or name other layers in {key}.target_modules.") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

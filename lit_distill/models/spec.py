@@ -14,6 +14,7 @@ from lit_distill.models.layers import keep_layers, resolve_layers
 from lit_distill.models.lora import LoraSpec
 from lit_distill.models.quantized import quantization_config
 from lit_distill.models.source import Source, check_folder, locate, naming
+from lit_distill.models.tying import accept_untied, separate
 from lit_distill.models.weights import check_causal, check_finite, check_report
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def open_model(
         wanted = getattr(torch, spec.dtype) if spec.dtype is not None else dtype or own
         with parameters_on_meta():
             model = _build(config, wanted, spec.trust_remote_code)
+        separate(model, stored.apart(model), f"{key}.path: {source.location}")
         names = stored.plan(model)
     if names is None:
         return load_model(spec, key, dtype), None
@@ -262,6 +264,7 @@ def _read(spec: ModelSpec, key: str, config: PreTrainedConfig, dtype: torch.dtyp
     model: PreTrainedModel = loaded[0]
     check_report(loaded[1], f"{key}.path: {source.location}")
     check_finite(model, f"{key}.path: {source.location}")
+    accept_untied(model, f"{key}.path: {source.location}")
     if source.gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # save_pretrained refuses a model that calls itself quantised
     return model
