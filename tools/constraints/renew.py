@@ -55,7 +55,7 @@ def newest(torch: str | None) -> list[str]:
         install = [*pip, "install", "--quiet", *torch_as_given, f"{ROOT}[test,lora,gguf]"]
         subprocess.run(install, check=True)  # noqa: S603 - ours
         frozen = subprocess.run([*pip, "freeze"], check=True, capture_output=True, text=True).stdout  # noqa: S603 - ours
-    lines = [re.sub(r"\+\w+$", "", line) for line in frozen.splitlines() if "==" in line]
+    lines = [re.sub(r"\+\w+$", "", line) for line in frozen.splitlines() if re.match(r"[\w.-]+==", line)]
     return sorted(line for line in lines if not line.startswith("lit-distill=="))
 
 
