@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +12,16 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from lit_distill.callbacks.folders import save_adapted, save_folder
 
-from lit_distill.models import ModelSpec, load_tokenizer
-from lit_distill.models.merging import adapted_model, check_exportable, merged_weights, save_adapter
+from lit_distill.models import CausalLM, load_tokenizer
+from lit_distill.models.merging import adapted_model, check_exportable
+from lit_distill.models.readback import Expected, expected_of, expected_of_weights
 from lit_distill.models.spec import spec_of
+from lit_distill.models.stored import parameters_on_meta
 from lit_distill.parallel import gathered, read_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from lit_distill.module import DistillationModule
 
 STUDENT_PREFIX = "student.model."
@@ -38,14 +37,19 @@ class HuggingFaceExport(Callback):
         dtype: of the written weights; the student's own by default.
         merge_lora: of a student with adapters (`model.student.lora`) write one plain model. If false, write the adapter alone, for
             peft.
+        verify: read each folder back, once, and compare what it computes with the trained student; a difference is an error, and
+            the folder lies beside the right place, as ``last.wrong``. It takes host memory for one more copy of the model.
     """
 
-    def __init__(self, enabled: bool = True, dtype: str | None = None, merge_lora: bool = True) -> None:
+    def __init__(
+        self, enabled: bool = True, dtype: str | None = None, merge_lora: bool = True, verify: bool = True
+    ) -> None:
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f"export.dtype: expected float32, bfloat16, float16 or null, got {dtype!r}.")
         self.enabled = enabled
         self.dtype = dtype
         self.merge_lora = merge_lora
+        self.verify = verify
         self.folders: dict[str, Path] = {}
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
@@ -54,32 +58,56 @@ class HuggingFaceExport(Callback):
             check_exportable(pl_module.student_spec, self.merge_lora)
 
     def on_fit_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Write the folders and say where they are."""
+        """Write the folders and say where they are.
+
+        Raises:
+            ValueError: if one is not the student; the other is written all the same.
+        """
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         root = Path(trainer.log_dir or trainer.default_root_dir) / "export"  # all ranks ask, since one tells the others
+        student = pl_module.student
+        runs_here = self.verify and (trainer.is_global_zero or student.runs_together)
+        expected = expected_of(student, trainer.strategy.root_device) if runs_here else None
         state = gathered(trainer.strategy.lightning_module_state_dict(), keep=trainer.is_global_zero)
         if not trainer.is_global_zero:
             return
-        model, spec, tokenizer = pl_module.student.model, pl_module.student_spec, pl_module.tokenizer
-        if spec.lora is None:
-            self.folders["last"] = save_folder(model, student_weights(state), tokenizer, root / "last", self.dtype)
-        else:
-            if pl_module.student.runs_together:  # the base is read again, rather than gathered
-                saved = {"spec": asdict(spec), "base": pl_module.student.base_fingerprint}
-                model = adapted_model(spec, saved, student_weights(state))
-            self.folders["last"] = save_adapted(model, spec, tokenizer, root / "last", self.dtype, self.merge_lora)
+        weights = student_weights(state)
+        failures = [self._attempt("last", root, lambda folder: self._write_last(pl_module, weights, expected, folder))]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-                self.folders["best"] = export_checkpoint(
-                    Path(callback.best_model_path), root / "best", self.dtype, self.merge_lora
+                best = Path(callback.best_model_path)
+                write = partial(
+                    export_checkpoint, best, dtype=self.dtype, merge_lora=self.merge_lora, verify=self.verify
                 )
+                failures.append(self._attempt("best", root, write))
                 break
-        for name, folder in self.folders.items():
-            rank_zero_info(f"Exported the {name} student to {folder}")
+        if said := [failure for failure in failures if failure]:
+            raise ValueError("\n".join([*said, "The run's checkpoints are as they were."]))
+
+    def _attempt(self, name: str, root: Path, write: Callable[[Path], Path]) -> str | None:
+        """Write one folder and say where it is; or what is wrong with it, since the other may be right."""
+        try:
+            self.folders[name] = write(root / name)
+        except ValueError as error:
+            return f"export/{name}: {error}"
+        rank_zero_info(f"Exported the {name} student to {self.folders[name]}")
+        return None
+
+    def _write_last(
+        self, pl_module: DistillationModule, weights: dict[str, torch.Tensor], expected: Expected | None, folder: Path
+    ) -> Path:
+        model, spec, tokenizer = pl_module.student.model, pl_module.student_spec, pl_module.tokenizer
+        if spec.lora is None:
+            return save_folder(model, weights, tokenizer, folder, self.dtype, expected, spec.trust_remote_code)
+        if pl_module.student.runs_together:  # the base is read again, rather than gathered
+            model = adapted_model(spec, {"spec": asdict(spec), "base": pl_module.student.base_fingerprint}, weights)
+        return save_adapted(model, spec, tokenizer, folder, self.dtype, self.merge_lora, expected)
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, dtype: str | None = None, merge_lora: bool = True) -> Path:
+def export_checkpoint(
+    checkpoint: Path, folder: Path, dtype: str | None = None, merge_lora: bool = True, verify: bool = True
+) -> Path:
     """Write the student of a Lightning checkpoint as a Hugging Face folder.
 
     Args:
@@ -87,9 +115,10 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str | None = None, 
         folder: where to; replaced if it exists.
         dtype: of the written weights; as stored by default.
         merge_lora: merge adapters into their base, which is read again from where it was; else write them alone.
+        verify: read the folder back, and compare what it computes with the checkpoint's student.
 
     Raises:
-        ValueError: if it is no such checkpoint, or the base of its adapters is not to be had.
+        ValueError: if it is no such checkpoint, or the base of its adapters is not to be had, or the folder is not its student.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -103,62 +132,17 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str | None = None, 
     check_exportable(spec, merge_lora)
     tokenizer = load_tokenizer(spec, "model.student")
     if spec.lora is not None:
-        return save_adapted(adapted_model(spec, saved, weights), spec, tokenizer, folder, dtype, merge_lora)
+        model = adapted_model(spec, saved, weights)
+        expected = expected_of(CausalLM(model)) if verify else None
+        return save_adapted(model, spec, tokenizer, folder, dtype, merge_lora, expected)
     config = AutoConfig.for_model(**saved["config"])
-    with torch.device("meta"):
+    with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
     model.generation_config = GenerationConfig.from_dict(saved["generation_config"])
-    return save_folder(model, weights, tokenizer, folder, dtype)
+    expected = expected_of_weights(model, weights) if verify else None
+    return save_folder(model, weights, tokenizer, folder, dtype, expected, spec.trust_remote_code)
 
 
 def student_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The student's own weights out of the module's, under the names that transformers gives them."""
     return {k.removeprefix(STUDENT_PREFIX): v for k, v in state.items() if k.startswith(STUDENT_PREFIX)}
-
-
-def save_adapted(
-    model: PreTrainedModel, spec: ModelSpec, tokenizer: Any, folder: Path, dtype: str | None, merge: bool
-) -> Path:
-    """A student with adapters as one plain model in the dtype of its base, or as the adapter alone, all or nothing."""
-    from transformers import AutoModelForCausalLM
-
-    if merge:
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(model.config, trust_remote_code=spec.trust_remote_code)
-        plain.generation_config = model.generation_config
-        own = next(str(p.dtype) for p in model.parameters() if not p.requires_grad).removeprefix("torch.")
-        return save_folder(plain, merged_weights(model), tokenizer, folder, dtype or own)
-    with replacing(folder) as unfinished:
-        save_adapter(model, spec, unfinished, getattr(torch, dtype) if dtype else None)
-        tokenizer.save_pretrained(unfinished)
-    return folder
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` once it is complete."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    yield unfinished
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-
-
-def save_folder(
-    model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path, dtype: str | None
-) -> Path:
-    """`save_pretrained` of ``weights`` in the shape of ``model``, with its tokenizer, all or nothing."""
-    if dtype:
-        weights = {name: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for name, w in weights.items()}
-    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        tied = set(model._tied_weights_keys or ())  # by name: stored once, and tied again when they are loaded
-        weights = {name: weight for name, weight in weights.items() if name not in tied}
-    written = next(w.dtype for w in weights.values() if w.is_floating_point())
-    with replacing(folder) as unfinished:
-        model.save_pretrained(unfinished, state_dict=weights)
-        config = copy.deepcopy(model.config)
-        config.dtype = written  # decides in what dtype the folder loads; `save_pretrained` has noted that of `model`
-        config.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-    return folder

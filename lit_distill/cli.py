@@ -42,6 +42,7 @@ from lit_distill.parallel.processes import follow_rank_zero
 from lit_distill.parser import DistillParser, check_configs, without_template
 from lit_distill.rollouts import Prediction
 from lit_distill.runs import best_checkpoint, check_checkpoint, continue_log, last_checkpoint, run_loggers
+from lit_distill.trainer import DistillTrainer
 
 CHECKPOINT_WORDS = ("best", "last", "hpc")
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -73,6 +74,7 @@ class DistillCLI(LightningCLI):
         super().__init__(
             DistillationModule,
             LightningDataModule,
+            trainer_class=DistillTrainer,
             subclass_mode_data=True,
             seed_everything_default=1,
             save_config_kwargs={"overwrite": True},

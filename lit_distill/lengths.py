@@ -1,10 +1,11 @@
-"""Texts that a model cannot read to their end are refused before it is loaded."""
+"""Texts that a model cannot read, since they are too long or hold tokens it does not have, are refused before it is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_distill.models import load_tokenizer, shared_ids
 from lit_distill.models.spec import load_config
 
 if TYPE_CHECKING:
@@ -47,6 +48,21 @@ def check_lengths(module: DistillationModule, stage: str) -> None:
                     f"{reading.key}: {reading.what} of {reading.tokens} tokens, and model.{role} reads {reads}. Make it smaller; "
                     "data.init_args.overlong: truncate cuts what is longer."
                 )
+
+
+def check_tokens(module: DistillationModule) -> None:
+    """Look for tokens that the student has and the teacher lacks.
+
+    Args:
+        module: its data module may find them (``check_token_ids``); otherwise nothing is looked at.
+
+    Raises:
+        ValueError: naming split, item and token.
+    """
+    check = getattr(module.trainer.datamodule, "check_token_ids", None)  # type: ignore[attr-defined]
+    teacher = module.teacher_spec
+    if check is not None and teacher is not None and not teacher.shared_with_student:
+        check(shared_ids(module.tokenizer, load_tokenizer(teacher, "model.teacher")))
 
 
 def _items(module: DistillationModule, data: Any, stage: str) -> Iterator[Reading]:

@@ -23,7 +23,7 @@ from torchmetrics import Metric
 from lit_distill import checks
 from lit_distill.evaluation.held_out import HeldOut
 from lit_distill.guards import NonFinite
-from lit_distill.lengths import check_lengths
+from lit_distill.lengths import check_lengths, check_tokens
 from lit_distill.models import (
     CausalLM,
     FrozenTeacher,
@@ -35,7 +35,9 @@ from lit_distill.models import (
     load_tokenizer,
     stop_token_ids,
 )
+from lit_distill.models.precision import avoid_cudnn_attention
 from lit_distill.models.record import check_same_adapters, student_record
+from lit_distill.models.roles import resolve_dtypes, warn_of_emulation
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.parallel import DataRanks, data_ranks, most_over_ranks, sharding_of, without_gradient_sync
 from lit_distill.rollouts import (
@@ -131,7 +133,12 @@ class DistillationModule(L.LightningModule):
         """Load student and teacher; called by the Trainer once it knows the device and the strategy."""
         if hasattr(self, "student"):
             return
+        trainer: Any = self._trainer  # a module may be used without one
+        device_type = trainer.strategy.root_device.type if trainer else self.device.type
+        avoid_cudnn_attention(device_type)
+        self.student_spec, self.teacher_spec = resolve_dtypes(self.student_spec, self.teacher_spec, device_type)
         self.student, teacher = build_pair(self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self))
+        warn_of_emulation(self.student, teacher, trainer.precision if trainer else None, device_type)
         self.teacher = FrozenTeacher(teacher, shared=teacher is self.student) if teacher else None
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
         self._text = self._measurement(self.objectives, "model.objectives")
@@ -154,6 +161,7 @@ class DistillationModule(L.LightningModule):
             # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
             self.automatic_optimization = False
         check_lengths(self, stage)
+        check_tokens(self)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
@@ -327,7 +335,8 @@ class DistillationModule(L.LightningModule):
             return []
         settings = self.prediction
         responses = self.generate(batch.prompts, batch.ids, settings, settings.seed, settings.speaker)
-        records = prediction_records(batch, responses, self.response_texts(responses), self.stop_ids, settings)
+        texts = self.response_texts(responses)
+        records = prediction_records(batch, responses, texts, self.stop_ids, settings, self.tokenizer)
         return [record for record in records if record["id"] not in self.predicted_ids]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

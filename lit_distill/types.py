@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,10 @@ class TensorRecord:
 
         return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same record with every tensor on ``device``."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
+        """The same record with every tensor on ``device``; by default nobody waits for a copy to a GPU, as Lightning would."""
+        if non_blocking is None:
+            non_blocking = torch.device(device).type == "cuda"
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
@@ -62,8 +63,8 @@ class Sequences(TensorRecord):
     def rows(self, start: int, stop: int) -> Sequences:
         """Texts ``start`` to ``stop``, without the columns that are padding in all of them."""
         mask = self.attention_mask[start:stop]
-        used = mask.any(dim=0).nonzero()
-        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        used = mask.any(dim=0).tolist()  # once to the host, which then knows both ends
+        first, last = (used.index(True), len(used) - used[::-1].index(True)) if True in used else (0, 1)
         hidden = self.teacher_hidden
         if hidden is not None:  # it covers the last T columns, none of which stand left of the prompt's end
             hidden = hidden[start:stop, : hidden.shape[1] - (mask.shape[1] - last)]

@@ -22,13 +22,14 @@ BELOW = {
     "occupied": set(),
     "runs": {"occupied", "parallel"},
     "objectives": {"functional", "types"},
-    "models": {"functional", "types", "objectives", "parallel"},
+    "models": {"functional", "types", "objectives", "parallel", "data"},
     "data": {"functional", "types", "objectives"},
     "rollouts": {"functional", "types", "objectives", "models", "data"},
     "evaluation": {"atomic", "functional", "types", "objectives", "models", "data", "rollouts", "parallel"},
 }
 BELOW["checks"] = {"schedulers", "parallel"}
 BELOW["lengths"] = {"models"}
+BELOW["trainer"] = {"models"}
 BELOW["module"] = {*BELOW, "evaluation"}
 BELOW["callbacks"] = {*BELOW, "module"}
 BELOW["parser"] = {*BELOW, "callbacks"}

@@ -23,6 +23,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--adapter", action="store_true", help="of a student with adapters, write these alone instead of merging them"
     )
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not read the folder back to compare it with the checkpoint's student",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
     given = parser.parse_args(arguments)
     if not given.checkpoint.exists():
@@ -31,7 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {given.folder} is there already. Name another folder, or say --overwrite.")
     given.folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder = export_checkpoint(given.checkpoint, given.folder, given.dtype, merge_lora=not given.adapter)
+        settings = {"dtype": given.dtype, "merge_lora": not given.adapter, "verify": not given.no_verify}
+        folder = export_checkpoint(given.checkpoint, given.folder, **settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"Exported the student to {folder}")

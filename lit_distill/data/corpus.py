@@ -18,7 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.data.files import content_hash, decode, read_objects
 from lit_distill.data.records import RECORD_FILES, find_files, load_hub, refuse_hub_options
-from lit_distill.data.tokenize import VERSION, cache_file, digest, encode, required_eos, tokenizer_content
+from lit_distill.data.special_tokens import required_eos
+from lit_distill.data.tokenize import VERSION, cache_file, digest, encode, tokenizer_content
 
 KEY = "data.init_args.corpus"
 FEATURES = Features({"input_ids": List(Value("int32"))})

@@ -9,6 +9,7 @@ from lit_distill.data.files import ORIGIN
 
 CANONICAL = ("instruction", "input", "output", "id", "references")
 KEY = "data.init_args.fields"
+NOTED_BY_PREDICT = ("finished", "stop_token", "add_special_tokens")
 
 
 class Fields:
@@ -35,20 +36,35 @@ class Fields:
         present = [name for name in CANONICAL if self.columns[name] in columns or name == "input"]
         return present + [name for name in columns if name not in present and name != ORIGIN]
 
-    def check(self, columns: Collection[str]) -> None:
+    def check(self, columns: Collection[str], source: str = "the data") -> None:
         """Every mapped column exists.
 
+        Args:
+            columns: of the records.
+            source: where the records come from, for messages.
+
         Raises:
-            ValueError: naming the key, the column and the columns that exist.
+            ValueError: naming both keys, the column and the columns that exist.
         """
         for name in self.mapped:
             if self.columns[name] not in columns:
                 there = ", ".join(column for column in columns if column != ORIGIN)
-                raise ValueError(f"{KEY}.{name}: there is no column {self.columns[name]!r}. The columns are {there}.")
+                raise ValueError(
+                    f"{KEY}.{name}: there is no column {self.columns[name]!r} in {source}. The columns are {there}."
+                )
 
     def has(self, name: str, columns: Collection[str]) -> bool:
         """Whether the column behind a canonical name is there."""
         return self.columns[name] in columns
+
+    def used(self, variables: Collection[str]) -> set[str]:
+        """The columns that are read: those of the fields, of a template's variables, and what `predict` notes."""
+        return {*self.columns.values(), *variables, *NOTED_BY_PREDICT}
+
+    def is_empty(self, record: Mapping[str, Any], name: str) -> bool:
+        """Whether the record holds nothing, or nothing but white space, under a canonical name."""
+        value = self.value(record, name)
+        return value is None or (isinstance(value, str) and not value.strip())
 
     def value(self, record: Mapping[str, Any], name: str) -> Any:
         """What the record holds under a canonical name or a column's own; None where it holds nothing."""

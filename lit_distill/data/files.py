@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,13 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from _read_json(path) if path.suffix == ".json" else _read_jsonl(path)
 
 
-def read_tables(paths: Sequence[Path]) -> pa.Table:
+def read_tables(paths: Sequence[Path], columns: Collection[str] | None = None) -> pa.Table:
     """All records of the files, in order, with the column `ORIGIN`. A key that a record lacks is null there.
+
+    Args:
+        paths: the files.
+        columns: those whose values are wanted, all by default; of the others nothing but the name is kept, so that it does not
+            matter what they hold.
 
     Raises:
         ValueError: naming the file, and the line where there are lines.
@@ -48,7 +53,9 @@ def read_tables(paths: Sequence[Path]) -> pa.Table:
     kinds: dict[str, tuple[str, str]] = {}
     tables: list[pa.Table] = []
     for path in paths:
-        found = list(_read_parquet(path) if path.suffix == ".parquet" else _object_tables(path, kinds))
+        found = list(
+            _read_parquet(path, columns) if path.suffix == ".parquet" else _object_tables(path, kinds, columns)
+        )
         if not sum(table.num_rows for table in found):
             raise ValueError(f"{path}: the file holds no records. Fill it, or take it out of the list.")
         tables += found
@@ -59,21 +66,30 @@ def read_tables(paths: Sequence[Path]) -> pa.Table:
         raise ValueError(f"{names}: a column has different types in different places: {error}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[pa.Table]:
+def _read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[pa.Table]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not readable as Parquet: {error}") from error
+    for index, name in enumerate(table.column_names):
+        if columns is not None and name not in columns:
+            table = table.set_column(index, name, pa.nulls(table.num_rows))
     origins = pa.array([f"{path}, row {row}" for row in range(1, table.num_rows + 1)], pa.string())
     yield table.append_column(ORIGIN, origins)
 
 
-def _object_tables(path: Path, kinds: dict[str, tuple[str, str]]) -> Iterator[pa.Table]:
+def _object_tables(
+    path: Path, kinds: dict[str, tuple[str, str]], columns: Collection[str] | None
+) -> Iterator[pa.Table]:
     objects = read_objects(path)
-    while rows := [{**row, ORIGIN: origin} for origin, row in islice(objects, ROWS_AT_ONCE)]:
+    while rows := [{**_wanted(row, columns), ORIGIN: origin} for origin, row in islice(objects, ROWS_AT_ONCE)]:
         for row in rows:
             _check_kinds(row, kinds)
         yield _to_table(rows)
+
+
+def _wanted(row: dict[str, Any], columns: Collection[str] | None) -> dict[str, Any]:
+    return row if columns is None else {name: value if name in columns else None for name, value in row.items()}
 
 
 def _check_kinds(row: dict[str, Any], kinds: dict[str, tuple[str, str]]) -> None:
@@ -96,7 +112,7 @@ def _to_table(rows: list[dict[str, Any]]) -> pa.Table:
         for row in rows:
             try:
                 pa.Table.from_pylist([row])
-            except failures as reason:  # noqa: PERF203 - runs once, to find the line
+            except failures as reason:
                 raise ValueError(f"{row[ORIGIN]}: a value cannot be stored: {reason}") from reason
         span = f"{rows[0][ORIGIN]} to {rows[-1][ORIGIN]}"
         raise ValueError(f"{span}: a column mixes types inside its lists or objects: {error}") from error

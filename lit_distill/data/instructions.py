@@ -18,7 +18,7 @@ from lit_distill.data.overlong import Limits, fit_lengths, longest_prompt
 from lit_distill.data.records import Records
 from lit_distill.data.sampling import CorpusOrder, GlobalBatchSampler, validation_mask
 from lit_distill.data.templates import Template
-from lit_distill.data.tokenize import check_ids, tokenize_records
+from lit_distill.data.tokenize import check_ids, first_id_beyond, tokenize_records, unshared_token
 from lit_distill.types import Batch
 
 KEY = "data.init_args"
@@ -38,6 +38,7 @@ class InstructionData(LightningDataModule):
         fields: instruction, input, output, id, references -> column; one not given is the column of that name.
         template: "alpaca", "chat", or a string with fields in braces, such as ``"Q: {question}\nA:"``.
         responses: whether the records have responses; false yields prompts alone.
+        empty_responses: what happens to records whose response is empty: "error", or "drop", which counts them.
         max_prompt_length: tokens of a prompt.
         max_length: tokens of prompt and response together.
         overlong: what happens to longer items: "drop" or "truncate".
@@ -64,6 +65,7 @@ class InstructionData(LightningDataModule):
         fields: dict[str, str] | None = None,
         template: str = "alpaca",
         responses: bool = True,
+        empty_responses: Literal["error", "drop"] = "error",
         max_prompt_length: int = 256,
         max_length: int = 512,
         overlong: Literal["drop", "truncate"] = "drop",
@@ -98,6 +100,7 @@ class InstructionData(LightningDataModule):
         self.fields = Fields(fields)
         self.template = Template(template)
         self.responses = responses
+        self.empty_responses = empty_responses
         self.limits = Limits(max_prompt_length, max_length, overlong)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -108,6 +111,7 @@ class InstructionData(LightningDataModule):
         self.tokenizer = tokenizer
         self._datasets: dict[str, tuple[BatchDataset, np.ndarray]] = {}
         self._standing_in: set[str] = set()  # splits without records of their own
+        self._dropped: dict[str, int] = {}  # records without a response, by the split they were read for
 
     @property
     def has_validation(self) -> bool:
@@ -131,7 +135,7 @@ class InstructionData(LightningDataModule):
         The one method to override for data from elsewhere. Its fingerprint must depend on the content.
         """
         records = self.records[name]
-        return None if records is None else records.read(f"{KEY}.{name}")
+        return None if records is None else records.read(f"{KEY}.{name}", self.fields.used(self.template.variables))
 
     def prepare_data(self) -> None:
         """Tokenise into the cache, on one process of each machine."""
@@ -155,6 +159,8 @@ class InstructionData(LightningDataModule):
                 check_ids(rows["id"])
             rows, lengths, report = fit_lengths(rows, name, self.limits)
             rank_zero_info(report)
+            if dropped := self._dropped.pop(name, 0):
+                rank_zero_info(f"{name}: {dropped} records with an empty response dropped ({KEY}.empty_responses)")
             corpus = None
             if self.corpus is not None and name == "train":
                 corpus = self.corpus.rows(tokenizer)
@@ -248,9 +254,37 @@ class InstructionData(LightningDataModule):
             return None
         # prompts that are to be answered need no output
         responses = self.responses and (name != "predict" or self.fields.has("output", records.column_names))
-        return tokenize_records(
-            records, name, tokenizer, template=self.template, fields=self.fields, responses=responses
+        rows = tokenize_records(
+            records,
+            name,
+            tokenizer,
+            template=self.template,
+            fields=self.fields,
+            responses=responses,
+            drop_empty=self.empty_responses == "drop",
         )
+        if not len(rows):
+            raise ValueError(f"{KEY}.{name}: all of the {len(records)} records have an empty response.")
+        self._dropped[name] = len(records) - len(rows)
+        return rows
+
+    def check_token_ids(self, size: int) -> None:
+        """Refuse tokens that only the student has.
+
+        Args:
+            size: how many of the first ids student and teacher share.
+
+        Raises:
+            ValueError: naming split, item and token.
+        """
+        for name, (dataset, _) in self._datasets.items():
+            for part in ("prompt", "response"):
+                if (found := first_id_beyond(dataset.rows, f"{part}_ids", size)) is not None:
+                    where = f"{KEY}.{name}: the {part} of the item {dataset.rows[found[0]]['id']!r}"
+                    raise ValueError(unshared_token(where, found[1], self._tokenizer()))
+            corpus = None if dataset.corpus is None else first_id_beyond(dataset.corpus, "input_ids", size)
+            if corpus is not None:
+                raise ValueError(unshared_token(f"{KEY}.corpus: row {corpus[0]}", corpus[1], self._tokenizer()))
 
     def _replica(self) -> tuple[int, int]:
         """This process's place among those that share the data, and their number; tensor-parallel ranks are one."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -32,11 +33,12 @@ class Records:
     config: str | None = None
     revision: str | None = None
 
-    def read(self, key: str) -> datasets.Dataset:
+    def read(self, key: str, columns: Collection[str] | None = None) -> datasets.Dataset:
         """The raw columns; the fingerprint of local files is that of their content.
 
         Args:
             key: the YAML key of these records, for error messages.
+            columns: whose values are wanted, all by default; of the other columns of files only the names are kept.
 
         Raises:
             ValueError: if there is nothing at the path, or something broken, with the place.
@@ -45,7 +47,9 @@ class Records:
         if files is None:
             return load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key=key)
         refuse_hub_options(self.config, self.revision, key)
-        return datasets.Dataset(read_tables(files), fingerprint=content_hash(files))
+        used = [] if columns is None else sorted(columns)
+        fingerprint = hashlib.sha256("/".join([content_hash(files), *used]).encode()).hexdigest()[:32]
+        return datasets.Dataset(read_tables(files, columns), fingerprint=fingerprint)
 
 
 def find_files(path: str | list[str], suffixes: Sequence[str], key: str) -> list[Path] | None:

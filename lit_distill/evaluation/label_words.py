@@ -16,9 +16,10 @@ from torch import Tensor
 from lit_distill.data.collate import Item, collate, padding_id
 from lit_distill.data.files import ORIGIN
 from lit_distill.data.records import Records
+from lit_distill.data.special_tokens import prompt_prefix, with_prefix
 from lit_distill.data.templates import KEY as TEMPLATE_KEY
 from lit_distill.data.templates import Template, check_chat_template
-from lit_distill.data.tokenize import encode, prompt_prefix
+from lit_distill.data.tokenize import encode
 from lit_distill.evaluation.calibration import Calibration, CalibrationMetric, collect
 from lit_distill.evaluation.word_tree import WordTree
 from lit_distill.parallel import ALONE, DataRanks
@@ -131,7 +132,7 @@ def read_questions(task: LabelWords, tokenizer: Any, key: str) -> list[Question]
         places.append(where)
     prefix = prompt_prefix(tokenizer, template)
     questions = [
-        Question(prefix + ids, label, where)
+        Question(with_prefix(prefix, ids), label, where)
         for ids, label, where in zip(encode(tokenizer, texts), labels, places, strict=True)
     ]
     for question in questions:

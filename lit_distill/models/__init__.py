@@ -9,7 +9,7 @@ from lit_distill.models.pair import build_pair
 from lit_distill.models.roles import check_specs
 from lit_distill.models.spec import ModelSpec, load_model, load_tokenizer
 from lit_distill.models.teacher import FrozenTeacher
-from lit_distill.models.vocabulary import common_vocabulary_size, stop_token_ids
+from lit_distill.models.vocabulary import common_vocabulary_size, shared_ids, stop_token_ids
 
 __all__ = [
     "CausalLM",
@@ -27,5 +27,6 @@ __all__ = [
     "label_logprobs",
     "load_model",
     "load_tokenizer",
+    "shared_ids",
     "stop_token_ids",
 ]

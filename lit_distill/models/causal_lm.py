@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_distill.models.head import Head, head_of
+from lit_distill.models.precision import forward_only
 from lit_distill.models.sharding import gather_ends, held_whole, is_sharded
 
 if TYPE_CHECKING:
@@ -119,12 +120,28 @@ class CausalLM(nn.Module):
     def speaking(self) -> Iterator[None]:
         """Quiet while text is being written, and, where `gathers` says so, whole: then ranks need not wait for each other."""
         hold = self.gathers and self.runs_together
-        with self.quiet(), held_whole(self) if hold else nullcontext():
+        device_type = self.model.device.type
+        whole = held_whole(self) if hold else nullcontext()
+        with self.quiet(), whole, _weights_cast_once(device_type), forward_only(device_type):
             self._whole |= hold
             try:
                 yield
             finally:
                 self._whole &= not hold
+
+
+@contextmanager
+def _weights_cast_once(device: str) -> Iterator[None]:
+    """Let autocast keep its copies of weights, which do not change while text is written; Lightning's casts them for each token."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    torch.clear_autocast_cache()
+    with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=True):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_distill.models.lora import head_weight
+from lit_distill.models.precision import product_dtype
 from lit_distill.models.quantized import is_plain
 
 if TYPE_CHECKING:
@@ -50,7 +51,12 @@ class Head(NamedTuple):
     def in_compute_dtype(self) -> Head:
         """The same head, without gradient, in the dtype that autocast asks for or its own: cast once, applied many times."""
         device = self.weight.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        asked = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        return self.for_products(asked)
+
+    def for_products(self, dtype: torch.dtype | None = None) -> Head:
+        """The same head, without gradient, in ``dtype`` or its own; in float32 where products of that would be emulated."""
+        dtype = product_dtype(dtype or self.weight.dtype, self.weight.device.type)
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         return self._replace(weight=self.weight.detach().to(dtype), bias=bias)
 

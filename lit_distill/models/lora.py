@@ -89,7 +89,7 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
         key: their YAML key, for messages.
 
     Raises:
-        ValueError: if a name is that of no layer, or of one whose adapter could not be respected.
+        ValueError: if a name is that of no layer, or of one whose adapter could not be respected, or that peft cannot adapt so.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -103,7 +103,12 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
     before = torch.get_rng_state()
     with warnings.catch_warnings():  # GPT-2's layers are transposed, its head is not, and peft corrects that one by one
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        inject_adapter_in_model(config, model, ADAPTER)
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")  # fused experts do match
+        try:
+            inject_adapter_in_model(config, model, ADAPTER)
+        except ValueError as error:
+            said = str(error).rstrip(".")
+            raise ValueError(f"{key}: {said}. Change that, or name other layers in {key}.target_modules.") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -112,7 +117,22 @@ def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
     for layer in layers:
         if hasattr(layer, "reset_lora_parameters") and ADAPTER in (*layer.lora_A, *layer.lora_embedding_A):
             _materialize(layer)
-            layer.reset_lora_parameters(ADAPTER, True)
+            with _on_the_processor(layer):
+                layer.reset_lora_parameters(ADAPTER, True)
+
+
+@contextmanager
+def _on_the_processor(layer: Any) -> Iterator[None]:
+    """Have an adapter in host memory for a while: what is drawn there is the same whatever the device."""
+    halves = [getattr(layer, name) for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")]
+    parts = [half[ADAPTER] for half in halves if ADAPTER in half]
+    parameters = [part if isinstance(part, nn.Parameter) else part.weight for part in parts]
+    devices = [parameter.device for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.cpu()
+    yield
+    for parameter, device in zip(parameters, devices, strict=True):
+        parameter.data = parameter.data.to(device)
 
 
 def _materialize(layer: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_distill.models.lora import ADAPTER, add_lora
 from lit_distill.models.record import check_same_adapters
@@ -71,27 +71,40 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     Args:
         model: of `add_lora`; not changed.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
     merged: dict[str, Tensor] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            layer: Any = copy.deepcopy(module)
-            layer.cpu().float().merge()
-            part = layer.get_base_layer()
-        elif isinstance(module, ModulesToSaveWrapper):
-            part = module.modules_to_save[ADAPTER]
-        else:
-            continue
-        inside.append(f"{name}.")
-        merged |= {f"{name}.{own}": value for own, value in part.state_dict().items()}
+        if _is_adapted(module) and not name.startswith(tuple(inside)):  # the outermost: one may wrap another
+            inside.append(f"{name}.")
+            part = _plain(copy.deepcopy(module).cpu().float())
+            merged |= {f"{name}.{own}": value for own, value in part.state_dict().items()}
     others = {n: w.cpu() for n, w in model.state_dict().items() if not n.startswith(tuple(inside))}
     return others | merged
 
 
-def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: torch.dtype | None) -> None:
+def _is_adapted(module: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
+
+
+def _plain(module: Any) -> nn.Module:
+    """What peft has put adapters into, with these merged; changes ``module``.
+
+    Of a module with several adapted parameters, such as the fused experts of a layer, peft wraps the wrapped one again.
+    """
+    if _is_adapted(module):
+        if hasattr(module, "modules_to_save"):
+            return _plain(module.modules_to_save[ADAPTER])
+        module.merge()
+        return _plain(module.base_layer)
+    for name, child in module.named_children():
+        setattr(module, name, _plain(child))
+    return module
+
+
+def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Write the adapter as peft reads it: `PeftModel.from_pretrained(base, folder)`.
 
     Args:
@@ -99,6 +112,9 @@ def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: t
         spec: of the student; says where its base is.
         folder: where to.
         dtype: of the written weights; float32 by default.
+
+    Returns:
+        What was written, by the names of peft.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -113,3 +129,4 @@ def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: t
     folder.mkdir(parents=True)
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+    return weights

@@ -99,6 +99,8 @@ class _Loading:
         sharding = self.sharding
         if sharding is None:
             lm = CausalLM(self.model, vocabulary_size, self.spec.compile)
+            if self.model.device.type != "meta" and not is_quantized(self.spec, self.model.config):
+                lm.to(torch.get_default_device())  # Lightning's: what was drawn or read on the processor follows
             device = self.model.device
         else:
             lm = CausalLM(self.model, vocabulary_size)

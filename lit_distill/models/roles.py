@@ -1,12 +1,20 @@
-"""What student and teacher may ask for in their specs, alone and together; nothing is read here."""
+"""What student and teacher may ask for in their specs, alone and together, and what it means on a device; nothing is read here."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.models.lora import check_lora
+from lit_distill.models.precision import auto_dtype, emulated
 from lit_distill.models.quantized import quantization_config
 from lit_distill.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lit_distill.models.causal_lm import CausalLM
 
 SHARED_BY_NATURE = (
     "lora",
@@ -74,3 +82,31 @@ def _check_shared(student: ModelSpec, teacher: ModelSpec) -> None:
                 f"model.teacher.{name}: a teacher with shared_with_student is the student's base, for which this is {own!r}, not "
                 f"{given!r}. Give the same, or remove shared_with_student."
             )
+
+
+def resolve_dtypes(
+    student: ModelSpec, teacher: ModelSpec | None, device_type: str
+) -> tuple[ModelSpec, ModelSpec | None]:
+    """Both with what ``dtype: auto`` stands for on a kind of device, which is logged; weights that train are float32."""
+    auto = str(auto_dtype(device_type)).removeprefix("torch.")
+
+    def resolve(spec: ModelSpec, key: str, dtype: str) -> ModelSpec:
+        if spec.dtype != "auto":
+            return spec
+        rank_zero_info(f"{key}.dtype: auto is {dtype} on this {device_type}.")
+        return replace(spec, dtype=dtype)  # type: ignore[arg-type]
+
+    trained = resolve(student, "model.student", auto if student.lora is not None else "float32")
+    return trained, None if teacher is None else resolve(teacher, "model.teacher", auto)
+
+
+def warn_of_emulation(student: CausalLM, teacher: CausalLM | None, precision: str | None, device_type: str) -> None:
+    """Log where the user has asked for numbers that the device multiplies slowly, with the key to change."""
+    asked = {"model.student.dtype": student.model.dtype}
+    if teacher is not None and teacher is not student:
+        asked["model.teacher.dtype"] = teacher.model.dtype
+    if precision == "bf16-mixed":
+        asked["trainer.precision"] = torch.bfloat16
+    for key, dtype in asked.items():
+        if message := emulated(key, dtype, device_type):
+            rank_zero_info(message)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +14,7 @@ from lit_distill.models.layers import keep_layers, resolve_layers
 from lit_distill.models.lora import LoraSpec
 from lit_distill.models.quantized import quantization_config
 from lit_distill.models.source import Source, check_folder, locate, naming
+from lit_distill.models.tying import accept_untied, separate
 from lit_distill.models.weights import check_causal, check_finite, check_report
 
 if TYPE_CHECKING:
@@ -45,9 +48,10 @@ class ModelSpec:
     """Branch, tag or commit of a hub id; the default is its main branch."""
     tokenizer: str | None = None
     """Folder, hub id or .gguf file of the tokenizer; the default is `path`."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] | None = None
     """Type of the weights. By default the role decides: float32 for a student that trains, as stored for a teacher and for a
-    student with adapters, which are float32 themselves."""
+    student with adapters, which are float32 themselves. auto is bfloat16 where the device multiplies it fast, else float32, and
+    float32 for all weights that train."""
     attn_implementation: str | None = None
     """Attention of transformers: eager, sdpa, flash_attention_2, …; the default is the fastest it finds."""
     keep_layers: list[int] | int | None = None
@@ -144,8 +148,10 @@ def load_model(spec: ModelSpec, key: str, dtype: torch.dtype | None = None) -> P
     total = config.get_text_config(decoder=True).num_hidden_layers
     layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
     dtype = getattr(torch, spec.dtype) if spec.dtype is not None else dtype
-    if torch.get_default_device().type == "meta" or spec.from_scratch:
-        with naming(key, _source(spec, key)):
+    shapes_only = torch.get_default_device().type == "meta"
+    if shapes_only or spec.from_scratch:
+        # drawn on the processor, whose draws are the same whatever the device and the strategy
+        with naming(key, _source(spec, key)), nullcontext() if shapes_only else torch.device("cpu"):
             model = _build(config, dtype, spec.trust_remote_code)
         if (generation_config := _generation_config(spec, key)) is not None:
             model.generation_config = generation_config
@@ -185,6 +191,7 @@ def open_model(
         wanted = getattr(torch, spec.dtype) if spec.dtype is not None else dtype or own
         with parameters_on_meta():
             model = _build(config, wanted, spec.trust_remote_code)
+        separate(model, stored.apart(model), f"{key}.path: {source.location}")
         names = stored.plan(model)
     if names is None:
         return load_model(spec, key, dtype), None
@@ -244,7 +251,7 @@ def _read(spec: ModelSpec, key: str, config: PreTrainedConfig, dtype: torch.dtyp
         if hasattr(config, "quantization_config"):
             raise ValueError(f"{key}.quantization: {source.location} is stored quantised already. Remove it.")
         arguments["quantization_config"] = quantization_config(spec.quantization, f"{key}.quantization")
-    with naming(f"{key}.path", source):
+    with naming(f"{key}.path", source), _device_to_read_on():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location,
             config=config,
@@ -257,9 +264,15 @@ def _read(spec: ModelSpec, key: str, config: PreTrainedConfig, dtype: torch.dtyp
     model: PreTrainedModel = loaded[0]
     check_report(loaded[1], f"{key}.path: {source.location}")
     check_finite(model, f"{key}.path: {source.location}")
+    accept_untied(model, f"{key}.path: {source.location}")
     if source.gguf_file is not None and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # save_pretrained refuses a model that calls itself quantised
     return model
+
+
+def _device_to_read_on() -> AbstractContextManager[Any]:
+    """Lightning's device, whose context we are in; the processor where `accelerate` is missing, which transformers then needs."""
+    return nullcontext() if importlib.util.find_spec("accelerate") else torch.device("cpu")
 
 
 def is_quantized(spec: ModelSpec, config: PreTrainedConfig) -> bool:

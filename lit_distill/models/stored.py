@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import swap_tensors
 
 from lit_distill.models.source import Source
+from lit_distill.models.tying import tied_names
 from lit_distill.models.weights import is_finite, refuse_infinite
 from lit_distill.parallel import as_shard_of, box_of, slices
 
@@ -90,17 +91,46 @@ class StoredWeights:
 
         A file of the bare body lacks the name of the body before its own.
         """
-        shapes = {name: shape for name, (shape, _) in self.described().items()}
         names: dict[int, str] = {}
         wanted: dict[int, Tensor] = {}
+        found = self._found(model)
         for name, parameter in model.named_parameters(remove_duplicate=False):  # tied: stored under either name
             wanted[id(parameter)] = parameter
-            for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
-                if shapes.get(candidate) == tuple(parameter.shape):
-                    names.setdefault(id(parameter), candidate)
+            if name in found:
+                names.setdefault(id(parameter), found[name])
         persistent = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
         complete = wanted.keys() == names.keys() and not persistent
         return names if complete else None
+
+    def _found(self, model: PreTrainedModel) -> dict[str, str]:
+        """The name in the files of each parameter that is there, by its own name."""
+        shapes = {name: shape for name, (shape, _) in self.described().items()}
+        found: dict[str, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+                if shapes.get(candidate) == tuple(parameter.shape):
+                    found.setdefault(name, candidate)
+        return found
+
+    def apart(self, model: PreTrainedModel) -> list[str]:
+        """The names of parameters that are tied to another in ``model``, and have other numbers than that one in the files."""
+        found = self._found(model)
+        pairs = [(name, source) for name, source in tied_names(model).items() if {name, source} <= found.keys()]
+        dtype = {name: model.get_parameter(name).dtype for name, _ in pairs}  # what rounds to the same is the same
+        return [name for name, source in pairs if not self._equal(found[name], found[source], dtype[name])]
+
+    def _equal(self, first: str, second: str, dtype: torch.dtype, rows: int = 4096) -> bool:
+        """Whether two tensors of one shape hold the same numbers; a few rows are read at a time."""
+        with ExitStack() as stack:
+            one, other = (
+                stack.enter_context(safe_open(self.files[name], framework="pt")).get_slice(name)
+                for name in (first, second)
+            )
+            starts = range(0, one.get_shape()[0], rows)
+            return all(
+                torch.equal(one[start : start + rows].to(dtype), other[start : start + rows].to(dtype))
+                for start in starts
+            )
 
     def numbers_at(self, name: str, positions: Sequence[int]) -> Tensor:
         """``[len(positions)]``: some numbers of a tensor, counted as if it were one row; nothing else of it is read."""

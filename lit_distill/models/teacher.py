@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.models.lora import switched_off, switches_of
+from lit_distill.models.precision import forward_only
 from lit_distill.models.sharding import forget_forwards, is_sharded
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ class FrozenTeacher:
         self._switches = switches_of(lm) if shared else []
 
     @contextmanager
-    def _as_itself(self) -> Iterator[None]:
-        """Where the student's weights are shared: without its adapters and its dropout."""
-        with self.lm.quiet() if self.lm.training else nullcontext(), switched_off(self._switches):
+    def _as_itself(self, device_type: str) -> Iterator[None]:
+        """Without gradient; where the student's weights are shared, also without its adapters and its dropout."""
+        quiet = self.lm.quiet() if self.lm.training else nullcontext()
+        with quiet, switched_off(self._switches), forward_only(device_type):
             yield
 
     def _follow(self, inputs: Tensor) -> None:
@@ -54,7 +56,7 @@ class FrozenTeacher:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states ``[B, S, H]``, in the teacher's own dtype whatever the student's precision is; see `CausalLM.forward`."""
         self._follow(input_ids)
-        with torch.autocast(input_ids.device.type, enabled=False), self._as_itself():
+        with torch.autocast(input_ids.device.type, enabled=False), self._as_itself(input_ids.device.type):
             hidden: Tensor = self.lm(input_ids, attention_mask, cache)
         forget_forwards(self.lm)
         return hidden
@@ -63,15 +65,16 @@ class FrozenTeacher:
     def target_rows(self, sequences: Sequences) -> Tensor:
         """Hidden rows ``[N, H]`` for the N targets."""
         self._follow(sequences.input_ids)
-        with torch.autocast(sequences.input_ids.device.type, enabled=False), self._as_itself():
+        device_type = sequences.input_ids.device.type
+        with torch.autocast(device_type, enabled=False), self._as_itself(device_type):
             rows = self.lm.target_rows(sequences)
         forget_forwards(self.lm)
         return rows
 
     def head(self) -> Head:
-        """The teacher's output projection over the common vocabulary."""
+        """The teacher's output projection over the common vocabulary, in its own dtype where the device multiplies that fast."""
         with switched_off(self._switches):
-            return self.lm.head()
+            return self.lm.head().for_products()
 
     decoding_head = head
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from lit_distill.data.special_tokens import turn_end
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -60,15 +62,20 @@ def common_vocabulary_size(
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> tuple[int, ...]:
-    """The ids that end a response: the tokenizer's EOS first, then those of the generation config, each once.
+    """The ids that end a response: the tokenizer's EOS, then those of the generation config and of the chat template, each once.
 
-    Chat models have several. Empty if neither names one, and then only the length ends a response.
+    Chat models have several. Empty if none of them names one, and then only the length ends a response.
     """
     stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     configured = None if generation_config is None else generation_config.eos_token_id
     if configured is not None:
         stops += [configured] if isinstance(configured, int) else [int(stop) for stop in configured]
-    return tuple(dict.fromkeys(stops))
+    return tuple(dict.fromkeys([*stops, *turn_end(tokenizer)[-1:]]))
+
+
+def shared_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
+    """How many of the first ids both tokenizers have."""
+    return min(max(tokenizer.get_vocab().values()) for tokenizer in (student, teacher)) + 1
 
 
 def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, rows: int, role: str) -> dict[int, str]:

@@ -38,14 +38,14 @@ def check_report(report: dict[str, Any], where: str) -> None:
     """Weights that were made up, or that do not fit, are an error: transformers only logs them."""
     if report["mismatched_keys"]:
         shapes = [f"{name} (stored {tuple(a)}, config {tuple(b)})" for name, a, b in sorted(report["mismatched_keys"])]
-        raise ValueError(f"{where} has weights whose shapes contradict config.json: {_some(shapes)}.")
+        raise ValueError(f"{where} has weights whose shapes contradict config.json: {some(shapes)}.")
     if report["missing_keys"]:
         raise ValueError(
-            f"{where} lacks weights, which would be random: {_some(sorted(report['missing_keys']))}. "
+            f"{where} lacks weights, which would be random: {some(sorted(report['missing_keys']))}. "
             "Is it another kind of model (a classifier, a bare encoder) or an incomplete copy?"
         )
     if report["unexpected_keys"]:
-        log.warning("%s has weights that the model does not use: %s", where, _some(sorted(report["unexpected_keys"])))
+        log.warning("%s has weights that the model does not use: %s", where, some(sorted(report["unexpected_keys"])))
 
 
 def check_finite(model: PreTrainedModel, where: str) -> None:
@@ -57,7 +57,7 @@ def check_finite(model: PreTrainedModel, where: str) -> None:
 def refuse_infinite(bad: list[str], where: str) -> None:
     """Say that the weights ``bad`` are damaged, if there are any."""
     if bad:
-        raise ValueError(f"{where} has NaN or infinite weights in {_some(bad)}. The file is damaged; get it again.")
+        raise ValueError(f"{where} has NaN or infinite weights in {some(bad)}. The file is damaged; get it again.")
 
 
 def is_finite(weight: torch.Tensor) -> bool:
@@ -66,5 +66,6 @@ def is_finite(weight: torch.Tensor) -> bool:
     return bool(torch.isfinite(smallest) & torch.isfinite(largest))
 
 
-def _some(names: list[str], limit: int = 10) -> str:
+def some(names: list[str], limit: int = 10) -> str:
+    """The first of many names, and how many there are beside them."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

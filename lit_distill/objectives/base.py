@@ -153,7 +153,7 @@ def probe(objective: Objective, vocabulary_size: int, key: str) -> bool:
 
 
 def _random_signals(names: Iterable[str], vocabulary_size: int) -> dict[str, Tensor]:
-    """Three rows, or pairs of four tokens, of each signal."""
+    """Three rows, or pairs of four tokens, of each signal; where objectives are before they go to a device."""
     generator = torch.Generator().manual_seed(0)
 
     def signal(name: str) -> Tensor:
@@ -165,4 +165,5 @@ def _random_signals(names: Iterable[str], vocabulary_size: int) -> dict[str, Ten
             return torch.full((3,), min(1, vocabulary_size - 1))
         return -torch.rand((3, 4) if name in PAIR_SIGNALS else (3,), generator=generator)
 
-    return {name: signal(name) for name in names}
+    with torch.device("cpu"):  # Lightning builds models inside the context of their device
+        return {name: signal(name) for name in names}

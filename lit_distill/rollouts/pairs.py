@@ -132,7 +132,8 @@ class ResponsePairs(Source):
             part = slice(first, first + size)
             here = Sequences(text.input_ids[part], text.attention_mask[part], text.target_mask[part])
             labels = here.input_ids[here.target_mask]
-            said = label_logprobs(teacher.head(), teacher.target_rows(here), labels)
+            rows = teacher.target_rows(here)  # before the head: they take the teacher to the device of the texts
+            said = label_logprobs(teacher.head(), rows, labels)
             scores[part] = scores[part].masked_scatter(here.target_mask, said)
         chosen, rejected = scores[: len(pairs), :width], scores[len(pairs) :, : pairs.rejected.input_ids.shape[1]]
         return Pairs(

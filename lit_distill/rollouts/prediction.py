@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_distill.data.special_tokens import adds_special_tokens
 from lit_distill.rollouts.decoding import Decoding
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lit_distill.rollouts.loop import Responses
     from lit_distill.types import Batch
 
@@ -20,8 +23,8 @@ class Prediction(Decoding):
     speaker: Literal["student", "teacher"] = "student"
     """Whose responses."""
     path: str = "predictions.jsonl"
-    """JSONL file of id, speaker, prompt (as the model reads it),
-    response, finished (whether it ended by itself), decoding and references. An existing file is continued."""
+    """JSONL file of id, speaker, prompt (as the model reads it), response, finished (whether it ended by itself), decoding,
+    references and what it takes to read the same ids again. An existing file is continued."""
     logprobs: bool = False
     """Also write the tokens and their log-probabilities (at the temperature, or 1 if greedy; before truncation)."""
     seed: int = 0
@@ -34,9 +37,17 @@ class Prediction(Decoding):
 
 
 def prediction_records(
-    batch: Batch, responses: Responses, texts: Sequence[str], stop_ids: Sequence[int], settings: Prediction
+    batch: Batch,
+    responses: Responses,
+    texts: Sequence[str],
+    stop_ids: Sequence[int],
+    settings: Prediction,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     """One record per item: id, speaker, prompt, response, finished, decoding, references; tokens and log-probabilities on request.
+
+    ``add_special_tokens`` (whether the tokenizer put BOS before the prompt's text) and ``stop_token`` (which token ended the
+    response) let training on the records read the same ids.
 
     Args:
         batch: what was asked.
@@ -44,20 +55,35 @@ def prediction_records(
         texts: the same as text.
         stop_ids: the tokens that end a response.
         settings: who spoke, and whether to add tokens and log-probabilities.
+        tokenizer: of the prompts and responses.
     """
+    assert batch.prompts is not None
+    prompt_rows = zip(batch.prompts.input_ids.tolist(), batch.prompts.attention_mask.tolist(), strict=True)
+    prompts = [[token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in prompt_rows]
+    lengths = responses.mask.sum(dim=-1).tolist()
     accepted = batch.references or ((),) * len(batch)
     records: list[dict[str, Any]] = [
         {
             "id": item,
             "speaker": settings.speaker,
             "prompt": prompt,
+            "add_special_tokens": adds_special_tokens(tokenizer, prompt, prompt_ids),
             "response": text,
             "finished": finished,
+            "stop_token": tokenizer.convert_ids_to_tokens(row[length - 1]) if finished else None,
             "decoding": settings.drawn_by(),
             "references": list(references),
         }
-        for item, prompt, text, finished, references in zip(
-            batch.ids, batch.prompt_texts, texts, responses.finished(stop_ids).tolist(), accepted, strict=True
+        for item, prompt, prompt_ids, text, row, length, finished, references in zip(
+            batch.ids,
+            batch.prompt_texts,
+            prompts,
+            texts,
+            responses.ids.tolist(),
+            lengths,
+            responses.finished(stop_ids).tolist(),
+            accepted,
+            strict=True,
         )
     ]
     if settings.logprobs:

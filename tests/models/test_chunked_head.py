@@ -116,7 +116,8 @@ def test_without_gradient_the_value_and_the_sums_are_the_same() -> None:
         assert not with_gradient.terms[name].total.requires_grad
 
 
-def test_bf16_autocast_gives_the_plain_autocast_computation() -> None:
+def test_bf16_autocast_gives_the_plain_autocast_computation(monkeypatch) -> None:
+    monkeypatch.setattr("lit_distill.models.head.product_dtype", lambda dtype, _: dtype)  # also where it is emulated
     hidden, head, signals, teacher = problem(bias=True)
     teacher_logits = teacher[1].logits(teacher[0])  # the teacher keeps its own dtype
     with torch.autocast("cpu", torch.bfloat16):

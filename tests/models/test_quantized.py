@@ -79,7 +79,7 @@ def test_adapters_learn_over_a_base_of_8_bits_which_can_teach_them(folder, text)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_divergence_from_a_teacher_of_16_bits_is_computed_in_float32(folder, student, text, dtype) -> None:
     teacher = FrozenTeacher(CausalLM(load_model(ModelSpec(str(folder), dtype=dtype), KEY)))
-    assert teacher.head().weight.dtype == getattr(torch, dtype)
+    assert teacher.lm.head().weight.dtype == getattr(torch, dtype)
     loss, expected = listens(teacher, student, text)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-5)  # 16 bits would be off by 1e-3

@@ -1,0 +1,92 @@
+"""The chunked head against the whole loss at once in float64, and the memory it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_checks.machine import Machine
+from gpu_checks.table import Row, below, measured, skipped
+from lit_distill.models.chunked_head import TokenLoss
+from lit_distill.models.head import Head
+from lit_distill.objectives import ForwardKL, NextToken
+
+LIMITS = {"32-true": 1e-5, "bf16-mixed": 2e-2}
+
+
+def checks(machine: Machine) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
+    """Values, and memory."""
+    return [("chunked head", partial(values, machine)), ("chunked head", partial(memory, machine))]
+
+
+def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """Forward KL and cross-entropy, half of each, as means over the rows, by the chunked head."""
+    objectives = {"kl": ForwardKL(), "ce": NextToken()}
+    factors = dict.fromkeys(objectives, 0.5 / len(labels))
+    return TokenLoss(objectives, factors, Head(weight), {"labels": labels}, (teacher[0], Head(teacher[1])))(hidden)
+
+
+def whole_loss(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """The same by its formula, in the precision of what it is given."""
+    log_q = (hidden @ weight.T).log_softmax(dim=-1)
+    log_p = (teacher[0] @ teacher[1].T).log_softmax(dim=-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return 0.5 * divergence.mean() + 0.5 * F.nll_loss(log_q, labels)
+
+
+def values(machine: Machine) -> Iterator[Row]:
+    """Value and gradients in both precisions; of bfloat16 numbers the reference sees the rounded ones."""
+    rows, vocabulary, width = (2048, 32_000, 512) if machine.cuda else (256, 4_000, 64)
+    for precision, limit in LIMITS.items():
+        dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+        numbers = torch.Generator().manual_seed(0)
+        parts = [torch.randn(size, generator=numbers) for size in ((rows, width), (vocabulary, width)) * 2]
+        hidden, weight, teacher_hidden, teacher_weight = (
+            (part / (1 if index % 2 == 0 else width**0.5)).to(machine.device, dtype) for index, part in enumerate(parts)
+        )
+        labels = torch.randint(vocabulary, (rows,), generator=numbers).to(machine.device)
+        teacher = teacher_hidden, teacher_weight
+        wide = [part.double().requires_grad_() for part in (hidden, weight)]
+        expected = whole_loss(*wide, labels, (teacher_hidden.double(), teacher_weight.double()))
+        expected.backward()
+        ours = [hidden.requires_grad_(), weight.float().requires_grad_()]
+        with machine.autocast(precision):
+            value = loss_of(*ours, labels, teacher)
+        value.backward()
+        error = abs(float(value.detach() / expected.detach() - 1))
+        yield below(f"{precision}: value against float64 at once, relative", error, limit)
+        for name, part, reference in zip(("hidden rows", "head"), ours, wide, strict=True):
+            error = (part.grad.double() - reference.grad).norm() / reference.grad.norm()
+            yield below(f"{precision}: gradient of the {name}, relative", float(error), limit)
+
+
+def memory(machine: Machine) -> Iterator[Row]:
+    """What it takes beside the rows and their gradient does not grow with them."""
+    if not machine.cuda:
+        yield skipped("memory beside the rows", "not measurable on a processor")
+        return
+    vocabulary, width, device = 151_936, 896, machine.device
+    weight = torch.randn(vocabulary, width, device=device).mul_(0.03).requires_grad_()
+    taken = []
+    for rows in (4096, 16_384):
+        hidden = torch.randn(rows, width, device=device, dtype=torch.bfloat16).requires_grad_()
+        labels = torch.randint(vocabulary, (rows,), device=device)
+        teacher = torch.randn(rows, width, device=device, dtype=torch.bfloat16), weight.detach().bfloat16()
+        machine.wait()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        with machine.autocast("bf16-mixed"):
+            value = loss_of(hidden, weight, labels, teacher)
+        machine.wait()
+        own = hidden.numel() * hidden.element_size()  # the gradient of the rows
+        taken.append(torch.cuda.max_memory_allocated(device) - before - own)
+        del value
+    logits = 4 * 16_384 * vocabulary
+    yield measured(
+        "memory beside 16,384 rows and their gradient, GiB", taken[1] / 2**30, f"their logits: {logits / 2**30:.1f} GiB"
+    )
+    yield below("the same, as a multiple of that beside 4,096 rows", taken[1] / taken[0], 1.02)

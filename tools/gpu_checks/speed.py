@@ -1,0 +1,231 @@
+"""How fast the device is, and how much of that a KD step and a decode loop use; how often they wait for the device.
+
+The models have the shapes of real ones and random weights, made on the device.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from gpu_checks.machine import Machine
+from gpu_checks.rollouts import pair_on
+from gpu_checks.runs import ASSETS
+from gpu_checks.table import Row, below, measured, skipped
+from lit_distill.models import CausalLM, FrozenTeacher, ModelSpec
+from lit_distill.module import DistillationModule
+from lit_distill.objectives import ForwardKL, NextToken
+from lit_distill.rollouts import Decoding, decode, decode_mixed, row_uniforms
+from lit_distill.types import Batch, Prompts, Sequences
+
+GIB = 2**30
+SYNCHRONISES = "called a synchronizing CUDA operation"
+WAITS_PER_STEP, WAITS_PER_TOKEN = 24, 2.0
+"""Limits: waits must not grow with layers or rows. One in each forward is that of transformers, which looks for padding."""
+QWEN_HALF = Qwen2Config(
+    vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN_SEVEN = Qwen2Config(
+    vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, tie_word_embeddings=False,
+)  # fmt: skip
+NEEDED = 48 * GIB
+"""Of the device: 16 bytes for each of 0.5 billion weights, 2 for each of 7.6 billion, activations of 4,096 tokens and logits."""
+
+
+class Pair(NamedTuple):
+    """Two models and the sizes that they are measured at."""
+
+    name: str
+    student: CausalLM
+    teacher: FrozenTeacher
+    texts: int
+    length: int
+    prompts: int
+    new_tokens: int
+
+
+def checks(machine: Machine) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
+    """The device alone, and a pair on it."""
+    peak: list[float] = []
+    return [("device", partial(device, machine, peak)), ("speed", partial(speed, machine, peak))]
+
+
+def device(machine: Machine, peak: list[float]) -> Iterator[Row]:
+    """A matrix product and a copy, as ceilings for what follows; ``peak`` is given the product's FLOP/s."""
+    size, dtype = (8192, torch.bfloat16) if machine.cuda else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=machine.device, dtype=dtype) for _ in range(2))
+    peak.append(2 * size**3 / _seconds(machine, lambda: a @ b, 30 if machine.cuda else 3))
+    kind = "bfloat16" if machine.cuda else "float32"
+    yield measured(f"product of {size} x {size}, {kind}, TFLOP/s", peak[0] / 1e12)
+    a = torch.empty((GIB if machine.cuda else GIB // 16) // 2, device=machine.device)
+    b = torch.empty_like(a)
+    seconds = _seconds(machine, lambda: b.copy_(a), 10)
+    yield measured("copy, read and written, GB/s", 2 * a.numel() * a.element_size() / seconds / 1e9)
+
+
+def speed(machine: Machine, peak: list[float]) -> Iterator[Row]:
+    """KD steps and decoding of one pair."""
+    if machine.cuda and torch.cuda.get_device_properties(machine.device).total_memory < NEEDED:
+        yield skipped("0.5B student and 7B teacher", f"the device has less than {NEEDED / GIB:.0f} GiB")
+        small = pair_on(machine, "bf16-mixed")
+        pair = Pair("embedded pair", small[0], small[1], 8, 128, 16, 64)
+    elif machine.cuda:
+        pair = Pair("7B to 0.5B", *_random_pair(machine), 8, 512, 16, 64)
+    else:
+        small = pair_on(machine, "32-true")
+        pair = Pair("embedded pair", small[0], small[1], 8, 64, 4, 16)
+    yield from _kd(machine, pair, peak)
+    machine.clear()
+    yield from _decoding(machine, pair)
+
+
+def _random_pair(machine: Machine) -> tuple[CausalLM, FrozenTeacher]:
+    with machine.device:
+        student = AutoModelForCausalLM.from_config(QWEN_HALF, dtype=torch.float32)
+        teacher = AutoModelForCausalLM.from_config(QWEN_SEVEN, dtype=torch.bfloat16)
+    vocabulary = QWEN_HALF.vocab_size
+    return CausalLM(student.eval(), vocabulary), FrozenTeacher(CausalLM(teacher.eval(), vocabulary))
+
+
+class _Watch(L.Callback):
+    """Times the steps after the first ones, and counts what waits for the device in another few."""
+
+    def __init__(self, machine: Machine, warm: int, timed: int, counted: int) -> None:
+        self.machine, self.warm, self.timed, self.counted = machine, warm, timed, counted
+        self.seconds = 0.0
+        self.waits: Counter[str] = Counter()
+        self._context: Any = None
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        """Start the clock, then stop it and begin to count; the copy of the next batch is part of a step."""
+        if batch_idx == self.warm:
+            self.machine.wait()
+            if self.machine.cuda:
+                torch.cuda.reset_peak_memory_stats(self.machine.device)
+            self.seconds = -time.perf_counter()
+        if batch_idx == self.warm + self.timed:
+            self.machine.wait()
+            self.seconds += time.perf_counter()
+            self._context = _waits(self.machine, self.waits)
+            self._context.__enter__()
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Stop counting."""
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+
+
+def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
+    """KD steps of a Trainer, as a run has them, without validation, logs and checkpoints."""
+    warm, timed, counted = (3, 8, 4) if machine.cuda else (1, 2, 1)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = pair.student.vocabulary_size
+    ids = torch.randint(vocabulary, (pair.texts, pair.length), generator=generator)
+    targets = torch.ones_like(ids, dtype=torch.bool)
+    targets[:, 0] = False
+    names = tuple(map(str, range(pair.texts)))
+    batches = [Batch(names, sequences=Sequences(ids, torch.ones_like(ids), targets))] * (warm + timed + counted)
+    objectives = {"kd": ForwardKL(0.5), "ce": NextToken(0.5)}
+    spec = ModelSpec(str(ASSETS / "student"))
+    optimizer = partial(torch.optim.AdamW, lr=1e-5)
+    watch = _Watch(machine, warm, timed, counted)
+    with patch("lit_distill.module.build_pair", lambda *_: (pair.student, pair.teacher.lm)):
+        module = DistillationModule(spec, objectives, spec, optimizer=optimizer)
+        trainer = L.Trainer(
+            accelerator=machine.device.type, devices=1, precision="bf16-mixed" if machine.cuda else "32-true",
+            max_steps=len(batches), limit_val_batches=0, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[watch], default_root_dir=machine.folder,
+            log_every_n_steps=10**6,
+        )  # fmt: skip
+        loader = DataLoader(batches, batch_size=None, pin_memory=machine.cuda)  # type: ignore[arg-type]
+        trainer.fit(module, loader)
+    pair.student.zero_grad()
+    pair.student.to(machine.device)  # Lightning has put it into host memory
+    tokens = pair.texts * pair.length
+    seconds = watch.seconds / timed
+    sizes = [sum(p.numel() for p in lm.parameters()) for lm in (pair.student, pair.teacher.lm)]
+    flops = tokens * (6 * sizes[0] + 2 * sizes[1])
+    share = f"; {flops / seconds / 1e12:.3g} TFLOP/s, {flops / seconds / peak[0]:.0%} of the product's" if peak else ""
+    what = f"{pair.name}, KD step of {pair.texts} x {pair.length} tokens"
+    yield measured(f"{what}, s", seconds, f"{tokens / seconds:.0f} tokens/s{share}")
+    if not machine.cuda:
+        yield skipped(f"{what}: memory and waits", "not measurable on a processor")
+        return
+    yield measured(f"{what}: peak memory, GiB", torch.cuda.max_memory_allocated(machine.device) / GIB)
+    waits = sum(watch.waits.values()) / counted
+    yield below(f"{what}: waits for the device a step", waits, WAITS_PER_STEP, _places(watch.waits, counted))
+
+
+def _decoding(machine: Machine, pair: Pair) -> Iterator[Row]:
+    """The student alone, and mixed with its teacher."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, pair.student.vocabulary_size, (pair.prompts, 32), generator=generator).to(machine.device)
+    prompts = Prompts(ids, torch.ones_like(ids))
+    settings = Decoding(pair.new_tokens)
+    uniforms = row_uniforms(0, [str(row) for row in range(pair.prompts)], pair.new_tokens)
+    coins = (torch.rand(pair.new_tokens, generator=generator) < 0.2).tolist()
+    ways: dict[str, Callable[[], Any]] = {
+        "student": lambda: decode(pair.student, prompts, settings, (), uniforms),
+        "mixed 0.2": lambda: decode_mixed(pair.student, pair.teacher, coins, prompts, settings, (), uniforms),
+    }
+    for name, write in ways.items():
+        with machine.autocast("bf16-mixed" if machine.cuda else "32-true"):
+            seconds = _seconds(machine, write, 2, warm=1)
+            waits: Counter[str] = Counter()
+            with _waits(machine, waits):
+                write()
+        what = f"{pair.name}, {name}: {pair.prompts} prompts, {pair.new_tokens} tokens"
+        rate = pair.prompts * pair.new_tokens / seconds
+        yield measured(f"{what}, ms a token step", 1000 * seconds / pair.new_tokens, f"{rate:.0f} tokens/s")
+        if not machine.cuda:
+            yield skipped(f"{what}: waits for the device", "not measurable on a processor")
+            continue
+        each = sum(waits.values()) / pair.new_tokens
+        yield below(f"{what}: waits for the device a step", each, WAITS_PER_TOKEN, _places(waits, pair.new_tokens))
+
+
+@contextmanager
+def _waits(machine: Machine, places: Counter[str]) -> Iterator[None]:
+    """Count, by the line of Python that asked, what made the host wait for the device."""
+    if not machine.cuda:
+        yield
+        return
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = [entry for entry in seen if SYNCHRONISES in str(entry.message)]
+    places.update("/".join(Path(entry.filename).parts[-2:]) + f":{entry.lineno}" for entry in found)
+
+
+def _places(waits: Counter[str], times: int) -> str:
+    return ", ".join(f"{place} {count / times:.2g}" for place, count in waits.most_common(12))
+
+
+def _seconds(machine: Machine, work: Callable[[], Any], times: int, warm: int = 2) -> float:
+    """Of one call, after ``warm`` others."""
+    for _ in range(warm):
+        work()
+    machine.wait()
+    since = time.perf_counter()
+    for _ in range(times):
+        work()
+    machine.wait()
+    return (time.perf_counter() - since) / times

@@ -1,0 +1,93 @@
+"""What a run on the device must not change: shards, checkpoints, adapters and recomputed activations."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+
+from gpu_checks.machine import Machine
+from gpu_checks.runs import StoppedError, Watch, distance, fit, furthest, method
+from gpu_checks.table import Row, below, skipped
+
+STEPS = 4
+
+
+def checks(machine: Machine) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
+    """All of them."""
+    every = {
+        "fsdp2": fsdp2,
+        "resume": partial(resume, config="quickstart"),
+        "resume, rollouts": partial(resume, config="minillm_quickstart"),
+        "lora": lora,
+        "gradient checkpointing": gradient_checkpointing,
+    }
+    return [(name, partial(check, machine)) for name, check in every.items()]
+
+
+def fsdp2(machine: Machine) -> Iterator[Row]:
+    """One rank of it is the whole run."""
+    config = method("quickstart", machine)
+    for precision, limit, weights in (("32-true", 1e-5, 1e-4), ("bf16-mixed", 2e-2, None)):
+        whole = fit(machine, config, STEPS, trainer__precision=precision)
+        shards = fit(machine, config, STEPS, trainer__precision=precision, trainer__strategy="fsdp2")
+        backend = "nccl" if machine.cuda else "gloo"
+        yield below(
+            f"{precision}: losses on one rank of {backend} and without, relative",
+            furthest(shards.losses, whole.losses),
+            limit,
+        )
+        if weights:
+            yield below(
+                f"{precision}: weights after {STEPS} steps, relative", distance(shards.weights, whole.weights), weights
+            )
+
+
+def resume(machine: Machine, config: str) -> Iterator[Row]:
+    """A run that was killed and went on from its checkpoint has the weights of one that was not."""
+    settings = method(config, machine)
+    steps = STEPS
+    settings["checkpoint"] = {"monitor": None, "every_n_train_steps": steps // 2}
+    if config != "quickstart":  # two phases of equal size
+        inner = settings["model"]["source"]["init_args"]
+        inner |= {"mini_batch_size": 8, "inner_epochs": 1, "max_new_tokens": 16}
+        settings["data"]["init_args"]["batch_size"] = 16
+    straight = fit(machine, settings, steps)
+    again = fit(machine, settings, steps, name=f"again {config}") if machine.cuda else straight
+    name = f"resumed {config}"
+    with suppress(StoppedError):
+        fit(machine, settings, steps, Watch(killed_after=steps // 2), name=name)
+    resumed = fit(machine, settings, steps, name=name, ckpt_path="last")
+    if len(resumed.terms) != steps - steps // 2:
+        raise RuntimeError(f"the resumed run took {len(resumed.terms)} steps: it did not go on from step {steps // 2}")
+    noise = distance(again.weights, straight.weights)
+    note = f"two runs straight through: {noise:.2g}" if machine.cuda else ""
+    what = f"weights after {steps // 2} + {steps // 2} steps against {steps}, relative"
+    yield below(what, distance(resumed.weights, straight.weights), 0.0 if noise == 0 else max(1e-5, 4 * noise), note)
+
+
+def lora(machine: Machine) -> Iterator[Row]:
+    """Adapters learn on the device what they learn on the processor."""
+    if importlib.util.find_spec("peft") is None:
+        yield skipped("a student with adapters", "peft is not installed")
+        return
+    config = method("quickstart", machine)
+    config["model"]["student"]["lora"] = {"r": 4}
+    reference = fit(machine, config, STEPS, trainer__accelerator="cpu")
+    if machine.cuda:
+        own = fit(machine, config, STEPS)
+        yield below("32-true: losses against the processor's, relative", furthest(own.losses, reference.losses), 1e-4)
+    mixed = fit(machine, config, STEPS, trainer__precision="bf16-mixed")
+    yield below("bf16-mixed: losses against the processor's, relative", furthest(mixed.losses, reference.losses), 2e-2)
+
+
+def gradient_checkpointing(machine: Machine) -> Iterator[Row]:
+    """Activations that are computed again are the same ones."""
+    config = method("quickstart", machine)
+    for precision, limit in (("32-true", 1e-5), ("bf16-mixed", 1e-2)):
+        plain = fit(machine, config, STEPS, trainer__precision=precision)
+        config["model"]["student"]["gradient_checkpointing"] = True
+        again = fit(machine, config, STEPS, trainer__precision=precision)
+        config["model"]["student"]["gradient_checkpointing"] = False
+        yield below(f"{precision}: losses with and without it, relative", furthest(again.losses, plain.losses), limit)
