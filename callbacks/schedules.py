@@ -189,5 +189,6 @@ class ObjectiveWeightSchedule(Callback):
         """Set the weight for the steps of this batch."""
         weight = self.schedule(pl_module.global_step)
         pl_module.all_objectives[self.objective].weight = weight
-        due = pl_module.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = every > 0 and pl_module.global_step % every == 0
         pl_module.record({f"train/{self.objective}/weight": torch.tensor(weight)}, write=due)

@@ -66,7 +66,8 @@ def said_of_trainer(error: Exception, options: Mapping[str, Any]) -> str:
     """What Lightning's Trainer says of its arguments, with the key of the first one that it names or quotes."""
     message = str(error)
     words = set(re.findall(r"\w+", message))
-    named = [name for name in options if name in words]
+    named = [name for name in re.findall(r"Trainer\((\w+)=", message) if name in options]
+    named += [name for name in options if name in words]
     quoted = [name for name, value in options.items() if isinstance(value, str) and value in words]
     return f"trainer.{[*named, *quoted][0]}: {message}" if named or quoted else f"trainer: {message}"
 

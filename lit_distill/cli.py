@@ -36,7 +36,7 @@ from lit_distill.callbacks import (
     RunProgress,
     RunReport,
 )
-from lit_distill.checks import check_seed, check_trainer, check_trainer_options, check_writable
+from lit_distill.checks import check_callback_classes, check_seed, check_trainer, check_trainer_options, check_writable
 from lit_distill.module import DistillationModule
 from lit_distill.parallel.processes import follow_rank_zero
 from lit_distill.parser import DistillParser, check_configs, without_template
@@ -143,8 +143,9 @@ class DistillCLI(LightningCLI):
 
         No bars of transformers and datasets where nobody watches, no notes on what is meant to be so.
         """
+        config = self._whole_config()
+        check_callback_classes(config.trainer.callbacks)
         if self.subcommand:
-            config = self._whole_config()
             self._find_checkpoint(config)
             check_writable(Path(config.trainer.default_root_dir), "trainer.default_root_dir")
             if self.subcommand == "predict" and config.model.prediction:

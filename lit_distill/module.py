@@ -57,6 +57,8 @@ from lit_distill.schedulers import optimization
 from lit_distill.types import Batch, Pairs, Prompts, Sequences
 
 MetricType = TypeVar("MetricType", bound=Metric)
+SELDOM = 100
+"""Steps between two looks at the loss where trainer.log_every_n_steps: 0 asks for no logs."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,9 +176,9 @@ class DistillationModule(L.LightningModule):
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run, over all of its batches."""
-        batches = int(self.trainer.estimated_stepping_batches)
         batch_size = getattr(self.trainer.datamodule, "batch_size", 1)  # type: ignore[attr-defined]
-        return batches if batches == self.trainer.max_steps else batches * self.source.steps_per_batch(batch_size)
+        steps = int(self.trainer.estimated_stepping_batches) * self.source.steps_per_batch(batch_size)
+        return min(steps, self.trainer.max_steps) if self.trainer.max_steps > 0 else steps
 
     def on_fit_start(self) -> None:
         """Weights come from Hugging Face in evaluation mode; gradient checkpointing and dropout want the other."""
@@ -258,14 +260,17 @@ class DistillationModule(L.LightningModule):
         figures["train/loss"] = torch.stack([weights[name] * means[name] for name in terms]).sum()
         self.log("loss", figures["train/loss"], prog_bar=True, logger=False)
         optimizer: Any = self.optimizers()
-        figures["train/learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
+        if (
+            rate := optimizer.param_groups[0].get("lr")
+        ) is not None:  # Adafactor may have one of its own for each weight
+            figures["train/learning_rate"] = torch.tensor(rate)
         figures |= {f"rollout/{name}": torch.tensor(value) for name, value in self.source.figures().items()}
         figures |= self.guard.figures()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = self.global_step % every == 0 or self.global_step == 1
+        due = self.global_step % (every or SELDOM) == 0 or self.global_step == 1
         if due:
             self.guard.look(self, figures["train/loss"])
-        self.record(figures, write=due)
+        self.record(figures, write=due and every > 0)
         self._tell("on_loss_terms", {**means, "loss": figures["train/loss"]})
 
     def record(self, figures: Mapping[str, Tensor], write: bool = True) -> None:

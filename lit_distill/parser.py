@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_distill.objectives import Objective
+from lit_distill.replaced import arguments_stay_with_their_class, warnings_of
 from lit_distill.rollouts import Source
 
 NAMED_BY_CLASS = (Objective, Source, LightningDataModule, Callback, Optimizer, LRScheduler)
@@ -89,6 +92,19 @@ def _is_no_text(text: str) -> bool:
 
 class DistillParser(LightningArgumentParser):
     """A parser whose errors end with what was wrong instead of beginning with everything that is possible."""
+
+    def parse_args(self, *arguments: Any, **named: Any) -> Namespace:  # type: ignore[override]
+        """Parse; a class that replaces another one keeps none of its arguments, and what was written for it is named."""
+        with arguments_stay_with_their_class() as replacements:
+            config: Namespace = super().parse_args(*arguments, **named)
+        defaults = [action.default for parser in self._parsers() for action in parser._actions]
+        for message in warnings_of(replacements, defaults):
+            rank_zero_warn(message)
+        return config
+
+    def _parsers(self) -> list[Any]:
+        """This one and those of its subcommands."""
+        return [self, *(p for action in self._actions for p in getattr(action, "_name_parser_map", {}).values())]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message and leave with status 2."""

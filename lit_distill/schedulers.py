@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+KEY = "model.lr_scheduler"
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
@@ -39,9 +41,29 @@ def optimization(
     if scheduler_of is None:
         return optimizer
     scheduler = scheduler_of(optimizer)
+    if isinstance(scheduler, OneCycleLR):
+        check_total_steps(scheduler, total_steps())
     if getattr(scheduler, "total_steps", 0) is None:
         scheduler.total_steps = total_steps()  # type: ignore[attr-defined]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def check_total_steps(scheduler: LRScheduler, steps: float) -> None:
+    """Refuse a scheduler that would raise an error before the end of the run.
+
+    Args:
+        scheduler: of the run.
+        steps: optimiser steps of the run.
+
+    Raises:
+        ValueError: naming the key and both numbers.
+    """
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
+        end = f"has {steps:.0f}" if math.isfinite(steps) else "has no end"
+        raise ValueError(
+            f"{KEY}.total_steps: OneCycleLR ends after {scheduler.total_steps} optimiser steps, and the run {end}. "
+            "Give the steps of the whole run, or use WarmupCosine, which takes them by itself."
+        )
 
 
 class WarmupConstant(LambdaLR):
@@ -54,7 +76,7 @@ class WarmupConstant(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0) -> None:
         if warmup_steps < 0:
-            raise ValueError(f"model.lr_scheduler.warmup_steps: expected 0 or more, got {warmup_steps}.")
+            raise ValueError(f"{KEY}.warmup_steps: expected 0 or more, got {warmup_steps}.")
         self.warmup_steps = warmup_steps
         super().__init__(optimizer, self.factor)
 
@@ -77,9 +99,9 @@ class WarmupCosine(LambdaLR):
         self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, final_ratio: float = 0.0
     ) -> None:
         if warmup_steps < 0:
-            raise ValueError(f"model.lr_scheduler.warmup_steps: expected 0 or more, got {warmup_steps}.")
+            raise ValueError(f"{KEY}.warmup_steps: expected 0 or more, got {warmup_steps}.")
         if not 0 <= final_ratio <= 1:
-            raise ValueError(f"model.lr_scheduler.final_ratio: expected a number in [0, 1], got {final_ratio}.")
+            raise ValueError(f"{KEY}.final_ratio: expected a number in [0, 1], got {final_ratio}.")
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.final_ratio = final_ratio

@@ -16,6 +16,7 @@ BELOW = {
     "types": set(),
     "schedulers": set(),
     "blame": set(),
+    "replaced": set(),
     "atomic": set(),
     "guards": {"parallel"},
     "parallel": {"atomic"},

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_distill.checks.precision import check_precision
+
 STRATEGIES = ("auto", "ddp", "fsdp2")
 OTHER_STRATEGIES = ("ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 """Which nobody needs; those that start processes otherwise are not for a command line."""
+PROFILERS = ("simple", "advanced", "pytorch")
 LARGEST_SEED = 2**32 - 1
 
 
@@ -31,8 +34,7 @@ def check_trainer_options(options: Mapping[str, Any], subcommand: str) -> None:
             f"trainer.strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}. fsdp2 shards student and teacher, ddp "
             "keeps both whole on each device."
         )
-    if subcommand == "fit":
-        check_half_precision(options.get("precision"))
+    check_precision(options.get("precision"), trains=subcommand == "fit")
     if subcommand == "fit" and options.get("enable_checkpointing") is False:
         raise ValueError(
             "trainer.enable_checkpointing: false, but every run has the callback of the key checkpoint. To keep no checkpoints, "
@@ -40,17 +42,23 @@ def check_trainer_options(options: Mapping[str, Any], subcommand: str) -> None:
         )
     if options.get("barebones"):
         raise ValueError("trainer.barebones: true forbids the logs and checkpoints that every run has. Remove it.")
+    _check_values(options)
 
 
-def check_half_precision(precision: Any) -> None:
-    """Refuse what overflows.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    if str(precision) in ("16", "16-mixed", "16-true"):
+def _check_values(options: Mapping[str, Any]) -> None:
+    interval, every, profiler = (options.get(key) for key in ("val_check_interval", "log_every_n_steps", "profiler"))
+    if not isinstance(interval, int | float | None):
         raise ValueError(
-            f"trainer.precision: {precision} overflows in the loss of long rows. Use bf16-mixed or 32-true."
+            f"trainer.val_check_interval: {interval} is a time, after which a resumed run validates elsewhere than one without "
+            "interruption. Give a number of batches, or a share of an epoch."
+        )
+    if every is not None and every < 0:
+        raise ValueError(f"trainer.log_every_n_steps: expected 0 (never) or more, got {every}.")
+    if isinstance(profiler, str) and profiler not in PROFILERS:
+        raise ValueError(f"trainer.profiler: expected one of {', '.join(PROFILERS)}, got {profiler!r}.")
+    if options.get("model_registry"):
+        raise ValueError(
+            "trainer.model_registry: nothing is uploaded. Remove it, and upload the folders under export/ yourself."
         )
 
 

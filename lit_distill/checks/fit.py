@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_distill.checks.command import check_half_precision
-from lit_distill.schedulers import parameter_groups
+from lit_distill.checks.callbacks import check_callbacks
+from lit_distill.checks.optimizer import check_optimizer
+from lit_distill.checks.precision import check_plugins, check_precision
+from lit_distill.checks.run_length import RunLength, has_validation, run_length
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -44,12 +43,11 @@ def check_trainer(trainer: Any) -> None:
             "lengths. Set data.init_args.batch_size to the items of one optimiser step and model.micro_batch_size to the "
             "texts that fit in memory at once."
         )
-    check_half_precision(trainer.precision)
-    if trainer.precision == "bf16-true":
-        raise ValueError(
-            "trainer.precision: bf16-true would round what is measured too. For a student whose weights have 16 bits, set "
-            "model.student.dtype: bfloat16 and leave trainer.precision at 32-true; or use bf16-mixed."
-        )
+    check_precision(trainer.precision)
+    check_plugins(trainer)
+    check_callbacks(trainer.callbacks)
+    if not hasattr(trainer, "val_check_interval"):  # Lightning leaves it out where it is a time
+        raise ValueError("trainer.val_check_interval: expected a number of batches or a share of an epoch, got a time.")
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             raise ValueError(f"trainer.{name}: 0 would learn nothing. Give a larger number, or remove the key.")
@@ -57,7 +55,7 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             f"trainer.gradient_clip_val: {trainer.gradient_clip_val} is no norm. Give 0 (off) or more; usual is 1.0."
         )
-    validates = trainer.limit_val_batches and getattr(trainer.datamodule, "has_validation", True)
+    validates = has_validation(trainer)
     for callback in trainer.callbacks:
         if type(callback) is ModelCheckpoint and callback._every_n_train_steps > 0:
             raise ValueError(
@@ -80,37 +78,21 @@ def check_fit(module: DistillationModule) -> None:
     """
     trainer: Any = module.trainer
     check_trainer(trainer)
-    check_optimizer(module.optimizer_factory, module.lr_scheduler_factory)
+    length = run_length(trainer, module.source)
+    lora = module.student_spec.lora
+    check_optimizer(
+        module.optimizer_factory,
+        module.lr_scheduler_factory,
+        device=trainer.strategy.root_device,
+        vectors=lora is None or lora.use_dora or bool(lora.modules_to_save),
+        steps=length and length.steps,
+    )
     if not any(objective.weight for objective in module.all_objectives.values()):
         raise ValueError("model.objectives: every weight is 0, so there is nothing to learn. Give one a weight.")
     module.source.check_trainer(trainer)
     _check_corpus(module, trainer)
-    if hasattr(trainer.datamodule, "num_items"):
-        _check_batches(trainer, trainer.datamodule.num_items("train"))
-
-
-def check_optimizer(optimizer_of: Any, scheduler_of: Any) -> None:
-    """Make optimiser and scheduler for a model of two by two numbers, since their own checks would come after loading.
-
-    Raises:
-        ValueError: naming the key, with what they say.
-    """
-    key = "model.optimizer"
-    try:
-        optimizer = optimizer_of(parameter_groups(nn.Linear(2, 2).parameters()))
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        key = "model.lr_scheduler"
-        scheduler = None if scheduler_of is None else scheduler_of(optimizer)
-    except Exception as error:  # of any class: it is the user's choice
-        said = str(error).rstrip(".")
-        raise ValueError(said if said.startswith(key) else f"{key}: {said}. Correct its init_args.") from error
-    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-        raise ValueError(f"model.optimizer: lr: expected a finite number >= 0, got {rates[0]}.")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(
-            f"{key}: ReduceLROnPlateau waits for a figure, and the schedule moves at every optimiser step. Use WarmupCosine, "
-            "WarmupConstant or another one of torch.optim.lr_scheduler."
-        )
+    if length is not None:
+        _check_interval(trainer, length)
 
 
 def _check_corpus(module: DistillationModule, trainer: Any) -> None:
@@ -132,12 +114,11 @@ def _check_corpus(module: DistillationModule, trainer: Any) -> None:
         )
 
 
-def _check_batches(trainer: Any, num_items: int) -> None:
-    num_batches = max(1, num_items // trainer.datamodule.batch_size)  # fewer items than a batch are one batch
+def _check_interval(trainer: Any, length: RunLength) -> None:
     every = trainer.val_check_interval
     by_epochs = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
-    if by_epochs and isinstance(every, int) and every > num_batches and not trainer.overfit_batches:
+    if by_epochs and isinstance(every, int) and every > length.batches_per_epoch:
         raise ValueError(
-            f"trainer.val_check_interval: validation every {every} batches, and an epoch has {num_batches}. Make it smaller, or "
-            "set trainer.check_val_every_n_epoch: null to count over epochs."
+            f"trainer.val_check_interval: validation every {every} batches, and an epoch has {length.batches_per_epoch}. Make it "
+            "smaller, or set trainer.check_val_every_n_epoch: null to count over epochs."
         )
