@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -17,9 +18,13 @@ _WARNED: Counter[str] = Counter()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings of the tools and of what tests share are errors, as those of the package and of the tests are."""
-    for path in sorted({*ROOT.glob("tools/*.py"), *ROOT.glob("tests/**/*.py")}):
-        if not path.stem.startswith("test_"):
-            config.addinivalue_line("filterwarnings", rf"error:::{path.stem}(\.|$)")
+    for folder in (ROOT / "tests", ROOT / "tools"):
+        for path in sorted(folder.rglob("*.py")):
+            names = {".".join(path.relative_to(folder).with_suffix("").parts)}
+            if folder.name == "tests":
+                names.add(path.stem)  # pytest imports a file by its own folder
+            for name in sorted(names):
+                config.addinivalue_line("filterwarnings", rf"error:::{re.escape(name)}(\.|$)")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

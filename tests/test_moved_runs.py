@@ -43,8 +43,15 @@ def to_folders(checkpoints: Path) -> None:
         save_sharded(state, path, 0, lambda: None)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["files", "shards"])
-@pytest.mark.parametrize("move", [shutil.move, shutil.copytree])
+@pytest.mark.parametrize(
+    ("move", "sharded"),
+    [
+        pytest.param(shutil.move, False, id="moved, files", marks=pytest.mark.slow),
+        pytest.param(shutil.move, True, id="moved, shards"),
+        pytest.param(shutil.copytree, False, id="copied, files"),
+        pytest.param(shutil.copytree, True, id="copied, shards", marks=pytest.mark.slow),
+    ],
+)
 def test_its_last_and_its_best_are_those_in_the_new_place(config, tmp_path, move, sharded: bool) -> None:
     before = run("fit", "--config", config).trainer.checkpoint_callback.state_dict()
     assert Path(before["best_model_path"]).name == "step-2.ckpt"

@@ -61,7 +61,8 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
 def config_of(pair: tuple[Path, Path], method: str, workers: int) -> dict:
     config = tiny_config(pair, **METHODS[method], lr_scheduler={"class_path": "WarmupCosine"})
     config["model"]["optimizer"] = {"class_path": "AdamW", "init_args": {"lr": 0.01}}
-    config["data"]["init_args"] |= {"num_workers": workers, "corpus": {"length": 16, "batch_size": 8}}
+    corpus = {"length": 16, "batch_size": 8, "num_documents": 300}
+    config["data"]["init_args"] |= {"num_workers": workers, "corpus": corpus}
     config["model"]["corpus_objectives"] = {"lm": "NextToken"}
     config["trainer"] |= {"max_steps": 14, "val_check_interval": 2, "limit_val_batches": 1, "gradient_clip_val": 1.0}
     config["generation"] = {"max_prompts": 0}
@@ -84,19 +85,48 @@ def logged(log_dir: str | Path) -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "workers"), [("offline", 2), ("minillm", 0), ("dpkd", 0), ("gkd", 0)])
-def test_after_a_kill_in_the_middle_of_a_phase_the_run_goes_on_to_the_same_bits(
-    pair, tmp_path, method, workers
-) -> None:
-    config = write(config_of(pair, method, workers), tmp_path / "whole.yaml")
-    whole = run("fit", "--config", config)
-    (tmp_path / "killer.py").write_text(KILLER.format(step=9, ranks=[0]))
-    config = write(config_of(pair, method, workers), tmp_path / "killed.yaml")
-    done = subprocess.run(
-        [sys.executable, "killer.py", config], capture_output=True, text=True, timeout=300, check=False
-    )
+class Stop(Callback):
+    """Ends a run where `KILLER` does, in this process: what can be cleaned up is, but nothing is saved."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        if trainer.global_step == 9:
+            raise ConnectionError("the node is gone")
+
+
+def killed(config: Path, folder: Path) -> None:
+    """Run in a process of its own until SIGKILL."""
+    (folder / "killer.py").write_text(KILLER.format(step=9, ranks=[0]))
+    command = [sys.executable, "killer.py", config]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == -9, done.stderr[-3000:]
+
+
+def stopped(config: Path, folder: Path) -> None:
+    """Run until an error ends it."""
+    with pytest.raises(ConnectionError, match="gone"):
+        run("fit", "--config", config, trainer_defaults={"callbacks": [Stop()]})
+
+
+@pytest.mark.parametrize(
+    ("method", "workers", "end"),
+    [
+        ("offline", 0, stopped),
+        ("minillm", 0, stopped),
+        pytest.param("offline", 2, killed, marks=pytest.mark.slow),
+        pytest.param("minillm", 0, killed, marks=pytest.mark.slow),
+        pytest.param("dpkd", 0, killed, marks=pytest.mark.slow),
+        pytest.param("gkd", 0, killed, marks=pytest.mark.slow),
+    ],
+)
+def test_after_an_end_in_the_middle_of_a_phase_the_run_goes_on_to_the_same_bits(
+    pair, tmp_path, method, workers, end
+) -> None:
+    settings = config_of(pair, method, workers)
+    if workers:
+        del settings["calibration"]  # every callback as it is by default
+    whole = run("fit", "--config", write(settings, tmp_path / "whole.yaml"))
+    config = write(settings, tmp_path / "killed.yaml")
+    end(config, tmp_path)
     assert not (tmp_path / "runs" / "killed" / "version_0" / "export").exists()
     resumed = run("fit", "--config", config, "--ckpt_path", "last")
     assert torch.equal(weights(resumed), weights(whole))
@@ -117,7 +147,12 @@ class Die(Callback):
 
 
 @pytest.mark.parametrize(
-    ("every", "epoch", "monitor"), [(2, False, None), (4, False, "val/loss"), (4, True, "val/loss")]
+    ("every", "epoch", "monitor"),
+    [
+        pytest.param(2, False, None, marks=pytest.mark.slow),
+        (4, False, "val/loss"),
+        pytest.param(4, True, "val/loss", marks=pytest.mark.slow),
+    ],
 )
 def test_after_a_kill_in_a_validation_at_whose_step_a_checkpoint_was_due_it_is_made_again(
     pair, tmp_path, every: int, epoch: bool, monitor: str | None

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import session
 
-OURS = ("lit_distill.models.spec", "lit_distill.callbacks.report", "test_guards", "command_line", "kill_study")
+OURS = ("lit_distill.models.spec", "lit_distill.callbacks.report", "test_guards", "bad_input.conftest", "kill_study")
 OTHERS = ("transformers.models.llama", "torch", "lightning.pytorch.cli", "memory_profiler")
 
 

@@ -123,6 +123,7 @@ def test_by_default_a_fit_does_not_even_read_the_tasks(pair) -> None:
 
 def test_without_a_teacher_the_student_stands_alone(pair, tmp_path) -> None:
     config = tiny_config(pair, teacher=None, objectives={"ce": "NextToken"})
+    del config["calibration"]
     cli = run("validate", "--config", write(config, tmp_path / "x.yaml"), "--trainer.logger", "false")
     assert logged(cli, "val/") >= NEXT_TOKEN_FIGURES
     assert not any(name.startswith("teacher_") for name in logged(cli, "val/"))

@@ -371,6 +371,7 @@ def test_the_key_is_sent_and_written_nowhere(judge, pair, stub, tmp_path, capfd,
     options |= {"budget": {"max_requests": 99}, "seeds": [1, 2], "temperature": 1.0}
     config = tiny_config(pair)
     config["data"]["init_args"] |= DATA
+    config |= {"exposure_bias": {"max_prompts": 0}}
     config["trainer"] |= {
         "default_root_dir": str(tmp_path / "runs"),
         "callbacks": [{"class_path": "Judge", "init_args": options}],

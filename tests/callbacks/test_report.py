@@ -21,6 +21,7 @@ def finished(pair, tmp_path_factory):
     """The folder and config of a short training, and the reports of a test before it and of one after it."""
     folder = tmp_path_factory.mktemp("report")
     config = tiny_config(pair, optimizer={"class_path": "SGD", "init_args": {"lr": 0.5}})
+    del config["calibration"]  # it is in the report by default
     config["trainer"]["default_root_dir"] = str(folder / "runs")
     config |= {"export": {"enabled": False}, "exposure_bias": {"max_prompts": 2, "num_samples": 1, "max_new_tokens": 3}}
     path = write(config, folder / "tiny.yaml")
