@@ -21,6 +21,7 @@ BELOW = {
     "guards": {"parallel"},
     "parallel": {"atomic"},
     "occupied": set(),
+    "position": set(),
     "runs": {"occupied", "parallel"},
     "objectives": {"functional", "types"},
     "models": {"functional", "types", "objectives", "parallel"},
@@ -30,6 +31,7 @@ BELOW = {
 }
 BELOW["checks"] = {"schedulers", "parallel"}
 BELOW["lengths"] = {"models"}
+BELOW["continuation"] = {"checks", "models", "position", "rollouts"}
 BELOW["module"] = {*BELOW, "evaluation"}
 BELOW["callbacks"] = {*BELOW, "module"}
 BELOW["parser"] = {*BELOW, "callbacks"}
