@@ -114,19 +114,20 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if a multiple of ``every_n_train_steps`` was passed, or the time has come; after a validation that is due.
+        """Save if a multiple of ``every_n_train_steps`` was passed, or the time has come; after what is due at this batch.
 
-        From a state before it a run would go on without it.
+        From a state before a validation, or before the end of an epoch, a run would go on without it.
         """
         every, before = self._every_n_train_steps, self._step_before
         self._step_before = trainer.global_step
-        assert trainer.fit_loop._data_fetcher is not None
-        validates = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        more = loop.epoch_loop._should_check_val_fx(loop._data_fetcher) or loop.epoch_loop.batch_progress.is_last_batch
         if every >= 1 and trainer.global_step // every > before // every:
-            self._postponed = validates
-            if not validates:
+            self._postponed = more
+            if not more:
                 self._save_passed(trainer)
-        elif self._train_time_interval is not None and not validates:  # else after the next batch
+        elif self._train_time_interval is not None and not more:  # else after the next batch
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._listens(trainer):
             self._signals.heed(trainer, pl_module)
@@ -156,8 +157,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """The same, where checkpoints are saved at the end of an epoch."""
         super().on_train_epoch_end(trainer, pl_module)
+        self._save_postponed(trainer)
         if self._should_save_on_train_epoch_end(trainer):
-            self._save_postponed(trainer)
             self._save_stale_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:

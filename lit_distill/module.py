@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
-from itertools import repeat
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import lightning as L
@@ -21,6 +21,7 @@ from torch.optim import AdamW
 from torchmetrics import Metric
 
 from lit_distill import checks
+from lit_distill.continuation import load_run, save_run
 from lit_distill.evaluation.held_out import HeldOut
 from lit_distill.guards import NonFinite
 from lit_distill.lengths import check_lengths, check_tokens
@@ -36,10 +37,10 @@ from lit_distill.models import (
     stop_token_ids,
 )
 from lit_distill.models.precision import avoid_cudnn_attention
-from lit_distill.models.record import check_same_adapters, student_record
 from lit_distill.models.roles import resolve_dtypes, warn_of_emulation
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.parallel import DataRanks, data_ranks, most_over_ranks, sharding_of, without_gradient_sync
+from lit_distill.position import validation_was_due
 from lit_distill.rollouts import (
     DatasetResponses,
     Decoding,
@@ -47,8 +48,10 @@ from lit_distill.rollouts import (
     Prediction,
     Responses,
     Source,
+    UnfinishedPhase,
     check_signals,
     decode,
+    phase_of,
     prediction_records,
     row_uniforms,
     share_out,
@@ -123,6 +126,7 @@ class DistillationModule(L.LightningModule):
         self.guard = NonFinite(on_nonfinite)
         self.predicted_ids: frozenset[str] = frozenset()  # what an earlier, interrupted `predict` has written already
         self.teacher: FrozenTeacher | None = None
+        self.unfinished: UnfinishedPhase | None = None
         self._loaded_steps = 0
         check_signals(self.source, objectives, corpus_objectives or {}, has_teacher=teacher is not None)
 
@@ -187,11 +191,14 @@ class DistillationModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Every mini-batch that the source makes of ``batch`` is one optimiser step."""
         self.guard.ids = batch.ids
-        steps = self.source.steps_per_batch(len(batch) * self.data_ranks.number)
-        corpus = share_out(batch.corpus, steps) if self.corpus_objectives else repeat(None, steps)
-        for text, plain_text in zip(self.source.mini_batches(batch, self._players()), corpus, strict=False):
+        phase = phase_of(batch, self.source, self._players(), self.unfinished, self.device)
+        self.unfinished = None
+        corpus = share_out(batch.corpus, phase.steps) if self.corpus_objectives else repeat(None, phase.steps)
+        plain_texts = islice(corpus, phase.done, None)
+        for done, (text, plain_text) in enumerate(zip(phase.texts, plain_texts, strict=False), start=phase.done + 1):
             self._optimize(text, plain_text)
             if self.global_step == self.trainer.max_steps:
+                self.unfinished = UnfinishedPhase.of(phase, done, batches=self.trainer.fit_loop.total_batch_idx + 1)
                 break
 
     def _players(self) -> Players:
@@ -295,7 +302,8 @@ class DistillationModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the figures of all ranks' batches under ``val/``; while fitting, the source may act on them."""
         figures = self._log_held_out("val")
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if fitting and validation_was_due(self.trainer):
             self.source.observe_validation(figures)
 
     def on_test_epoch_end(self) -> None:
@@ -345,14 +353,11 @@ class DistillationModule(L.LightningModule):
         return [record for record in records if record["id"] not in self.predicted_ids]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the source remembers, and what it takes to rebuild the student without the run's YAML."""
+        """Keep what a run needs to go on, and what it takes to rebuild the student without the run's YAML."""
         self.guard.look(self)
-        checkpoint["source"] = self.source.state_dict()
-        checkpoint["student"] = student_record(self.student_spec, self.student)
+        save_run(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the source back what it remembered; a checkpoint may be older than that, but not of another model."""
-        check_same_adapters(checkpoint.get("student", {}), self.student_spec.lora, self.student)
-        checks.check_same_model(checkpoint["state_dict"], self.state_dict())
-        self.source.load_state_dict(checkpoint.get("source", {}))
+        """Take that up; a checkpoint may be older than some of it, but not of another model."""
+        load_run(self, checkpoint)
         self._loaded_steps = checkpoint["global_step"]

@@ -21,6 +21,7 @@ BELOW = {
     "guards": {"parallel"},
     "parallel": {"atomic"},
     "occupied": set(),
+    "position": set(),
     "runs": {"occupied", "parallel"},
     "objectives": {"functional", "types"},
     "models": {"functional", "types", "objectives", "parallel", "data"},
@@ -31,6 +32,7 @@ BELOW = {
 BELOW["checks"] = {"schedulers", "parallel"}
 BELOW["lengths"] = {"models"}
 BELOW["trainer"] = {"models"}
+BELOW["continuation"] = {"checks", "models", "position", "rollouts"}
 BELOW["module"] = {*BELOW, "evaluation"}
 BELOW["callbacks"] = {*BELOW, "module"}
 BELOW["parser"] = {*BELOW, "callbacks"}

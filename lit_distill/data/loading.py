@@ -79,14 +79,19 @@ class ResumableLoader(DataLoader[Batch]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, and how many of its batches were handed out."""
+        """Where the epoch stands after the batches that were handed out."""
         epoch, batches = self._taken
-        return {"epoch": self.sampler.epoch, "batches": batches if epoch == self.sampler.epoch else self.sampler.start}
+        return self.state_after(batches if epoch == self.sampler.epoch else self.sampler.start)
+
+    def state_after(self, batches: int) -> dict[str, Any]:
+        """The same, if so many of the epoch's batches count as handed out, and ``before`` the last of them."""
+        before = self.sampler.state_after(max(batches - 1, self.sampler.start))
+        return {**self.sampler.state_after(batches), "before": before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iteration goes on where that one was."""
-        self._taken = (state["epoch"], state["batches"])
-        self.sampler.skip(state["batches"], epoch=state["epoch"])
+        self.sampler.go_on(state)
+        self._taken = (self.sampler.epoch, self.sampler.start)
 
 
 def _apart(_worker: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import SequentialSampler
@@ -11,6 +11,15 @@ from torch.utils.data.distributed import DistributedSampler
 
 WINDOW = 50  # batches whose items are sorted by length together: enough to save padding, few enough to stay random
 ITEMS, CORPUS, VALIDATION = 0, 1, 2  # separate random streams of one seed
+
+
+class Order(NamedTuple):
+    """What decides in which order the items of an epoch are read."""
+
+    seed: int
+    batch_size: int
+    shuffle: bool
+    group_by_length: bool
 
 
 class BatchIndices(NamedTuple):
@@ -92,6 +101,9 @@ class CorpusOrder:
         seed: decides the order.
     """
 
+    offset = 0
+    """Where batch 0 would begin; not 0 where a run goes on with batches of another size."""
+
     def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
         self.num_rows = num_rows
         self.batch_size = batch_size
@@ -100,8 +112,12 @@ class CorpusOrder:
 
     def rows(self, index: int) -> list[int]:
         """The rows of batch ``index`` of the run, over all ranks; a pure function of seed and index."""
-        first = index * self.batch_size
+        first = self.position(index)
         return [self._row(position) for position in range(first, first + self.batch_size)]
+
+    def position(self, index: int) -> int:
+        """How many rows are used before batch ``index`` of the run."""
+        return index * self.batch_size + self.offset
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_rows)
@@ -153,35 +169,89 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
         self.batch_size = batch_size
         self.group_by_length = group_by_length
         self.corpus = corpus
-        self.start = 0
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.order = Order(self.seed, self.batch_size, self.shuffle, self.group_by_length)
+        self.start = 0  # batches of the epoch that are behind, and items in them
+        self.items = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Start another epoch, from its first batch; the current one again changes nothing."""
         if epoch != self.epoch:
-            self.start = 0
-        self.epoch = epoch
+            self._begin(epoch)
 
     def skip(self, batches: int, epoch: int | None = None) -> None:
         """Begin this epoch (or another) after so many batches, until the epoch changes: so a run goes on."""
-        if epoch is not None:
-            self.epoch = epoch
-        self.start = batches
+        self._begin(self.epoch if epoch is None else epoch)
+        self.start, self.items = batches, min(batches * self.batch_size, self._kept())
+
+    def state_after(self, batches: int) -> dict[str, Any]:
+        """Where this epoch stands when so many of its batches are behind, for a run with batches of any size.
+
+        Args:
+            batches: of the epoch, at least those that were when this sampler began.
+        """
+        size, longer = divmod(self._left(), max(1, len(self) - self.start))
+        taken = batches - self.start
+        items = taken * size + min(taken, longer) if self._regroups() else min(taken * self.batch_size, self._left())
+        state = {"epoch": self.epoch, "batches": batches, "items": self.items + items, "order": self.order._asdict()}
+        rows = {} if self.corpus is None else {"corpus_rows": self.corpus.position(self.epoch * len(self) + batches)}
+        return {**state, **rows}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Begin where `state_after` was, until the epoch changes.
+
+        The order of an epoch stays what it was when the epoch began. Where another size of batches, or another seed, has been
+        chosen since, the items that are left come in batches of the new size, none of them twice.
+        """
+        self._begin(state["epoch"])
+        if "items" not in state:  # of a checkpoint that counts batches
+            self.skip(state["batches"])
+            return
+        self.order, self.items = Order(**state["order"]), state["items"]
+        left = self._kept() - self.items
+        number = max(1, min(-(-left // self.batch_size), len(self) - self.items // self.batch_size)) if left > 0 else 0
+        self.start = len(self) - number
+        if self.corpus is not None and "corpus_rows" in state:
+            self.corpus.offset += state["corpus_rows"] - self.corpus.position(self.epoch * len(self) + self.start)
+
+    def _kept(self) -> int:
+        """Items of the epoch: without those that filled no batch when it began."""
+        full, rest = divmod(len(self.lengths), self.order.batch_size)
+        return len(self.lengths) - (rest if self.drop_last and full else 0)
+
+    def _left(self) -> int:
+        """Items of the epoch that are to come."""
+        return min(self._kept() - self.items, (len(self) - self.start) * self.batch_size)
+
+    def _regroups(self) -> bool:
+        """Whether the batches are of another size than those that the order was made for."""
+        return self.order.batch_size != self.batch_size
+
+    def _batches(self) -> list[np.ndarray]:
+        """What is left of the epoch."""
+        batches = global_batches(
+            self.lengths,
+            self.order.batch_size,
+            seed=self.order.seed,
+            epoch=self.epoch,
+            shuffle=self.order.shuffle,
+            group_by_length=self.order.group_by_length,
+            drop_last=self.drop_last,
+        )
+        if not self._regroups():
+            return batches[self.start :]
+        left = np.concatenate(batches)[self.items :][: self._left()]
+        return [_long_first(part, self.lengths) for part in np.array_split(left, max(1, len(self) - self.start))]
 
     def __iter__(self) -> Iterator[BatchIndices]:  # type: ignore[override]
         first = self.epoch * len(self)
-        batches = global_batches(
-            self.lengths,
-            self.batch_size,
-            seed=self.seed,
-            epoch=self.epoch,
-            shuffle=self.shuffle,
-            group_by_length=self.group_by_length,
-            drop_last=self.drop_last,
-        )
-        for index in range(self.start, len(batches)):
+        for index, batch in enumerate(self._batches(), start=self.start):
             corpus = self.corpus.rows(first + index) if self.corpus is not None else []
             mine = slice(self.rank, None, self.num_replicas)
-            yield BatchIndices(batches[index][mine].tolist(), corpus[mine])
+            yield BatchIndices(batch[mine].tolist(), corpus[mine])
 
     def __len__(self) -> int:
         """Batches of a whole epoch, the same on all ranks and wherever it begins."""

@@ -10,6 +10,7 @@ from lit_distill.rollouts.sampled import StudentRollouts, TeacherRollouts
 from lit_distill.rollouts.scoring import Scoring
 from lit_distill.rollouts.sources import DatasetResponses, Players, Source, check_signals, share_out
 from lit_distill.rollouts.trajectories import Trajectories
+from lit_distill.rollouts.unfinished import UnfinishedPhase, phase_of
 
 __all__ = [
     "DatasetResponses",
@@ -25,9 +26,11 @@ __all__ = [
     "TeacherMixedRollouts",
     "TeacherRollouts",
     "Trajectories",
+    "UnfinishedPhase",
     "check_signals",
     "decode",
     "decode_mixed",
+    "phase_of",
     "prediction_records",
     "row_uniforms",
     "share_out",
