@@ -37,7 +37,7 @@ from lit_distill.models import (
     stop_token_ids,
 )
 from lit_distill.models.precision import avoid_cudnn_attention
-from lit_distill.models.roles import resolve_dtypes, warn_of_emulation
+from lit_distill.models.roles import device_and_precision, resolve_dtypes, warn_of_emulation
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.parallel import DataRanks, data_ranks, most_over_ranks, sharding_of, without_gradient_sync
 from lit_distill.position import validation_was_due
@@ -56,7 +56,7 @@ from lit_distill.rollouts import (
     row_uniforms,
     share_out,
 )
-from lit_distill.schedulers import optimization
+from lit_distill.schedulers import learning_rate, optimization
 from lit_distill.types import Batch, Pairs, Prompts, Sequences
 
 MetricType = TypeVar("MetricType", bound=Metric)
@@ -139,12 +139,11 @@ class DistillationModule(L.LightningModule):
         """Load student and teacher; called by the Trainer once it knows the device and the strategy."""
         if hasattr(self, "student"):
             return
-        trainer: Any = self._trainer  # a module may be used without one
-        device_type = trainer.strategy.root_device.type if trainer else self.device.type
+        device_type, precision = device_and_precision(self)
         avoid_cudnn_attention(device_type)
         self.student_spec, self.teacher_spec = resolve_dtypes(self.student_spec, self.teacher_spec, device_type)
         self.student, teacher = build_pair(self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self))
-        warn_of_emulation(self.student, teacher, trainer.precision if trainer else None, device_type)
+        warn_of_emulation(self.student, teacher, precision, device_type)
         self.teacher = FrozenTeacher(teacher, shared=teacher is self.student) if teacher else None
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
         self._text = self._measurement(self.objectives, "model.objectives")
@@ -267,10 +266,7 @@ class DistillationModule(L.LightningModule):
         figures["train/loss"] = torch.stack([weights[name] * means[name] for name in terms]).sum()
         self.log("loss", figures["train/loss"], prog_bar=True, logger=False)
         optimizer: Any = self.optimizers()
-        if (
-            rate := optimizer.param_groups[0].get("lr")
-        ) is not None:  # Adafactor may have one of its own for each weight
-            figures["train/learning_rate"] = torch.tensor(rate)
+        figures |= {f"train/{name}": rate for name, rate in learning_rate(optimizer).items()}
         figures |= {f"rollout/{name}": torch.tensor(value) for name, value in self.source.figures().items()}
         figures |= self.guard.figures()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
@@ -46,6 +47,12 @@ def optimization(
     if getattr(scheduler, "total_steps", 0) is None:
         scheduler.total_steps = total_steps()  # type: ignore[attr-defined]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def learning_rate(optimizer: Optimizer) -> dict[str, Tensor]:
+    """``[]`` that of the first group, by its name; nothing where the optimiser finds one for each weight, as Adafactor may."""
+    rate = optimizer.param_groups[0].get("lr")
+    return {} if rate is None else {"learning_rate": torch.tensor(rate)}
 
 
 def check_total_steps(scheduler: LRScheduler, steps: float) -> None:

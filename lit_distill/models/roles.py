@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -82,6 +82,12 @@ def _check_shared(student: ModelSpec, teacher: ModelSpec) -> None:
                 f"model.teacher.{name}: a teacher with shared_with_student is the student's base, for which this is {own!r}, not "
                 f"{given!r}. Give the same, or remove shared_with_student."
             )
+
+
+def device_and_precision(module: Any) -> tuple[str, str | None]:
+    """Kind of device and precision of a LightningModule's Trainer; a module without one is where its weights are."""
+    trainer = module._trainer
+    return (trainer.strategy.root_device.type, str(trainer.precision)) if trainer else (module.device.type, None)
 
 
 def resolve_dtypes(
