@@ -68,6 +68,15 @@ class CalibrationMonitor(Callback):
                 key = f"calibration.tasks.{name}"
                 self._ready[name] = LabelWordTask(task, pl_module.tokenizer, key, self.num_bins)
 
+    def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
+        """What a validation logs, known before any weights load."""
+        figures = ["ece", "adaptive_ece", "accuracy", "brier"]
+        responses = getattr(trainer.datamodule, "responses", True)  # type: ignore[attr-defined]
+        places = {"val": figures} if self.next_token and responses else {}
+        places |= {f"val/{task}": [*figures, "mass"] for task in self.tasks if self.every_n_validations}
+        speakers = ["", "teacher_"] if pl_module.teacher_spec else [""]
+        return [f"{place}/{who}{name}" for place, names in places.items() for who in speakers for name in names]
+
     def report(self) -> dict[str, Any]:
         """What the last validation or test has found, of each model; bins without predictions are left out."""
         entries = [

@@ -13,15 +13,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_distill.callbacks.guards import check_monitor
+from lit_distill.callbacks.last_state import can_go_on
 from lit_distill.callbacks.signals import StopSignals
 from torch import Tensor
 
+from lit_distill.checks import has_validation, logged_metrics
 from lit_distill.occupied import leave, occupies, refusal
 from lit_distill.parallel import AtomicCheckpointIO
 from lit_distill.parallel.processes import settle_at_exit
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
+
+
+AUTO = "auto"
+DEFAULT_MONITOR = "val/loss"
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -31,16 +37,22 @@ class RunCheckpoint(ModelCheckpoint):
     modulo n, which a batch of many steps may miss for ever. ``save_last`` is the state at the last validation and at the end of
     training; Lightning's is that of the last checkpoint among the best. SIGTERM and SIGUSR1 end the run after the batch, and a
     validation that is due, with the state at that time saved. No second process trains in the same folder meanwhile.
+
+    ``monitor: auto``, the command line's default, is ``val/loss`` where a validation logs it, and else nothing.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self._chooses_monitor = self.monitor == AUTO
         self._signals = StopSignals()
         self._postponed = False
         self._step_before = 0
+        self._step_at_start: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Let checkpoints be written whole or not at all, and read from folders of shards too; take their folder."""
+        if self._chooses_monitor and stage == "fit":
+            self._choose_monitor(trainer, pl_module)
         super().setup(trainer, pl_module, stage)
         if self._listens(trainer) and not getattr(trainer, "fast_dev_run", False) and "://" not in str(self.dirpath):
             folder = self._folder_of_run()
@@ -50,7 +62,7 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.world_size > 1:
             settle_at_exit()
-        if trainer.checkpoint_callback is self:
+        if self._is_first(trainer):
             self._signals.take_over(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: DistillationModule, checkpoint: dict[str, Any]) -> None:
@@ -75,7 +87,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """The same, where there was no such check."""
         super().on_train_start(trainer, pl_module)
-        self._step_before = trainer.global_step
+        self._step_before = self._step_at_start = trainer.global_step
         if self._listens(trainer):
             self._signals.listen()
 
@@ -85,6 +97,27 @@ class RunCheckpoint(ModelCheckpoint):
         self._signals.forget(trainer)
         if self._listens(trainer):
             leave(self._folder_of_run())
+
+    @property
+    def state_key(self) -> str:
+        """Under which name the state lies in a checkpoint: the same whatever ``auto`` has come to."""
+        if not self._chooses_monitor:
+            return super().state_key
+        chosen, self.monitor = self.monitor, DEFAULT_MONITOR
+        try:
+            return super().state_key
+        finally:
+            self.monitor = chosen
+
+    def _choose_monitor(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        logged = has_validation(trainer) and DEFAULT_MONITOR in logged_metrics(pl_module).names
+        self.monitor = DEFAULT_MONITOR if logged else None
+        if not logged:
+            if self.save_last:
+                self.save_top_k = min(self.save_top_k, 0)  # -1, which keeps all, stays
+            rank_zero_info(
+                f"checkpoint.monitor: nothing logs {DEFAULT_MONITOR}, so there is no best state; `last` is saved and exported."
+            )
 
     def _found_here(self, trainer: Trainer, paths: list[str]) -> dict[str, str]:
         """Of a folder and the files in it, where each is today: nothing, if the run goes on elsewhere than its checkpoint lies."""
@@ -102,7 +135,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _listens(self, trainer: Trainer) -> bool:
         """One callback is enough for all, and only a run that trains has something to save."""
-        return trainer.checkpoint_callback is self and trainer.state.fn == TrainerFn.FITTING
+        return self._is_first(trainer) and trainer.state.fn == TrainerFn.FITTING
+
+    def _is_first(self, trainer: Trainer) -> bool:
+        """Of its class, whatever other callbacks save as well."""
+        return next((c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), None) is self
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
         """Not where validation comes after every batch, whose ``val_check_interval: 1`` Lightning takes for that of an epoch."""
@@ -162,13 +199,14 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_stale_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Save the last."""
-        super().on_train_end(trainer, pl_module)
-        self._save_stale_last(trainer)
+        """Save the last; Lightning would do so after a ``fast_dev_run`` too."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            super().on_train_end(trainer, pl_module)
+            self._save_stale_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: DistillationModule, exception: BaseException) -> None:
-        """Save, if it was a signal, and say how to go on."""
-        super().on_exception(trainer, pl_module, exception)
+        """Save, if it was a signal or there is a state to go on from, and say how to go on."""
+        self._save_after_error(trainer, exception)
         if isinstance(exception, SIGTERMException):
             if not self._should_skip_saving_checkpoint(trainer):
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -180,6 +218,16 @@ class RunCheckpoint(ModelCheckpoint):
             rank_zero_info(
                 f"The last checkpoint is {last}. To go on, give the same command with --ckpt_path last, or with this path."
             )
+
+    def _save_after_error(self, trainer: Trainer, error: BaseException) -> None:
+        begun = self._listens(trainer) and self._step_at_start is not None
+        if not begun or not self.save_last or self._should_skip_saving_checkpoint(trainer):
+            return
+        if trainer.global_step > (self._step_at_start or 0) and can_go_on(trainer, error, self._step_before):
+            try:
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            except Exception as second:  # noqa: BLE001 - the first one is what the user must see
+                rank_zero_info(f"The state at step {trainer.global_step} could not be saved: {second}")
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         """With the step of now: that among the figures, which says where they stand in the logs, is of the last validation."""

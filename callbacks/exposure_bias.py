@@ -72,6 +72,10 @@ class ExposureBiasMonitor(PromptEvaluator):
                 "Set model.teacher.path, or exposure_bias.max_prompts: 0."
             )
 
+    def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
+        """What a validation logs, as far as texts go; known before any weights load."""
+        return [f"val/ex_acc_err_{at}" for at in self.lengths] if self.max_prompts and self.every_n_validations else []
+
     def begin(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
         """Forget the last time."""
         pl_module.over_ranks(self._errors).reset()

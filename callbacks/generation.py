@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lit_distill.callbacks.answers import PromptEvaluator, Stage, answer_and_score
 from lit_distill.callbacks.samples import show_samples
 
-from lit_distill.evaluation.generation import ResponseScores
+from lit_distill.evaluation.generation import MEANS, SIZES, ResponseScores
 from lit_distill.rollouts import Decoding
 from lit_distill.types import Batch
 
@@ -69,6 +69,11 @@ class GenerationEvaluator(PromptEvaluator):
         self._scores: dict[str, list[ResponseScores]] = {}
         self._samples: list[dict[str, Any]] = []
         self._report: dict[str, Any] = {}
+
+    def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
+        """What a validation logs, known before any weights load."""
+        names = [*MEANS, *(f"distinct_{n}" for n in SIZES), f"repetition_{SIZES[-1]}"]
+        return [f"val/{name}" for name in names] if self.max_prompts else []
 
     def begin(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
         """Forget the last time."""

@@ -118,6 +118,11 @@ class Judge(PromptEvaluator):
             if missing := trainer.strategy.broadcast(missing):
                 raise ValueError(missing)
 
+    def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
+        """What a validation logs, where the judge answers; known before any weights load."""
+        names = ("judge_ratio", "judge_student", "judge_reference", "judge_count")
+        return [f"val/{name}" for name in names] if self.max_prompts and self.every_n_validations else []
+
     def report(self) -> dict[str, Any]:
         """The last test's figures under ``judge``; empty if there was none."""
         return {"judge": self._report} if self._report else {}

@@ -11,12 +11,23 @@ from lit_distill.callbacks.guards import CollapseWatch
 from lit_distill.callbacks.samples import show_samples
 
 from lit_distill.functional import reverse_kl_k3
+from lit_distill.rollouts import DatasetResponses
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
     from lit_distill.rollouts import Trajectories
 
 PERIODS = (1, 2, 3, 4)
+SCORED = (
+    "reward",
+    "student_entropy",
+    "teacher_entropy",
+    "teacher_share",
+    "reverse_kl_k1",
+    "reverse_kl_k3",
+    "effective_sample_size",
+)
+"""What a source that scores its responses has besides."""
 
 
 class RolloutMonitor(Callback):
@@ -41,6 +52,16 @@ class RolloutMonitor(Callback):
         self.num_samples = num_samples
         self._phases = 0
         self._collapse = CollapseWatch()
+
+    def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
+        """What a phase of rollouts logs, known before any weights load."""
+        source = pl_module.source
+        if isinstance(source, DatasetResponses):
+            return []
+        names = ["response_length", "unfinished", "repetition", "tokens_per_second"]
+        if "old_logprobs" not in source.provides | source.provides_with_teacher:
+            return [f"rollout/{name}" for name in names]
+        return ["reverse_kl", *(f"rollout/{name}" for name in (*names, *SCORED))]
 
     def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
         """Log the phase."""

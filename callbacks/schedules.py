@@ -124,6 +124,10 @@ class TeacherMixSchedule(Callback):
         if stage == "fit":
             self.schedule.resolve(trainer)
 
+    def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
+        """What is logged, known before any weights load."""
+        return ["rollout/alpha"]
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: DistillationModule, batch: Any, batch_idx: int) -> None:
         """Set α for the phase to come."""
         if self.target is None:
@@ -184,6 +188,10 @@ class ObjectiveWeightSchedule(Callback):
             )
         if stage == "fit":
             self.schedule.resolve(trainer)
+
+    def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
+        """What is logged, known before any weights load."""
+        return [f"train/{self.objective}/weight"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: DistillationModule, batch: Any, batch_idx: int) -> None:
         """Set the weight for the steps of this batch."""

@@ -92,6 +92,8 @@ def said_to_the_user(error: BaseException | None, packages: Sequence[Path]) -> s
         ours = isinstance(error, ValueError | OSError) and any(raised_in.is_relative_to(p) for p in packages)
         if ours or isinstance(error, MisconfigurationException):
             return str(error)
+        if raised_in.name == "early_stopping.py" and isinstance(error, RuntimeError):
+            return f"trainer.callbacks: {error}"
         error = error.__cause__
     return None
 

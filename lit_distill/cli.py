@@ -111,7 +111,7 @@ class DistillCLI(LightningCLI):
         )
         parser.set_defaults(
             {
-                "checkpoint.monitor": "val/loss",
+                "checkpoint.monitor": "auto",
                 "checkpoint.save_last": True,
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.filename": "step-{step}",

@@ -25,6 +25,10 @@ MANY = 10
 SHOWN = 20
 
 
+class DivergedError(ValueError):
+    """The weights are of no use any more: what was saved before is better."""
+
+
 class Seen(NamedTuple):
     """An optimiser step that nobody has looked at yet."""
 
@@ -76,7 +80,7 @@ class NonFinite:
         """Read what was seen since the last time.
 
         Raises:
-            ValueError: with the items of the batch on all ranks, if the run is to stop.
+            DivergedError: with the items of the batch on all ranks, if the run is to stop.
         """
         seen, self._seen = self._seen, []
         bad = torch.stack([entry.bad for entry in seen]).tolist() if seen else []
@@ -84,12 +88,12 @@ class NonFinite:
         self._in_a_row = self._in_a_row + len(steps) if len(steps) == len(seen) else len(steps)
         self.skipped += len(steps)
         if loss is not None and not math.isfinite(value := float(loss)) and (self.action == "stop" or not steps):
-            raise ValueError(self._message(module, f"train/loss is {value}", module.global_step, self.ids))
+            raise DivergedError(self._message(module, f"train/loss is {value}", module.global_step, self.ids))
         if steps and (self.action == "stop" or self._in_a_row >= MANY):
             what = "the gradient is not finite"
             if self.action == "skip":
                 what = f"the last {self._in_a_row} gradients are not finite; now"
-            raise ValueError(self._message(module, what, steps[0].step, steps[0].ids))
+            raise DivergedError(self._message(module, what, steps[0].step, steps[0].ids))
         if steps and self.skipped == len(steps):
             rank_zero_warn(
                 f"model.on_nonfinite: skip: the gradient of step {steps[0].step} is not finite and was left out; "

@@ -24,6 +24,7 @@ from lit_distill import checks
 from lit_distill.continuation import load_run, save_run
 from lit_distill.evaluation.held_out import HeldOut
 from lit_distill.guards import NonFinite
+from lit_distill.hooks import OwnHooks
 from lit_distill.lengths import check_lengths, check_tokens
 from lit_distill.models import (
     CausalLM,
@@ -124,6 +125,7 @@ class DistillationModule(L.LightningModule):
         self.lr_scheduler_factory = lr_scheduler
         self.prediction = prediction or Prediction()
         self.guard = NonFinite(on_nonfinite)
+        self.hooks = OwnHooks()
         self.predicted_ids: frozenset[str] = frozenset()  # what an earlier, interrupted `predict` has written already
         self.teacher: FrozenTeacher | None = None
         self.unfinished: UnfinishedPhase | None = None
@@ -163,8 +165,7 @@ class DistillationModule(L.LightningModule):
         checks.check_strategy(self.trainer)
         if stage == "fit":
             checks.check_fit(self)
-            # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
-            self.automatic_optimization = False
+            self.automatic_optimization = False  # not before, or Lightning would refuse trainer.gradient_clip_val
         check_lengths(self, stage)
         check_tokens(self)
 
@@ -202,12 +203,12 @@ class DistillationModule(L.LightningModule):
 
     def _players(self) -> Players:
         run = (self.stop_ids, self.global_step, self.total_steps, *self.data_ranks[:2])
-        return Players(self.student, self.teacher, *run, self.sum_over_ranks, partial(self._tell, "on_rollouts"))
+        show = partial(self.hooks.call, self, "on_rollouts")
+        return Players(self.student, self.teacher, *run, self.sum_over_ranks, show)
 
-    def _tell(self, hook: str, news: Any) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if method := getattr(callback, hook, None):
-                method(self.trainer, self, news)
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Raise what a callback has raised in the middle of the batch."""
+        self.hooks.raise_kept()
 
     def _optimize(self, text: Sequences | Pairs, corpus: Sequences | None) -> None:
         # An objective whose weight is 0 does not run.
@@ -269,12 +270,12 @@ class DistillationModule(L.LightningModule):
         figures |= {f"train/{name}": rate for name, rate in learning_rate(optimizer).items()}
         figures |= {f"rollout/{name}": torch.tensor(value) for name, value in self.source.figures().items()}
         figures |= self.guard.figures()
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = self.global_step % (every or SELDOM) == 0 or self.global_step == 1
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = self.global_step == 1 or self.global_step % (every or SELDOM) == 0
         if due:
             self.guard.look(self, figures["train/loss"])
         self.record(figures, write=due and every > 0)
-        self._tell("on_loss_terms", {**means, "loss": figures["train/loss"]})
+        self.hooks.call_after_step(self, {**means, "loss": figures["train/loss"]})
 
     def record(self, figures: Mapping[str, Tensor], write: bool = True) -> None:
         """Figures of training, equal on all ranks, for callbacks and, if ``write``, for the loggers at this optimiser step.

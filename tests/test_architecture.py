@@ -17,6 +17,7 @@ BELOW = {
     "schedulers": set(),
     "blame": set(),
     "replaced": set(),
+    "hooks": set(),
     "atomic": set(),
     "guards": {"parallel"},
     "parallel": {"atomic"},
@@ -29,7 +30,7 @@ BELOW = {
     "rollouts": {"functional", "types", "objectives", "models", "data"},
     "evaluation": {"atomic", "functional", "types", "objectives", "models", "data", "rollouts", "parallel"},
 }
-BELOW["checks"] = {"schedulers", "parallel"}
+BELOW["checks"] = {"guards", "schedulers", "parallel", "objectives", "evaluation"}
 BELOW["lengths"] = {"models"}
 BELOW["trainer"] = {"models"}
 BELOW["continuation"] = {"checks", "models", "position", "rollouts"}

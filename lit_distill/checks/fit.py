@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_distill.checks.callbacks import check_callbacks
+from lit_distill.checks.monitors import check_monitors
 from lit_distill.checks.optimizer import check_optimizer
 from lit_distill.checks.precision import check_plugins, check_precision
 from lit_distill.checks.run_length import RunLength, has_validation, run_length
@@ -93,6 +94,7 @@ def check_fit(module: DistillationModule) -> None:
     _check_corpus(module, trainer)
     if length is not None:
         _check_interval(trainer, length)
+    check_monitors(module, length)
 
 
 def _check_corpus(module: DistillationModule, trainer: Any) -> None:

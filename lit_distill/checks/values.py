@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_distill.guards import DivergedError
 from lit_distill.parallel.reading import refuse_another_model
 
 
@@ -31,10 +32,10 @@ def check_finite(loss: Tensor, name: str, step: int) -> None:
     """Stop a run that has diverged.
 
     Raises:
-        ValueError: if ``loss`` is NaN or infinite.
+        DivergedError: if ``loss`` is NaN or infinite.
     """
     if not math.isfinite(value := float(loss)):
-        raise ValueError(
+        raise DivergedError(
             f"{name} is {value} at step {step}: the run has diverged. Lower model.optimizer.lr, set "
             "trainer.gradient_clip_val: 1.0, or look for broken items in the data; the last checkpoint is still good."
         )

@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 QUALITY = ".quality"  # no objective of a config has a dot in its name
 
 
+def measurable(objectives: Mapping[str, Objective], has_teacher: bool) -> dict[str, Objective]:
+    """Of the training objectives those that a dataset can feed."""
+    known = {"student_logits", "labels"} | ({"teacher_logits"} if has_teacher else set())
+    return {name: objective for name, objective in objectives.items() if objective.needs <= known}
+
+
+def metric_names(objectives: Mapping[str, Objective], has_teacher: bool) -> list[str]:
+    """What `HeldOut.figures` will hold, known before any weights load."""
+    quality, trained = AgreementQuality if has_teacher else StudentQuality, measurable(objectives, has_teacher)
+    names = [name for name in (*quality.metric_names, *trained) if not name.endswith("nll")]
+    return [*names, "perplexity", *(["teacher_perplexity"] if has_teacher else []), *(["loss"] if trained else [])]
+
+
 class HeldOut(nn.Module):
     """Token-level figures over the texts of all batches and ranks, with the training objectives that a dataset can feed.
 
@@ -37,8 +50,7 @@ class HeldOut(nn.Module):
         chunk_rows: int | None = None,
     ) -> None:
         super().__init__()
-        known = {"student_logits", "labels"} | ({"teacher_logits"} if teacher else set())
-        self.trained = {name: objective for name, objective in objectives.items() if objective.needs <= known}
+        self.trained = measurable(objectives, has_teacher=teacher is not None)
         quality = AgreementQuality() if teacher else StudentQuality()
         measured: dict[str, Objective] = {QUALITY: quality, **self.trained}
         self.measure = Measurement(measured, student, teacher, "model.objectives", chunk_rows)

@@ -7,6 +7,7 @@ from lit_distill.objectives.base import (
     LossTerm,
     Objective,
     check_needs,
+    metric_names,
     probe,
     sum_over_tokens,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "TotalVariation",
     "add_terms",
     "check_needs",
+    "metric_names",
     "probe",
     "sum_over_tokens",
     "term_means",

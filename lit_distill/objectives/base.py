@@ -152,6 +152,15 @@ def probe(objective: Objective, vocabulary_size: int, key: str) -> bool:
     return isinstance(term.count, Tensor)
 
 
+def metric_names(objective: Objective) -> list[str] | None:
+    """The further sums that an objective returns, by name; None if it cannot be asked without a model."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return list(objective(**_random_signals(sorted(objective.needs), vocabulary_size=8)).metrics)
+    except Exception:  # noqa: BLE001 - of any class: it may be the user's own, and `probe` says what is wrong with it
+        return None
+
+
 def _random_signals(names: Iterable[str], vocabulary_size: int) -> dict[str, Tensor]:
     """Three rows, or pairs of four tokens, of each signal; where objectives are before they go to a device."""
     generator = torch.Generator().manual_seed(0)

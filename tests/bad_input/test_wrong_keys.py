@@ -177,7 +177,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         r"RunCheckpoint",
     ),
     "watching what nobody measures": (
-        {"trainer.limit_val_batches": 0},
+        {"trainer.limit_val_batches": 0, "checkpoint.monitor": "val/loss"},
         r"checkpoint\.monitor: val/loss .*checkpoint\.monitor: null",
     ),
     "bare bones": ({"trainer.barebones": True}, r"barebones"),

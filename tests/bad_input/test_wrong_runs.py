@@ -138,7 +138,10 @@ def test_predictions_are_not_added_to_another_file(refusal, tmp_path, content: s
 
 
 def test_a_figure_that_is_a_slip_of_the_pen_is_refused_before_the_first_step(refusal) -> None:
-    message = refusal({"checkpoint.monitor": "val/los"}, loading=True)
+    own = {
+        "trainer.callbacks": [{"class_path": "LambdaCallback"}]
+    }  # may log anything, so that nobody knows at the start
+    message = refusal({"checkpoint.monitor": "val/los", **own}, loading=True)
     assert "checkpoint.monitor: nobody logs val/los. Did you mean val/loss?" in message
 
 
