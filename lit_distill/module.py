@@ -38,7 +38,7 @@ from lit_distill.models import (
 )
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.parallel import DataRanks, data_ranks, most_over_ranks, sharding_of, without_gradient_sync
-from lit_distill.position import validation_was_due
+from lit_distill.position import batches_of_run, validation_was_due
 from lit_distill.rollouts import (
     DatasetResponses,
     Decoding,
@@ -170,7 +170,7 @@ class DistillationModule(L.LightningModule):
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run, over all of its batches."""
-        batches = int(self.trainer.estimated_stepping_batches)
+        batches = batches_of_run(self.trainer)
         batch_size = getattr(self.trainer.datamodule, "batch_size", 1)  # type: ignore[attr-defined]
         return batches if batches == self.trainer.max_steps else batches * self.source.steps_per_batch(batch_size)
 
