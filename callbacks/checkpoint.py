@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,17 +156,13 @@ class RunCheckpoint(ModelCheckpoint):
 
         From a state before a validation, or before the end of an epoch, a run would go on without it.
         """
-        every, before = self._every_n_train_steps, self._step_before
-        self._step_before = trainer.global_step
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
         more = loop.epoch_loop._should_check_val_fx(loop._data_fetcher) or loop.epoch_loop.batch_progress.is_last_batch
-        if every >= 1 and trainer.global_step // every > before // every:
+        if self._is_time(trainer):
             self._postponed = more
             if not more:
                 self._save_passed(trainer)
-        elif self._train_time_interval is not None and not more:  # else after the next batch
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._listens(trainer):
             self._signals.heed(trainer, pl_module)
 
@@ -232,6 +229,18 @@ class RunCheckpoint(ModelCheckpoint):
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         """With the step of now: that among the figures, which says where they stand in the logs, is of the last validation."""
         return {**super()._monitor_candidates(trainer), "step": torch.tensor(trainer.global_step)}
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        """By steps, or by the clock of rank 0, at which Lightning does not look under manual optimisation."""
+        every, before = self._every_n_train_steps, self._step_before
+        self._step_before = trainer.global_step
+        if self._train_time_interval is None:
+            return every >= 1 and trainer.global_step // every > before // every
+        assert self._last_time_checked is not None
+        over = time.monotonic() - self._last_time_checked >= self._train_time_interval.total_seconds()
+        if over := trainer.strategy.broadcast(over):
+            self._last_time_checked = time.monotonic()
+        return over
 
     def _save_passed(self, trainer: Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

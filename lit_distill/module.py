@@ -41,7 +41,7 @@ from lit_distill.models.precision import avoid_cudnn_attention
 from lit_distill.models.roles import device_and_precision, resolve_dtypes, warn_of_emulation
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.parallel import DataRanks, data_ranks, most_over_ranks, sharding_of, without_gradient_sync
-from lit_distill.position import validation_was_due
+from lit_distill.position import batches_of_run, validation_was_due
 from lit_distill.rollouts import (
     DatasetResponses,
     Decoding,
@@ -181,7 +181,7 @@ class DistillationModule(L.LightningModule):
     def total_steps(self) -> int:
         """Optimiser steps of the whole run, over all of its batches."""
         batch_size = getattr(self.trainer.datamodule, "batch_size", 1)  # type: ignore[attr-defined]
-        steps = int(self.trainer.estimated_stepping_batches) * self.source.steps_per_batch(batch_size)
+        steps = batches_of_run(self.trainer) * self.source.steps_per_batch(batch_size)
         return min(steps, self.trainer.max_steps) if self.trainer.max_steps > 0 else steps
 
     def on_fit_start(self) -> None:

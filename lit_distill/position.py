@@ -75,6 +75,16 @@ def load_position(trainer: Any, checkpoint: dict[str, Any], again: int | None = 
     _set_validation(validation, repeat=bool(here) and not back and (begun or not completed))
 
 
+def batches_of_run(trainer: Any) -> int:
+    """Lightning's estimate, without the training loader that it keeps: a run that goes on has to load its state into it."""
+    loop = trainer.fit_loop
+    unread = loop._combined_loader is None
+    batches = int(trainer.estimated_stepping_batches)
+    if unread:
+        loop._combined_loader = None
+    return batches
+
+
 def loader_states(fit_loop: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Those of the training loaders that have any."""
     states: list[dict[str, Any]] = fit_loop.get("state_dict", {}).get(LOADERS, [])

@@ -18,6 +18,7 @@ from lit_distill.rollouts import (
     TeacherMixedRollouts,
     TeacherRollouts,
 )
+from lit_distill.schedulers import WarmupCosine
 
 SHORT = {"epochs": {"max_epochs": 2}, "steps": {"max_steps": 2 * BATCHES}}
 LONG = {"epochs": {"max_epochs": 3}, "steps": {"max_steps": 3 * BATCHES}}
@@ -154,6 +155,15 @@ def test_the_steps_that_max_steps_cut_off_a_phase_are_left_out_by_a_run_of_other
     with pytest.warns(UserWarning, match="max_steps ended the run after 2 of the 4 optimiser steps of a batch"):
         run = Run(module, tmp_path, ckpt_path=tmp_path / "last.ckpt", items=items, max_steps=14)
     assert [batch_idx for _, batch_idx, *_ in run.journal.read] == [1]
+
+
+def test_so_it_is_by_epochs_with_a_schedule_over_the_run_whose_length_is_asked_for_early(pair, tmp_path) -> None:
+    def module():
+        return learner(pair, lr_scheduler=lambda optimizer: WarmupCosine(optimizer, warmup_steps=2))
+
+    whole = Run(module(), tmp_path / "whole", max_epochs=2)
+    first = Run(module(), tmp_path, [STOPS["should_stop"](3)], max_epochs=2)
+    check_continued(first, Run(module(), tmp_path, ckpt_path=first.last, max_epochs=2), whole)
 
 
 @pytest.mark.slow

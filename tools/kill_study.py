@@ -1,12 +1,13 @@
-"""Kills runs at random moments, lets them go on from `last`, and compares the end with that of a run that was never killed.
+"""Kills and stops runs at random moments, lets them go on from `last`, and compares the end with that of undisturbed runs.
 
 Run: python tools/kill_study.py --kills 50         (half a minute a kill on one core; the embedded models, no download)
      python tools/kill_study.py --kills 15 --devices 2 --strategy fsdp2
 
-Each method is trained once undisturbed. Then it is started again and again with `--ckpt_path last` and killed (SIGKILL)
-after a random time, up to four times, before it may live to the end. Weights, optimiser state and logged losses must be
-equal to the last bit. On several ranks a kill takes all processes, rank 0 alone or another rank alone; whatever it takes, no
-process may be left half a minute later. Processes are looked up in /proc, so this needs Linux.
+Each method is trained once undisturbed. Then it is started again and again with `--ckpt_path last` and interrupted after a
+random time, up to four times, before it may live to the end: about half of the times it is killed (SIGKILL), the others it is
+stopped by SIGTERM, `max_time`, `max_steps` or a callback that sets `trainer.should_stop`. Weights, optimiser state and logged
+losses must be equal to the last bit. On several ranks a kill takes all processes, rank 0 alone or another rank alone; whatever
+it takes, no process may be left half a minute later. Processes are looked up in /proc, so this needs Linux.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Callback
 
 from lit_distill.parallel import read_checkpoint
 from lit_distill.runs import last_checkpoint
@@ -45,8 +47,23 @@ SMALL = {
     "generation.max_prompts": 8,
 }
 OF_METHOD = {"minillm_quickstart": {"model.source.mini_batch_size": 8, "trainer.val_check_interval": 1}}
+SOFT = ("SIGTERM", "max_time", "max_steps", "should_stop")
+NO_STOP = {"distillm_quickstart": {"max_steps"}}
+"""Where the length of the run is part of the method."""
 PATIENCE = 30.0
 """Seconds in which all processes have to be gone after one was killed; torch.distributed alone would wait 1800."""
+
+
+class StopAfter(Callback):
+    """Stops a run after so many batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        """Count."""
+        self.batches -= 1
+        trainer.should_stop = trainer.should_stop or self.batches <= 0
 
 
 class Plan(NamedTuple):
@@ -58,8 +75,8 @@ class Plan(NamedTuple):
     devices: int
     strategy: str
 
-    def command(self, folder: Path) -> list[str]:
-        """`lit-distill fit` on a small share of the method's quickstart."""
+    def command(self, folder: Path, stop: dict[str, Any] | None = None) -> list[str]:
+        """`lit-distill fit` on a small share of the method's quickstart, with settings that may stop it."""
         settings = {
             **SMALL,
             **OF_METHOD.get(self.method, {}),
@@ -67,6 +84,7 @@ class Plan(NamedTuple):
             "trainer.default_root_dir": folder,
             "trainer.devices": self.devices,
             "trainer.strategy": self.strategy,
+            **(stop or {}),
         }
         options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         start = [sys.executable, "-m", "lit_distill", "fit", "--config", str(CONFIGS / f"{self.method}.yaml")]
@@ -100,6 +118,12 @@ class Job:
                     found.append(process)
         return sorted(found)
 
+    def terminate(self) -> str:
+        """SIGTERM to all processes, as a machine that shuts down sends it."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.leader.pid, signal.SIGTERM)
+        return "SIGTERM"
+
     def kill(self, who: str, moments: random.Random | None = None) -> str:
         """SIGKILL to "all" processes, to "rank 0" or to "another rank"; returns who it was, all where there is no other yet."""
         others = self.other_ranks() if who == "another rank" else []
@@ -128,22 +152,29 @@ class End(NamedTuple):
     """How a job ended."""
 
     killed: str | None
-    """Who was killed; None if it lived to its end."""
+    """Who was killed, or SIGTERM; None if it ended by itself."""
     seconds: float
     """That its last process lived on."""
 
 
-def run(plan: Plan, folder: Path, moments: random.Random | None = None, seconds: float | None = None) -> End:
-    """Start a job and, after ``seconds``, kill it."""
+def run(
+    plan: Plan,
+    folder: Path,
+    moments: random.Random | None = None,
+    seconds: float | None = None,
+    terminate: bool = False,
+    stop: dict[str, Any] | None = None,
+) -> End:
+    """Start a job and, after ``seconds``, kill or terminate it; or let it stop by the settings ``stop``."""
     log, killed = folder / "output.txt", None
     with log.open("ab") as output:
-        job = Job(plan.command(folder), output)
+        job = Job(plan.command(folder, stop), output, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
         try:
             job.leader.wait(seconds)
         except subprocess.TimeoutExpired:
             assert moments is not None
             who = moments.choice(["all", "rank 0", "another rank"] if plan.devices > 1 else ["all"])
-            killed = job.kill(who, moments)
+            killed = job.terminate() if terminate else job.kill(who, moments)
         except BaseException:
             job.kill("all")
             raise
@@ -157,6 +188,19 @@ def run(plan: Plan, folder: Path, moments: random.Random | None = None, seconds:
     if not job.leader.returncode:  # a rank killed when there was nothing left to do
         killed = None
     return End(killed, outlived)
+
+
+def soft_stop(kind: str, moments: random.Random, folder: Path, method: str, seconds: float) -> dict[str, Any]:
+    """Settings that stop a run some time after it goes on from its last checkpoint, if it does not end before."""
+    last = last_checkpoint(folder, method)
+    state = torch.load(last, map_location="meta", weights_only=True, mmap=True) if last else {}
+    if kind == "max_time":  # counts from the beginning, where the checkpoint has it
+        spent = state.get("callbacks", {}).get("Timer", {}).get("time_elapsed", {}).get("train", 0.0)
+        return {"trainer.max_time": f"00:00:00:{int(spent + moments.uniform(0.1, 0.5) * seconds) + 1:02}"}
+    if kind == "max_steps":
+        return {"trainer.max_steps": min(24, state.get("global_step", 0) + moments.randint(1, 8))}
+    stop = f"[{{class_path: kill_study.StopAfter, init_args: {{batches: {moments.randint(1, 6)}}}}}]"
+    return {"trainer.callbacks": stop}
 
 
 def left(method: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -181,9 +225,10 @@ def same(a: object, b: object) -> bool:
 
 
 def main() -> None:
-    """Kill until there have been enough kills, and say how the runs ended."""
+    """Interrupt runs until that has happened often enough, and say how they ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="interruptions in all, soft stops among them")
+    parser.add_argument("--only_kills", action="store_true", help="no soft stops")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--devices", type=int, default=1, help="processes of a run")
     parser.add_argument("--strategy", choices=("auto", "ddp", "fsdp2"), default="auto")
@@ -194,6 +239,7 @@ def main() -> None:
     whole: dict[Plan, tuple[Any, float]] = {}
     who: Counter[str] = Counter()
     longest, runs = 0.0, 0
+    kinds = ["kill"] * (1 if options.only_kills else len(SOFT)) + ([] if options.only_kills else list(SOFT))
     while who.total() < options.kills:
         method, workers = options.methods[runs % len(options.methods)], 2 * (runs // len(options.methods) % 2)
         plan = Plan(method, workers, options.devices, options.strategy)
@@ -207,25 +253,25 @@ def main() -> None:
         folder = options.folder / f"killed-{runs}-{method}-{workers}"
         folder.mkdir(parents=True)
         here: list[str] = []
-        planned, killed = moments.randint(1, 4), None
-        while True:
-            limit = None if len(here) == planned else moments.uniform(0.3, 1.0) * seconds
-            killed, outlived = run(plan, folder, moments, limit)
-            longest = max(longest, outlived)
-            if killed is None:
-                break
-            here.append(killed)
+        for _ in range(moments.randint(1, 4)):
+            kind = moments.choice([kind for kind in kinds if kind not in NO_STOP.get(method, ())])
+            if kind in ("kill", "SIGTERM"):
+                limit = moments.uniform(0.3, 1.0) * seconds
+                end = run(plan, folder, moments, limit, terminate=kind == "SIGTERM")
+            else:
+                end = run(plan, folder, stop=soft_stop(kind, moments, folder, method, seconds))
+                end = end._replace(killed=kind)
+            longest = max(longest, end.seconds)
+            here += [end.killed] if end.killed else []
+        longest = max(longest, run(plan, folder).seconds)
         who.update(here)
         runs += 1
         equal = same(left(method, folder), expected)
-        names = f" ({', '.join(here)})" if options.devices > 1 else ""
-        print(
-            f"{method} with {workers} workers: killed {len(here)} times{names}, {'equal' if equal else 'NOT EQUAL'}",
-            flush=True,
-        )
+        names = ", ".join(here) or "never"
+        print(f"{method} with {workers} workers: interrupted: {names}; {'equal' if equal else 'NOT EQUAL'}", flush=True)
         if not equal:
             sys.exit(f"{folder} differs from {options.folder / f'whole-{method}-{workers}'}")
-    print(f"{who.total()} kills in {runs} runs: every run ended like one that was never killed.")
+    print(f"{who.total()} interruptions in {runs} runs: every run ended like one that was never interrupted.")
     print(
         f"{', '.join(f'{name}: {count}' for name, count in who.items())}; all gone {longest:.1f} s later at the latest."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -51,6 +52,12 @@ def test_every_n_steps_saves_at_the_end_of_the_phase_in_which_a_multiple_was_pas
     checkpoint = RunCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     minillm(pair, tmp_path, checkpoint, steps=12)
     assert steps_of(tmp_path) == [6, 9, 12]  # 4, 8 and 12 were passed there; no phase ends at 4 or 8
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(timedelta(0), [3, 6, 9]), (timedelta(hours=1), [])])
+def test_a_time_interval_saves_at_the_end_of_the_batch_at_which_it_is_over(pair, tmp_path, interval, steps) -> None:
+    minillm(pair, tmp_path, RunCheckpoint(tmp_path, filename="{step}", train_time_interval=interval, save_top_k=-1))
+    assert steps_of(tmp_path) == steps
 
 
 def test_last_is_the_state_at_the_end_even_where_the_best_is_earlier(pair, tmp_path) -> None:
