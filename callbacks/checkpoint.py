@@ -32,10 +32,16 @@ class RunCheckpoint(ModelCheckpoint):
     modulo n, which a batch of many steps may miss for ever. ``save_last`` is the state at the last validation and at the end of
     training; Lightning's is that of the last checkpoint among the best. SIGTERM and SIGUSR1 end the run after the batch, and a
     validation that is due, with the state at that time saved. No second process trains in the same folder meanwhile.
+
+    Args:
+        reset_optimizer: with ``ckpt_path``, take weights, data position and buffers from the checkpoint, and start optimiser and
+            learning-rate schedule afresh, over the steps that are left: for a ``model.optimizer`` or ``model.lr_scheduler`` of
+            another class. Once: a checkpoint of a run that has done so is gone on from as it is.
     """
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    def __init__(self, *arguments: Any, reset_optimizer: bool = False, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self.reset_optimizer = reset_optimizer
         self._signals = StopSignals()
         self._postponed = False
         self._step_before = 0

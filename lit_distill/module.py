@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from torchmetrics import Metric
 
 from lit_distill import checks
-from lit_distill.continuation import load_run, save_run
+from lit_distill.continuation import load_run, save_run, scheduled_steps
 from lit_distill.evaluation.held_out import HeldOut
 from lit_distill.guards import NonFinite
 from lit_distill.lengths import check_lengths
@@ -123,6 +123,7 @@ class DistillationModule(L.LightningModule):
         self.predicted_ids: frozenset[str] = frozenset()  # what an earlier, interrupted `predict` has written already
         self.teacher: FrozenTeacher | None = None
         self.unfinished: UnfinishedPhase | None = None
+        self.optimizer_since = 0  # the optimiser step before its first
         self._loaded_steps = 0
         check_signals(self.source, objectives, corpus_objectives or {}, has_teacher=teacher is not None)
 
@@ -155,13 +156,13 @@ class DistillationModule(L.LightningModule):
         checks.check_strategy(self.trainer)
         if stage == "fit":
             checks.check_fit(self)
-            # Set here and not in __init__, so that Lightning accepts trainer.gradient_clip_val, which `_optimize` honours.
-            self.automatic_optimization = False
+            self.automatic_optimization = False  # not before, or Lightning would refuse trainer.gradient_clip_val
         check_lengths(self, stage)
 
     def configure_optimizers(self) -> Any:
         """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
-        return optimization(self.optimizer_factory, self.lr_scheduler_factory, self.parameters(), self.total_steps)
+        steps = partial(scheduled_steps, self)
+        return optimization(self.optimizer_factory, self.lr_scheduler_factory, self.parameters(), steps)
 
     @property
     def trained_steps(self) -> int:

@@ -31,7 +31,8 @@ BELOW = {
 }
 BELOW["checks"] = {"schedulers", "parallel"}
 BELOW["lengths"] = {"models"}
-BELOW["continuation"] = {"checks", "models", "position", "rollouts"}
+BELOW["changes"] = {"models", "schedulers"}
+BELOW["continuation"] = {"changes", "checks", "models", "position", "rollouts", "runs"}
 BELOW["module"] = {*BELOW, "evaluation"}
 BELOW["callbacks"] = {*BELOW, "module"}
 BELOW["parser"] = {*BELOW, "callbacks"}
