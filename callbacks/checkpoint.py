@@ -40,11 +40,17 @@ class RunCheckpoint(ModelCheckpoint):
     validation that is due, with the state at that time saved. No second process trains in the same folder meanwhile.
 
     ``monitor: auto``, the command line's default, is ``val/loss`` where a validation logs it, and else nothing.
+
+    Args:
+        reset_optimizer: with ``ckpt_path``, take weights, data position and buffers from the checkpoint, and start optimiser and
+            learning-rate schedule afresh, over the steps that are left: for a ``model.optimizer`` or ``model.lr_scheduler`` of
+            another class. Once: a checkpoint of a run that has done so is gone on from as it is.
     """
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    def __init__(self, *arguments: Any, reset_optimizer: bool = False, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._chooses_monitor = self.monitor == AUTO
+        self.reset_optimizer = reset_optimizer
         self._signals = StopSignals()
         self._postponed = False
         self._step_before = 0

@@ -37,6 +37,7 @@ from lit_distill.callbacks import (
     RunReport,
 )
 from lit_distill.checks import check_callback_classes, check_seed, check_trainer, check_trainer_options, check_writable
+from lit_distill.continuation import check_continuation
 from lit_distill.module import DistillationModule
 from lit_distill.parallel.processes import follow_rank_zero
 from lit_distill.parser import DistillParser, check_configs, without_template
@@ -195,7 +196,10 @@ class DistillCLI(LightningCLI):
             check_trainer(self.trainer)
 
     def before_fit(self) -> None:
-        """Go on with the log of the run that is continued."""
+        """Go on with the log of the run that is continued, if a run with these settings can."""
+        checkpoint = self._whole_config().ckpt_path
+        if checkpoint not in (None, *CHECKPOINT_WORDS) and "://" not in checkpoint:
+            check_continuation(self.model, self.trainer, Path(checkpoint))
         if self._continued is not None:
             continue_log(self.trainer, self._continued)
 

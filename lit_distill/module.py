@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from torchmetrics import Metric
 
 from lit_distill import checks
-from lit_distill.continuation import load_run, save_run
+from lit_distill.continuation import load_run, save_run, scheduled_steps
 from lit_distill.evaluation.held_out import HeldOut
 from lit_distill.guards import NonFinite
 from lit_distill.hooks import OwnHooks
@@ -129,6 +129,7 @@ class DistillationModule(L.LightningModule):
         self.predicted_ids: frozenset[str] = frozenset()  # what an earlier, interrupted `predict` has written already
         self.teacher: FrozenTeacher | None = None
         self.unfinished: UnfinishedPhase | None = None
+        self.optimizer_since = 0  # the optimiser step before its first
         self._loaded_steps = 0
         check_signals(self.source, objectives, corpus_objectives or {}, has_teacher=teacher is not None)
 
@@ -171,7 +172,8 @@ class DistillationModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Optimiser and, where configured, a scheduler over the optimiser steps of the whole run."""
-        return optimization(self.optimizer_factory, self.lr_scheduler_factory, self.parameters(), self.total_steps)
+        steps = partial(scheduled_steps, self)
+        return optimization(self.optimizer_factory, self.lr_scheduler_factory, self.parameters(), steps)
 
     @property
     def trained_steps(self) -> int:

@@ -43,7 +43,7 @@ def check_checkpoint(path: Path) -> None:
     if path.is_dir() and not (path / META).is_file():
         raise ValueError(f"ckpt_path: {path} is a folder and no checkpoint, for it has no {META}. {advice}")
     try:
-        said = _without_tensors(path)
+        said = without_tensors(path)
     except UNREADABLE as error:
         raise ValueError(
             f"ckpt_path: {path} cannot be read as a checkpoint of plain tensors, and nothing else in it was run "
@@ -67,7 +67,7 @@ def best_checkpoint(last: Path) -> Path:
     Raises:
         ValueError: if the run kept none, or it is gone.
     """
-    callbacks = _without_tensors(last).get("callbacks", {})
+    callbacks = without_tensors(last).get("callbacks", {})
     paths = [Path(state["best_model_path"]) for state in callbacks.values() if state.get("best_model_path")]
     for path in (last.parent / path.name for path in paths):
         if path.exists():
@@ -86,7 +86,7 @@ def run_loggers(root: str | Path, name: str, continued: Path | None = None) -> l
     if continued is None:
         version = _new_version(Path(root).expanduser() / name)
         return [TensorBoardLogger(root, name=name, version=version), CSVLogger(root, name=name, version=version)]
-    step, folder = int(_without_tensors(continued)["global_step"]), continued.parent.parent
+    step, folder = int(without_tensors(continued)["global_step"]), continued.parent.parent
     beside = CSVLogger(root, name=name, version=folder.name)
     return [TensorBoardLogger(root, name=name, version=folder.name, purge_step=step + 1), beside]
 
@@ -97,7 +97,7 @@ def continue_log(trainer: Trainer, checkpoint: Path) -> None:
     Raises:
         ValueError: naming ``ckpt_path``, if another process is running there; nothing was touched.
     """
-    folder, step = checkpoint.parent.parent, int(_without_tensors(checkpoint)["global_step"])
+    folder, step = checkpoint.parent.parent, int(without_tensors(checkpoint)["global_step"])
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, CSVLogger) and Path(logger.log_dir).resolve() == folder.resolve():
             if not occupies(folder):
@@ -142,7 +142,7 @@ def _is_of_the_past(row: dict[str, str], step: int) -> bool:
     return int(row["step"]) == step and not all(name.startswith("rollout/") for name in logged)
 
 
-def _without_tensors(checkpoint: Path) -> dict[str, Any]:
+def without_tensors(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says, with tensors that hold nothing."""
     state = checkpoint / META if checkpoint.is_dir() else checkpoint
     said: dict[str, Any] = torch.load(state, map_location="meta", weights_only=True, mmap=True)

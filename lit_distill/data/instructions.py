@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal
 
 import datasets
@@ -128,6 +129,15 @@ class InstructionData(LightningDataModule):
             return 0, 0
         dataset, lengths = self._datasets[split]
         return longest_prompt(dataset.rows, self.limits), int(lengths.max())
+
+    def content(self, split: str) -> dict[str, Any]:
+        """Plain values that tell the items of a split, in their order, from others, and so those of the corpus."""
+        dataset, lengths = self._datasets[split]
+        code = hashlib.sha256(np.ascontiguousarray(lengths, dtype="<i8").tobytes()).hexdigest()[:32]
+        items = {"items": len(lengths), "tokens": int(lengths.sum()), "lengths": code}
+        if dataset.corpus is None or self.corpus is None:
+            return {**items, "corpus": None}
+        return {**items, "corpus": {"rows": len(dataset.corpus), "length": self.corpus.length}}
 
     def read_split(self, name: str) -> datasets.Dataset | None:
         """The raw columns of "train", "validation", "test" or "predict"; None where there are no such records.

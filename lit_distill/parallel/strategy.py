@@ -87,6 +87,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """How ranks share the items of a batch; known once the processes are."""
         self.checkpoint_io = AtomicCheckpointIO()
         self._hooks: list[Any] = []
+        self._loaded_from: Path | None = None
 
     @property
     def precision_plugin(self) -> Precision:
@@ -191,26 +192,27 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read this rank's part of the weights, and, while fitting, of the optimiser's state, however many ranks wrote them."""
+        """Read this rank's part of the weights, however many ranks wrote them."""
         assert self.lightning_module is not None
-        with open_checkpoint(Path(self.broadcast(str(checkpoint_path)))) as stored:
+        self._loaded_from = Path(self.broadcast(str(checkpoint_path)))
+        with open_checkpoint(self._loaded_from) as stored:
             load_into(stored, self.lightning_module.state_dict(), self.lightning_module.strict_loading)
-            if self.optimizers:
-                self._load_optimizers(stored)
             return stored.rest
 
-    def _load_optimizers(self, stored: Any) -> None:
-        states = stored.rest.get("optimizer_states")
-        if states is None:
-            raise ValueError(
-                f"ckpt_path: {stored.path} holds weights without an optimiser's state, so no run goes on from it."
-            )
-        for index, optimizer in enumerate(self.optimizers):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            optimizer.load_state_dict(stored.optimizer_state(index, parameters))
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """After hooks may have changed what the checkpoint says."""
+        return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Done by `load_checkpoint`."""
+        """Read this rank's part of the tensors from the checkpoint that was loaded last, and the rest from ``checkpoint``."""
+        states = checkpoint["optimizer_states"]
+        assert self._loaded_from is not None
+        with open_checkpoint(self._loaded_from) as stored:
+            for index, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=False)):
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                here = stored.optimizer_state(index, parameters)
+                optimizer.load_state_dict({**here, "param_groups": state["param_groups"]})
 
 
 def _leave() -> None:
