@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import Metric
@@ -39,6 +40,7 @@ from lit_distill.models import (
 )
 from lit_distill.models.precision import avoid_cudnn_attention
 from lit_distill.models.roles import device_and_precision, resolve_dtypes, warn_of_emulation
+from lit_distill.models.routers import note_on_routers
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.parallel import DataRanks, data_ranks, most_over_ranks, sharding_of, without_gradient_sync
 from lit_distill.position import batches_of_run, validation_was_due
@@ -189,6 +191,8 @@ class DistillationModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Weights come from Hugging Face in evaluation mode; gradient checkpointing and dropout want the other."""
         self.student.train()
+        if note := note_on_routers(self.student.config):
+            rank_zero_info(note)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Every mini-batch that the source makes of ``batch`` is one optimiser step."""

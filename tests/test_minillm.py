@@ -12,6 +12,7 @@ from training import learner_of, quiet_trainer, weights
 
 from lit_distill.data import Corpus, ProceduralData
 from lit_distill.models import ModelSpec
+from lit_distill.models.caching import Caching
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, NextToken, PolicyGradient, ReverseKL
 from lit_distill.rollouts import TeacherMixedRollouts, Trajectories
@@ -82,6 +83,7 @@ def test_the_teachers_body_passes_once_over_each_rollout_token_however_many_inne
     class Counter(L.Callback):
         def on_fit_start(self, trainer: L.Trainer, pl_module: DistillationModule) -> None:
             for name, lm in (("student", pl_module.student), ("teacher", pl_module.teacher.lm)):
+                lm.caching = Caching(works=True)  # found out before
                 lm.register_forward_pre_hook(lambda _, args, n=name: seen.__setitem__(n, seen[n] + args[0].numel()))
 
     source = {"inner_epochs": 3, "mini_batch_size": ROLLOUTS, "shuffle": False}

@@ -15,6 +15,9 @@ from lit_distill.models.quantized import is_plain
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configs call the bound of their logits."""
+
 
 class Head(NamedTuple):
     """Hidden rows to logits: ``softcap(scale * (hidden @ weight.T + bias))`` over the common vocabulary."""
@@ -26,7 +29,7 @@ class Head(NamedTuple):
     scale: float = 1.0
     """Factor of the projection (Cohere, Granite)."""
     softcap: float | None = None
-    """Logits are squeezed to (-softcap, softcap) by tanh (Gemma 2)."""
+    """Logits are squeezed to (-softcap, softcap) by tanh (Gemma 2, RecurrentGemma, xLSTM)."""
 
     def project(self, hidden: Tensor) -> Tensor:
         """The bare projection ``[N, H] -> [N, V]`` in the dtype of ``hidden``, without gradient to the head."""
@@ -86,4 +89,5 @@ def head_of(model: PreTrainedModel, vocabulary_size: int) -> Head:
             f"The output head of {type(model).__name__} is quantised ({type(weight.data).__name__}), and it is applied here to a "
             "few rows at a time. Leave it as it is: modules_to_not_convert: [lm_head], or with the names that the model has."
         )
-    return Head(weight, cut(getattr(projection, "bias", None)), scale, getattr(config, "final_logit_softcapping", None))
+    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
+    return Head(weight, cut(getattr(projection, "bias", None)), scale, softcap)

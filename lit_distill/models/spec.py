@@ -12,6 +12,7 @@ import torch
 from lit_distill.models.dropout import disable_dropout
 from lit_distill.models.layers import keep_layers, resolve_layers
 from lit_distill.models.lora import LoraSpec
+from lit_distill.models.precision import auto_dtype
 from lit_distill.models.quantized import quantization_config
 from lit_distill.models.source import Source, check_folder, locate, naming
 from lit_distill.models.tying import accept_untied, separate
@@ -147,7 +148,7 @@ def load_model(spec: ModelSpec, key: str, dtype: torch.dtype | None = None) -> P
     config = load_config(spec, key)
     total = config.get_text_config(decoder=True).num_hidden_layers
     layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
-    dtype = getattr(torch, spec.dtype) if spec.dtype is not None else dtype
+    dtype = _chosen_dtype(spec) or dtype
     shapes_only = torch.get_default_device().type == "meta"
     if shapes_only or spec.from_scratch:
         # drawn on the processor, whose draws are the same whatever the device and the strategy
@@ -188,7 +189,7 @@ def open_model(
     with naming(f"{key}.path", source):
         stored = stored_weights(spec, key)
         own: torch.dtype | None = config.dtype or stored.dtype()  # type: ignore[assignment]
-        wanted = getattr(torch, spec.dtype) if spec.dtype is not None else dtype or own
+        wanted = _chosen_dtype(spec) or dtype or own
         with parameters_on_meta():
             model = _build(config, wanted, spec.trust_remote_code)
         separate(model, stored.apart(model), f"{key}.path: {source.location}")
@@ -210,6 +211,13 @@ def stored_weights(spec: ModelSpec, key: str) -> StoredWeights:
     source = _source(spec, key)
     with naming(f"{key}.path", source):
         return StoredWeights(source)
+
+
+def _chosen_dtype(spec: ModelSpec) -> torch.dtype | None:
+    """What ``spec.dtype`` names; ``auto``, which a run has resolved for its device, is that of this machine."""
+    if spec.dtype == "auto":
+        return auto_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    return None if spec.dtype is None else getattr(torch, spec.dtype)
 
 
 def _adapted(model: PreTrainedModel, layers: list[int] | None, spec: ModelSpec, key: str) -> PreTrainedModel:

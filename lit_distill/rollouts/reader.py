@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from lit_distill.functional import entropy
+from lit_distill.models.caching import caching_of, keep_rows, read_whole
 from lit_distill.models.chunked_head import chunk_rows_for
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 class Reader:
     """One model, its key-value cache, and the rows it still reads.
 
-    It reads a token only when it has to speak or when the text is finished, then all it has missed in one forward: its
-    body passes over each token once in all, whoever writes.
+    It reads a token only when it has to speak or when the text is finished, then all it has missed in one forward (a recurrent
+    model: token by token): its body passes over each token once in all, whoever writes. A model without a cache that works reads
+    the whole text each time.
 
     Args:
         speaker: the model.
@@ -45,7 +47,8 @@ class Reader:
         self.ids = ids
         self.temperature = temperature or 1.0
         self.head = speaker.decoding_head()
-        self.cache = DynamicCache(config=speaker.config)
+        self.caching = caching_of(speaker, ids.device)
+        self.cache = DynamicCache(config=speaker.config) if self.caching.works else None
         self.rows = torch.arange(len(prompts), device=ids.device)
         """[b] which rows of the batch are still read."""
         self.looked_at = -1
@@ -94,19 +97,24 @@ class Reader:
             here = here.new_zeros(1)
         if len(here) < len(self.rows):
             self.rows = self.rows[here]
-            self.cache.batch_select_indices(here)
+            if self.cache is not None:
+                keep_rows(self.cache, here)
 
     def _read(self, upto: int) -> Tensor:
         """Hidden rows ``[b, s, H]`` that predict the ``s`` tokens before and including token ``upto``."""
-        new = self.ids[self.rows, max(self.num_read, 0) : upto]
-        read_prompt = self.num_read < 0
-        if read_prompt:
-            new = torch.cat([self.prompts.input_ids[self.rows], new], dim=-1)
         prompt_mask = self.prompts.attention_mask[self.rows]
-        attention = torch.cat([prompt_mask, prompt_mask.new_ones(len(self.rows), upto)], dim=-1)
-        hidden = self.speaker(new, attention, self.cache)
-        if read_prompt:
-            hidden = hidden[:, self.prompts.input_ids.shape[1] - 1 :]
+        mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(self.rows), upto)], dim=-1)
+        text = torch.cat([self.prompts.input_ids[self.rows], self.ids[self.rows, :upto]], dim=-1)
+        width = text.shape[1]
+        if self.cache is None:
+            hidden = read_whole(self.speaker, text, mask)
+        else:
+            first = width - upto + self.num_read if self.num_read >= 0 else 0
+            step = 1 if first and self.caching.one_by_one else width
+            starts = range(first, width, step)
+            parts = [self.speaker(text[:, i : i + step], mask[:, : i + step], self.cache) for i in starts]
+            hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        hidden = hidden[:, -(upto - self.num_read) :]
         self.num_read = upto
         if self.keep_hidden:
             self._store(hidden, upto - hidden.shape[1] + 1)

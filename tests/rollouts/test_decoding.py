@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.models import CausalLM
+from lit_distill.models.caching import Caching
 from lit_distill.rollouts import Decoding, Responses, decode, row_uniforms
 from lit_distill.rollouts.decoding import draw
 from lit_distill.types import Prompts
@@ -90,6 +91,7 @@ def test_a_response_ends_with_its_first_stop_token_which_is_part_of_it(student, 
 
 def test_finished_rows_leave_the_batch(student, rows) -> None:
     sizes = []
+    student.caching = Caching(works=True)  # found out before
     student.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     responses = decode(
         student,

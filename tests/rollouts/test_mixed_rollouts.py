@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.models import CausalLM, FrozenTeacher
+from lit_distill.models.caching import Caching
 from lit_distill.rollouts import Decoding, Responses, decode, decode_mixed, row_uniforms
 from lit_distill.types import Prompts
 
@@ -92,6 +93,7 @@ def test_each_body_passes_once_over_each_token_and_the_teacher_runs_at_heads_onl
     student, teacher = models
     seen = {"student": [], "teacher": []}
     for name, lm in (("student", student), ("teacher", teacher.lm)):
+        lm.caching = Caching(works=True)  # found out before
         lm.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(tuple(args[0].shape)))
     uniforms = row_uniforms(0, [str(i) for i in range(len(LENGTHS))], STEPS)
     coins = coins_of(alpha)

@@ -163,7 +163,7 @@ def test_a_phase_is_inner_epochs_of_mini_batches_scored_by_the_teacher_once(pair
     body = CausalLM.forward
 
     def counted(self, input_ids, *args):
-        if self.config.hidden_size == 24 and len(input_ids) > 1:  # one row is read when a model is loaded
+        if self.config.hidden_size == 24 and len(input_ids) > 3:  # some rows are read when a model is loaded
             tokens["teacher"] += 1
         return body(self, input_ids, *args)
 
