@@ -138,7 +138,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "of a validation": stopping("val/loss"),
     "of an objective in validation": stopping("val/kd"),
     "of generation": stopping("val/rouge_l"),
-    "of calibration": stopping("val/teacher_ece"),
+    "of calibration": {**stopping("val/teacher_ece"), "calibration.next_token": True},
     "of training": {**stopping("train/kd"), **EPOCHS},
     "of an objective": {
         **stopping("train/dpkd/accuracy"),

@@ -88,5 +88,7 @@ def test_weights_are_asked_for_as_safetensors_wherever_they_are_loaded() -> None
         for name, call in calls(ast.parse(path.read_text()))
         if name == "AutoModelForCausalLM.from_pretrained"
     ]
-    assert [path.name for path, _ in places] == ["spec.py"]
+    assert [path.name for path, _ in places] == ["readback.py", "spec.py"]
+    (back, _) = (ast.unparse(call) for _, call in places)
+    assert "use_safetensors=True" in back
     assert 'arguments["use_safetensors"] = True' in (PACKAGE / "models" / "spec.py").read_text()

@@ -161,7 +161,7 @@ def test_phi_rises_exactly_when_the_loss_has_risen_by_the_tolerance() -> None:
     assert seen == [(0, 2), (0, 2), (0, 2), (0.4, 2.25), (0.4, 2.25), (0.8, 2.5), (1.0, 9), (1.0, 9)]
 
 
-class KilledError(Exception):
+class KilledError(BaseException):  # after an Exception the run would save its state
     pass
 
 
