@@ -47,7 +47,7 @@ def blaming(config: Mapping[str, Any], keys: Mapping[type, str]) -> Iterator[Non
     """
     try:
         yield
-    except ERRORS as error:
+    except (*ERRORS, MisconfigurationException) as error:
         for cause in _causes(error):
             for kind, given in reversed(list(_under_construction(cause.__traceback__))):
                 if where := _place(kind, given, config, keys):

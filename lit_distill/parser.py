@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from enum import Enum
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -100,6 +101,7 @@ class DistillParser(LightningArgumentParser):
         defaults = [action.default for parser in self._parsers() for action in parser._actions]
         for message in warnings_of(replacements, defaults):
             rank_zero_warn(message)
+        write_enums_as_text(config)
         return config
 
     def _parsers(self) -> list[Any]:
@@ -115,6 +117,30 @@ class DistillParser(LightningArgumentParser):
         program = parser.prog.replace(" [options]", "")
         sys.stderr.write(f"error: {readable(message, keys)}\nAll keys: {program} --help\n")
         sys.exit(2)
+
+
+def write_enums_as_text(node: Any) -> None:
+    """Replace a member of an enumeration by its text where a class takes text: as a default, YAML cannot hold it.
+
+    Args:
+        node: a config, or a part of it; changed in place.
+    """
+    if isinstance(node, list):
+        for item in node:
+            write_enums_as_text(item)
+    elif isinstance(node, dict | Namespace):
+        given: Any = node.get("init_args") if "class_path" in node else None
+        for name, value in list(vars(given).items()) if isinstance(given, Namespace) else ():
+            if isinstance(value, str) and isinstance(value, Enum) and _takes_text(node["class_path"], name):
+                given[name] = value.value
+        for value in list(vars(node).values() if isinstance(node, Namespace) else node.values()):
+            write_enums_as_text(value)
+
+
+def _takes_text(path: str, argument: str) -> bool:
+    module, _, name = path.rpartition(".")
+    parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    return argument in parameters and parameters[argument].annotation in (str, "str")
 
 
 def readable(message: str, keys: Iterable[str] = ()) -> str:

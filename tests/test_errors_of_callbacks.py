@@ -62,6 +62,7 @@ COMPLETE = {  # hook -> at which batch it raises, and how many steps are then co
     "on_validation_end": (6, 6),
     "on_train_epoch_end": (6, 6),
     "on_train_epoch_start": (6, 6),
+    "on_train_end": (8, 8),
 }
 AGAIN = {  # nothing of the batch was learnt, and it comes again
     "on_train_batch_start": (5, 5),

@@ -113,10 +113,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**stopping("val/reverse_kl"), "model.teacher": None, "model.objectives": {"ce": "NextToken"}},
         r"val/reverse_kl .*Set model\.teacher\.path\.",
     ),
-    "rollouts of a dataset": (stopping("rollout/reward"), r"rollout/reward .*model\.source"),
+    "rollouts of a dataset": (
+        stopping("rollout/unfinished"),
+        r"rollout/unfinished .*model\.source to one that generates",
+    ),
     "a reward that nobody gives": (
         {**stopping("rollout/reward"), "model.source": {"class_path": "StudentRollouts"}},
-        r"rollout/reward is not logged",
+        r"rollout/reward is not logged.*model\.source to one that scores",
+    ),
+    "a slip in a rollout": (
+        {**stopping("rollout/unfinishd"), "model.source": {"class_path": "StudentRollouts"}},
+        r"mean rollout/unfinished\?",
     ),
     "a test in a fit": (stopping("test/loss"), r"test/loss .*metrics under val/"),
     "a term that an objective has not": (stopping("train/kd/accuracy"), r"train/kd/accuracy is not logged"),

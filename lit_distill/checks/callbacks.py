@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -38,7 +39,6 @@ REFUSED: Mapping[type[Callback], str] = {
         "model.on_nonfinite: skip."
     ),
     lightning.StochasticWeightAveraging: _AVERAGES,
-    lightning.Timer: "cannot be written in YAML. Set trainer.max_time, which is the same.",
     lightning.WeightAveraging: _AVERAGES,
 }
 """What is said of a callback of this class, or of one that inherits from it."""
@@ -57,7 +57,8 @@ def check_callback_classes(configured: Any) -> None:
         path = callback.get("class_path") if hasattr(callback, "get") else None
         if path is not None:
             module, _, name = path.rpartition(".")
-            _refuse(getattr(import_module(module), name))
+            with suppress(ImportError, AttributeError):  # of a class inside a class
+                _refuse(getattr(import_module(module), name))
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
@@ -67,8 +68,7 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
         ValueError: naming the key and the class, with what to use instead.
     """
     for callback in callbacks:
-        if not isinstance(callback, lightning.Timer):  # trainer.max_time makes one, and it works where it needs no YAML
-            _refuse(type(callback))
+        _refuse(type(callback))
 
 
 def _refuse(kind: Any) -> None:

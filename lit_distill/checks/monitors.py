@@ -25,7 +25,10 @@ HINTS: Mapping[str, str] = {
     r"val/judge_\w+": "List the callback Judge, with every_n_validations.",
     r"val/ex_acc_err_\d+": "Set exposure_bias.max_prompts and exposure_bias.every_n_validations.",
     r"val/(forward_kl|reverse_kl|top1_agreement|teacher_\w+)": "Set model.teacher.path.",
-    r"rollout/.*|reverse_kl": "Set model.source to one that generates.",
+    r"rollout/(response_length|unfinished|repetition|tokens_per_second)": "Set model.source to one that generates.",
+    r"rollout/(reward|\w+_entropy|teacher_share|reverse_kl_k[13]|effective_sample_size)|reverse_kl": (
+        "Set model.source to one that scores its responses, such as TeacherMixedRollouts."
+    ),
     r"test/.*": "A run of `fit` does not test; there are metrics under val/.",
 }
 """What to do about a metric that a run can log and this one does not."""

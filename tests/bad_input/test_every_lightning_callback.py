@@ -31,7 +31,7 @@ WORKS: dict[str, tuple[Callable[..., lightning.Callback], dict[str, Any]]] = {
     "RichProgressBar": (lightning.RichProgressBar, BAR),
     "TQDMProgressBar": (lightning.TQDMProgressBar, BAR),
     "ThroughputMonitor": (lambda: lightning.ThroughputMonitor(len), {"logger": True}),
-    "Timer": (lambda: lightning.Timer(timedelta(minutes=10)), {}),  # in Python; trainer.max_time makes one
+    "Timer": (lambda: lightning.Timer(timedelta(minutes=10)), {}),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "BackboneFinetuning": ({}, r"BackboneFinetuning freezes layers .*model\.student\.lora"),
@@ -47,7 +47,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "OnExceptionCheckpoint": ({"dirpath": "x"}, r"OnExceptionCheckpoint .*`last`"),
     "SpikeDetection": ({}, r"SpikeDetection .*model\.on_nonfinite: skip"),
     "StochasticWeightAveraging": ({"swa_lrs": 0.1}, r"StochasticWeightAveraging .*checkpoint\.save_top_k: -1"),
-    "Timer": ({"duration": "00:00:10:00"}, r"Timer .*trainer\.max_time"),
     "WeightAveraging": ({}, r"WeightAveraging copies the teacher too"),
 }
 
@@ -77,6 +76,13 @@ def test_a_callback_is_refused_with_its_key_and_what_to_use(refusal, name: str) 
     arguments, words = REFUSED[name]
     message = refusal({"trainer.callbacks": [{"class_path": name, "init_args": arguments}]})
     assert re.search(rf"trainer\.callbacks: {words}", message, re.DOTALL), message
+
+
+@pytest.mark.parametrize("duration", ["00:00:10:00", {"minutes": 10}])
+def test_a_default_that_yaml_cannot_hold_is_written_as_its_text(refusal, duration) -> None:
+    timer = {"trainer.callbacks": [{"class_path": "Timer", "init_args": {"duration": duration}}]}
+    with pytest.raises(AssertionError, match="models were loaded"):
+        refusal(timer)
 
 
 def test_one_of_your_own_that_inherits_from_it_is_refused_as_well(pair, tmp_path) -> None:

@@ -180,6 +180,12 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"trainer.limit_val_batches": 0, "checkpoint.monitor": "val/loss"},
         r"checkpoint\.monitor: val/loss .*checkpoint\.monitor: null",
     ),
+    "a mode that is none": ({"checkpoint.mode": "least"}, r"checkpoint: RunCheckpoint: .*min, max but got least"),
+    "the best of nothing": ({"checkpoint.monitor": None, "checkpoint.save_top_k": 3}, r"checkpoint: .*save_top_k=3"),
+    "a callback's mode that is none": (
+        callback("EarlyStopping", monitor="val/loss", mode="least"),
+        r"trainer\.callbacks\[0\]: EarlyStopping: .*got least",
+    ),
     "bare bones": ({"trainer.barebones": True}, r"barebones"),
     # callbacks
     "an unknown dtype of the export": ({"export.dtype": "int8"}, r"export\.dtype: expected float32.*'int8'"),
