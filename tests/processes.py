@@ -1,15 +1,24 @@
-"""A script in one process on each of several ranks, which talk over gloo."""
+"""A script in a process of its own, or in one on each of several ranks, which talk over gloo."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
+
+IMPORTED = ["lit_distill.cli", "lit_distill.module", "lit_distill.parallel", "peft"]
+"""By one process, of which all others here are copies: importing it takes 9 s of processor time, more than most scripts do."""
 
 
 def run_on_ranks(script: Path, ranks: int, *arguments: object, timeout: float = 300) -> None:
@@ -20,23 +29,59 @@ def run_on_ranks(script: Path, ranks: int, *arguments: object, timeout: float = 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", str(script), *map(str, arguments)]
     with ExitStack() as stack:
         started = []
-        outside = {key: value for key, value in os.environ.items() if not key.startswith("PL_")}  # seeds of other tests
         for rank in range(ranks):
             place = {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
-            environment = {**outside, "OMP_NUM_THREADS": "1", **place}
-            said = stack.enter_context(tempfile.TemporaryFile("w+"))
-            process = subprocess.Popen(command, cwd=script.parent, env=environment, stdout=said, stderr=said)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            started.append((process, said))
+            started.append(stack.enter_context(_started(script, arguments, place)))
         end = time.monotonic() + timeout
-        while any(process.poll() is None for process, _ in started) and time.monotonic() < end:
-            if any(process.poll() for process, _ in started):
+        while any(process.is_alive() for process, _ in started) and time.monotonic() < end:
+            if any(process.exitcode for process, _ in started):
                 break  # the others would wait for it
             time.sleep(0.1)
-        for process, said in sorted(started, key=lambda pair: pair[0].poll() is None):
-            said.seek(0)
-            assert process.poll() == 0, said.read()[-4000:] or "no end in sight"
+        for process, output in sorted(started, key=lambda pair: pair[0].is_alive()):
+            assert process.exitcode == 0, output.read_text()[-4000:] or "no end in sight"
+
+
+def exit_status(script: Path, *arguments: object, timeout: float = 300) -> tuple[int | None, str]:
+    """Run ``script`` to its end; its status, negative where a signal ended it, and what it printed."""
+    with _started(script, arguments, {}) as (process, output):
+        process.join(timeout)
+        return process.exitcode, output.read_text()
+
+
+@contextmanager
+def _started(
+    script: Path, arguments: tuple[object, ...], more: Mapping[str, str]
+) -> Iterator[tuple[BaseProcess, Path]]:
+    """The process of a script, which is killed at the end, and the file that it prints to."""
+    context = multiprocessing.get_context("forkserver")
+    with patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        context.set_forkserver_preload(IMPORTED)
+        forkserver.ensure_running()
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("PL_")}  # seeds of other tests
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output.txt"
+        output.touch()
+        words = [str(script), *map(str, arguments)]
+        process = context.Process(target=_be, args=(words, {**outside, **more, "OMP_NUM_THREADS": "1"}, output))
+        process.start()
+        try:
+            yield process, output
+        finally:
+            process.kill()
+            process.join()
+
+
+def _be(words: list[str], environment: dict[str, str], output: Path) -> None:
+    """Do what an interpreter does that is started with these words in the folder of the script."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(Path(words[0]).parent)
+    warnings.simplefilter("ignore")
+    sys.argv[:] = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import run, tiny_config, write
 from lightning.pytorch import Callback, Trainer
+from processes import exit_status
 from torch import Tensor
 
 from lit_distill.runs import continue_log, run_loggers
@@ -95,10 +95,10 @@ class Stop(Callback):
 
 def killed(config: Path, folder: Path) -> None:
     """Run in a process of its own until SIGKILL."""
-    (folder / "killer.py").write_text(KILLER.format(step=9, ranks=[0]))
-    command = [sys.executable, "killer.py", config]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == -9, done.stderr[-3000:]
+    script = folder / "killer.py"
+    script.write_text(KILLER.format(step=9, ranks=[0]))
+    status, output = exit_status(script, config)
+    assert status == -signal.SIGKILL, output[-3000:]
 
 
 def stopped(config: Path, folder: Path) -> None:

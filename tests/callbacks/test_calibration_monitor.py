@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from command_line import run, tiny_config, write
 from lit_distill.callbacks import CalibrationMonitor
 from matplotlib.figure import Figure
+from processes import run_on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
@@ -196,9 +196,7 @@ def test_two_ranks_equal_one_on_an_odd_number_of_items(pair: tuple[Path, Path], 
     with patch.object(sys, "argv", given[0]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         runpy.run_path(str(script))
-    command = [sys.executable, "-W", "ignore", *given[1]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_ranks(script, 2, *given[1][1:])
     results = [json.loads(out.read_text()) for out in outs]
     assert len(results[0]) == 4
     for one, two in zip(*results, strict=True):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_on_ranks
 
 SCRIPT = """
 import json, sys
@@ -44,11 +43,9 @@ def test_two_ranks_equal_one_on_all_prompts_and_on_some(pair: tuple[Path, Path],
     script = tmp_path / "evaluate.py"
     script.write_text(SCRIPT)
     results = []
-    for devices in ("1", "2"):  # the last batch has one item, so a rank has none
+    for devices in (1, 2):  # the last batch has one item, so a rank has none
         out = tmp_path / f"{devices}.json"
-        command = [sys.executable, "-W", "ignore", str(script), *map(str, pair), devices, str(out)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_on_ranks(script, devices, *pair, devices, out)
         results.append(json.loads(out.read_text()))
     for (figures, bias, buckets), (others, other_bias, other_buckets) in zip(*results, strict=True):
         assert set(figures) == set(others)
