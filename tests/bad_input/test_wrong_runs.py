@@ -96,7 +96,9 @@ def test_a_checkpoint_that_is_cut_off_is_refused(refusal, checkpoint, tmp_path) 
 
 def test_a_checkpoint_of_another_model_is_refused(refusal, checkpoint, pair) -> None:
     message = refusal({"model.student.path": str(pair[1])}, "--ckpt_path", str(checkpoint), loading=True)
-    assert re.search(r"model\.student\.path: \S+ is another model than the checkpoint's student, .* export/last", message)
+    assert re.search(
+        r"model\.student\.path: \S+ is another model than the checkpoint's student, .* export/last", message
+    )
 
 
 def test_asking_for_pickles_is_refused(refusal, checkpoint) -> None:
