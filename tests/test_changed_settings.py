@@ -73,6 +73,7 @@ def test_another_learning_rate_and_weight_decay_take_effect_at_the_next_step_and
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -199,6 +199,7 @@ def quick(pair, tmp_path, *options: object):
     )
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_every_figure_and_another_seed_the_order(pair, tmp_path) -> None:
     first, again, other = (log_of(quick(pair, tmp_path, "--seed_everything", seed)) for seed in (5, 5, 6))
     assert first == again

@@ -35,6 +35,7 @@ def parsed(monkeypatch):
     return parse
 
 
+@pytest.mark.slow
 def test_a_parser_that_others_have_used_says_what_a_new_one_says(pair, tmp_path, monkeypatch, parsed) -> None:
     configs = {name: write(tiny_config(pair, **model), tmp_path / f"{name}.yaml") for name, model in METHODS.items()}
     alone = {}

@@ -143,10 +143,10 @@ def instantiated(path: Path) -> DistillCLI:
 
 
 def kind(path: Path) -> tuple[object, ...]:
-    """What decides which code a step of a YAML runs: its source, its data and its adapters."""
+    """What decides most about the code that a step of a YAML runs: its source and its adapters."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     model = content["model"]
-    return (model.get("source") or {}).get("class_path"), content["data"]["class_path"], "lora" in model["student"]
+    return (model.get("source") or {}).get("class_path"), "lora" in model["student"]
 
 
 def models(path: Path) -> str:
@@ -250,6 +250,7 @@ def test_the_head_of_a_config_gives_the_command_that_runs_it(config: Path) -> No
     assert f"lit-distill fit --config configs/{config.name}" in head(config)
 
 
+@pytest.mark.slow
 def test_every_command_in_the_head_of_a_config_parses(config: Path) -> None:
     shown = commands(config)
     parser = instantiated(config).parser
@@ -279,6 +280,7 @@ def test_a_config_takes_one_step_and_exports_a_student(config: Path, stand_ins, 
     assert (run / "export" / "last" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", some(path for path in CONFIGS if path.stem in MISSPELT))
 def test_a_typo_at_any_level_of_a_config_is_an_error_that_names_it(config: Path, tmp_path, capsys) -> None:
     written = tmp_path / "typo.yaml"
@@ -317,6 +319,7 @@ def test_the_shapes_of_these_tests_count_as_many_parameters_as_the_model_cards(p
         assert load_model(ModelSpec(path), "model.student").num_parameters() == PUBLISHED[path][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", {models(path): path for path in reversed(CONFIGS)}.values(), ids=lambda path: path.stem
 )

@@ -105,6 +105,7 @@ def straight(pair, tmp_path_factory):
     return weights(fit(pair, tmp_path_factory.mktemp("straight")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", COMPLETE)
 def test_after_a_batch_the_state_is_saved_and_goes_on_to_the_same_bits(pair, tmp_path, straight, hook: str) -> None:
     at, step = COMPLETE[hook]

@@ -47,6 +47,7 @@ def logits(model) -> torch.Tensor:
     return model.eval()(input_ids=torch.arange(2, 20)[None]).logits
 
 
+@pytest.mark.slow
 def test_only_adapters_train_and_are_kept_and_the_export_is_a_plain_model(pair, tmp_path) -> None:
     config = write(config_of(pair, lora={"modules_to_save": ["lm_head"]}), tmp_path / "x.yaml")
     done = run("fit", "--config", config)

@@ -55,6 +55,7 @@ def task(tmp_path) -> LabelWords:
     return LabelWords(str(tmp_path / "mood.jsonl"), template="Say: {text}\nMood:", words=[" sad", " glad"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_metrics_that_are_said_to_be_logged_are_those_that_are(pair, tmp_path, task, method: str) -> None:
     class Ask(Callback):
@@ -169,6 +170,7 @@ def test_a_metric_that_never_comes_is_refused_before_any_weights_load(refusal: R
     assert re.search(words, message, re.DOTALL), message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_a_metric_that_comes_is_not_refused(refusal: Refusal, case: str) -> None:
     with pytest.raises(AssertionError, match="models were loaded"):

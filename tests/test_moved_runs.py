@@ -43,6 +43,7 @@ def to_folders(checkpoints: Path) -> None:
         save_sharded(state, path, 0, lambda: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("move", "sharded"),
     [
@@ -76,6 +77,7 @@ def test_its_last_and_its_best_are_those_in_the_new_place(config, tmp_path, move
     assert content(old) == (was if move is shutil.copytree else {})
 
 
+@pytest.mark.slow
 def test_files_of_another_run_that_have_the_same_names_are_not_taken_for_its_own(config, tmp_path) -> None:
     ours, other = tmp_path / "ours", tmp_path / "other"
     for folder in (ours, other):

@@ -171,6 +171,7 @@ def test_a_file_that_was_deleted_before_it_was_locked_is_no_lock(tmp_path, monke
     leave(tmp_path)
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_locked_the_run_says_so_once_and_goes_on(config, monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(37, "No locks available")

@@ -179,6 +179,7 @@ def test_after_a_kill_in_a_validation_at_whose_step_a_checkpoint_was_due_it_is_m
         assert kept == {f"step-{step}.ckpt" for step in range(every, 9, every)}
 
 
+@pytest.mark.slow
 def test_last_and_best_are_those_of_the_newest_run_that_has_them(pair, tmp_path) -> None:
     config = config_of(pair, "offline", 0)
     config["trainer"]["max_steps"] = 4

@@ -105,6 +105,7 @@ def told(config: Path, hook: str, step: int, *arguments: str) -> None:
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "step", "saved"),
     [

@@ -119,6 +119,7 @@ def test_so_it_is_for_every_stop_at_every_batch_of_two_epochs(pair, straight, tm
     assert count >= (2 if " " in stop else 2 * BATCHES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stop", "at"),
     [

@@ -65,6 +65,7 @@ def fit(pair, folder, callback: lightning.Callback, **settings: Any):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORKS)
 def test_a_callback_works(pair, tmp_path, name: str) -> None:
     make, settings = WORKS[name]

@@ -80,6 +80,7 @@ def test_somebody_has_decided_about_every_scheduler_of_this_torch() -> None:
     assert not undecided, f"decide about it: {sorted(undecided)} of torch's schedulers is new or gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "transformers.Adafactor"])
 def test_an_optimiser_learns(pair, parser, tmp_path, name: str) -> None:
     factory = in_yaml(parser, tmp_path, "optimizer", name, {}).optimizer_factory
@@ -114,6 +115,7 @@ def test_the_trial_draws_nothing_from_the_run() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_goes_on_to_the_end_of_the_run(pair, parser, tmp_path, name: str) -> None:
     scheduler = f"torch.optim.lr_scheduler.{name}"

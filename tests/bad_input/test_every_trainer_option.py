@@ -151,6 +151,7 @@ def test_somebody_has_decided_about_every_argument_of_this_lightning() -> None:
     assert not undecided, f"decide about it: a Trainer's {sorted(undecided)} is new or gone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), cases(WORKS))
 def test_an_argument_works(pair, tmp_path, monkeypatch, name: str, value: Any) -> None:
     monkeypatch.chdir(tmp_path)

@@ -64,6 +64,7 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTENTS)
 def test_a_broken_file_is_named_with_the_line(refusal, tmp_path, kind: str) -> None:
     content, words = CONTENTS[kind]

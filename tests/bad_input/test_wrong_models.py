@@ -105,6 +105,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_model_is_refused_with_its_key(refusal, pair, tmp_path, damage: str, role: str) -> None:

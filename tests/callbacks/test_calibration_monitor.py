@@ -102,6 +102,7 @@ def test_reliability_diagrams_are_figures_in_tensorboard(tested) -> None:
     assert {"test/reliability", "test/mood/reliability"} <= set(events.Tags()["images"])
 
 
+@pytest.mark.slow
 def test_validations_ask_the_tasks_only_where_told_to(pair, mood, tmp_path) -> None:
     config = tiny_config(pair)
     config["trainer"] |= {"val_check_interval": 1, "default_root_dir": str(tmp_path)}

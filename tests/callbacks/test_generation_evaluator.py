@@ -45,6 +45,7 @@ def tested(pair, tmp_path_factory):
     return test_run(pair, folder, "--generation.seeds", "[10, 20]", *buckets, "--trainer.default_root_dir", folder)
 
 
+@pytest.mark.slow
 def test_several_seeds_are_the_mean_and_the_standard_deviation_of_single_ones(tested, pair, tmp_path) -> None:
     several = tested.trainer.callback_metrics
     single = [

@@ -365,6 +365,7 @@ def test_a_missing_key_is_said_before_the_run_with_the_variable_to_set(judge, st
     assert stub.keys == [None] * NUM_TEST
 
 
+@pytest.mark.slow
 def test_the_key_is_sent_and_written_nowhere(judge, pair, stub, tmp_path, capfd, caplog, monkeypatch) -> None:
     monkeypatch.setenv("MY_KEY", SECRET + "\n")
     options = {"endpoint": {"base_url": stub.url, "model": "stub", "api_key_env": "MY_KEY"}, "every_n_validations": 1}

@@ -196,6 +196,7 @@ def test_the_tokenizer_keeps_digits_words_padding_and_end_apart():
     assert tokenizer("bread fish")["input_ids"] == tokenizer("bread")["input_ids"] + tokenizer("fish")["input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["teacher", "student"])
 def test_the_shipped_tokenizers_are_what_the_tool_builds(tmp_path, monkeypatch, model):
     tool = ROOT / "tools" / "build_embedded_tokenizer.py"

@@ -76,6 +76,7 @@ def test_greedy_text_is_that_of_plain_forwards(models) -> None:
         check_logprobs(student, row, text, said.logprobs[row, :length])
 
 
+@pytest.mark.slow
 def test_mixed_text_is_drawn_from_and_scored_by_plain_forwards_of_both(models) -> None:
     student, teacher = models
     coins = [step in (3, 4, 9) for step in range(STEPS)]  # the teacher has something to catch up with

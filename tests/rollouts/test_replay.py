@@ -207,6 +207,7 @@ def weights(learner: DistillationModule) -> Tensor:
     return torch.cat([p.detach().flatten() for p in learner.student.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "hook", "step", "saved"),
     [
