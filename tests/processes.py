@@ -82,6 +82,7 @@ def _be(words: list[str], environment: dict[str, str], output: Path) -> None:
     os.environ.update(environment)
     os.chdir(Path(words[0]).parent)
     warnings.simplefilter("ignore")
+    multiprocessing.set_start_method(None, force=True)  # workers of data loaders start as they do outside of tests
     sys.argv[:] = words
     sys.path.insert(0, str(Path(words[0]).parent))
     runpy.run_path(words[0], run_name="__main__")

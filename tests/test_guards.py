@@ -15,6 +15,7 @@ import torch
 from command_line import main, run, tiny_config, write
 from lightning.pytorch import Callback
 from lit_distill.callbacks.guards import CollapseWatch
+from processes import exit_status
 from torch import Tensor
 from training import weights
 
@@ -183,18 +184,12 @@ def test_after_a_signal_the_run_goes_on_from_its_last_step_to_the_same_bits(
     config["data"]["init_args"]["num_workers"] = 2 if "killpg" in what else 0  # the signal comes to the workers too
     whole = run("fit", "--config", write(config, tmp_path / "whole.yaml"))
     config = write(config, tmp_path / "told.yaml")
-    (tmp_path / "broken.py").write_text(RUN.format(step=step, rank=0, what=what))
-    done = subprocess.run(
-        [sys.executable, "broken.py", "--config", config, *BREAK],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        start_new_session=True,
-    )
-    assert done.returncode == 143, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    assert "--ckpt_path last" in done.stderr + done.stdout
+    script = RUN.format(step=step, rank=0, what=what).replace("    main(", "    os.setsid()\n    main(")
+    (tmp_path / "broken.py").write_text(script)
+    status, output = exit_status(tmp_path / "broken.py", "--config", config, *BREAK)
+    assert status == 143, output[-3000:]
+    assert "Traceback" not in output
+    assert "--ckpt_path last" in output
     saved = torch.load("runs/told/version_0/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == step + 1
     resumed = run("fit", "--config", config, "--ckpt_path", "last")

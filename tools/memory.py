@@ -32,6 +32,7 @@ about c·b·T·(12·H_s + 4·I_s) inside one); for rollouts both key-value cache
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
@@ -234,7 +235,9 @@ def main(arguments: list[str] | None = None) -> None:
     for ranks in given.measure or (1, 2):
         for together in {1, ranks}:
             with tempfile.TemporaryDirectory() as folder:
-                torch.multiprocessing.spawn(measure, (ranks, together, f"{folder}/meeting"), nprocs=ranks)
+                start = "fork" if sys.platform == "linux" else "spawn"  # copies need not import everything again
+                meeting = (ranks, together, f"{folder}/meeting")
+                torch.multiprocessing.start_processes(measure, meeting, nprocs=ranks, start_method=start)
 
 
 if __name__ == "__main__":
