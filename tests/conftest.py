@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING
 
 import pytest
 from families import family, ids, make_model, make_tokenizer
-from session import pytest_configure, pytest_terminal_summary, pytest_warning_recorded, pytest_xdist_auto_num_workers
+from session import (
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_terminal_summary,
+    pytest_warning_recorded,
+    pytest_xdist_auto_num_workers,
+)
 
 if TYPE_CHECKING:  # the process that hands tests to workers reads this file too, and runs no model
     from lit_distill.models import CausalLM, FrozenTeacher
     from lit_distill.types import Sequences
 
 __all__ = ["family", "ids", "make_model", "make_tokenizer"]
-__all__ += ["pytest_configure", "pytest_terminal_summary", "pytest_warning_recorded", "pytest_xdist_auto_num_workers"]
+__all__ += ["pytest_collection_modifyitems", "pytest_configure"]
+__all__ += ["pytest_terminal_summary", "pytest_warning_recorded", "pytest_xdist_auto_num_workers"]
 
 
 @pytest.fixture(autouse=True)

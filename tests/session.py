@@ -13,11 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MOST_WORKERS = 8
 """Each imports torch and transformers: about 600 MB."""
+LONGEST = ("soft_stops", "parallel", "resume_on_two_ranks", "guards", "two_ranks", "gpu_check", "every_trainer_option")
+"""Files of the slow tier that are begun first, so that no worker begins one when the others are done."""
 _WARNED: Counter[str] = Counter()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings of the tools and of what tests share are errors, as those of the package and of the tests are."""
+    if config.option.markexpr == "slow":
+        config.option.loadscopereorder = False  # xdist begins with the files of many tests, which here are short
     for folder in (ROOT / "tests", ROOT / "tools"):
         for path in sorted(folder.rglob("*.py")):
             names = {".".join(path.relative_to(folder).with_suffix("").parts)}
@@ -36,10 +40,21 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, MOST_WORKERS)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest files of the slow tier first."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    if config.option.markexpr == "slow":
+        items.sort(key=place)
+
+
 def described(warning: warnings.WarningMessage) -> str:
     """A warning in one line: where, what kind, and the first line of what is said."""
     path = Path(warning.filename).as_posix().rpartition("/site-packages/")[2]
-    said = next(iter(str(warning.message).strip().splitlines()), "")
+    said = re.sub(r"'/[^']*'", "'…'", next(iter(str(warning.message).strip().splitlines()), ""))  # folders of tests
     return f"{path}:{warning.lineno}: {warning.category.__name__}: {said}"
 
 

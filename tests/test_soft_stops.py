@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -63,6 +64,19 @@ def straight(pair, tmp_path_factory) -> Callable[..., Run]:
     return run
 
 
+@pytest.fixture(scope="module")
+def whole_of(pair, tmp_path_factory) -> Callable[[str], tuple[dict[str, Any], Run]]:
+    """The settings of the Trainer and the run that nothing stops, once for each source."""
+
+    @cache
+    def run(name: str) -> tuple[dict[str, Any], Run]:
+        source, objectives, steps = SOURCES[name]
+        settings = {**VALIDATION["every 3 batches over epochs"], "max_steps": 2 * BATCHES * steps}
+        return settings, Run(learner(pair, source, objectives()), tmp_path_factory.mktemp("whole"), **settings)
+
+    return run
+
+
 def check_continued(first: Run, second: Run, whole: Run) -> None:
     assert first.journal.read + second.journal.read == whole.journal.read
     ours, expected = second.end(), whole.end()
@@ -102,16 +116,16 @@ def test_after_a_stop_the_same_items_come_and_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bound", SHORT)
 @pytest.mark.parametrize("stop", ["max_steps", *STOPS])
-def test_so_it_is_for_every_stop_at_every_batch_of_two_epochs(pair, straight, tmp_path, stop: str, bound: str) -> None:
-    """Validations take turns, so that each stop meets each of them."""
+def test_so_it_is_for_every_stop_at_every_batch_of_two_epochs(pair, straight, tmp_path, stop: str) -> None:
+    """Validations and bounds of the run take turns, so that each stop meets each of them."""
     count, seldom = 0, any(word in stop for word in ("validation", "epoch"))  # such hooks are called at few batches
     for at in range(BATCHES if "epoch" in stop else 1, 2 * BATCHES + 1, BATCHES if "epoch" in stop else 1):
         for turn in range(3 if seldom else 1):
             validation = list(VALIDATION)[(at + 2 * turn + len(stop)) % len(VALIDATION)]
             if "validation" in stop and validation == "none":
                 continue
+            bound = list(SHORT)[(at // BATCHES + turn) % 2]
             folder = tmp_path / f"{at} {validation}"
             first = stopped(pair, folder, stop, at, bound, validation)
             if len(first.journal.read) == at:
@@ -136,10 +150,9 @@ def test_so_it_is_for_every_stop_at_every_batch_of_two_epochs(pair, straight, tm
         *(pytest.param("pairs", "max_steps", at, marks=pytest.mark.slow) for at in (1, 13, 15, 16, 18, 30)),
     ],
 )
-def test_so_it_is_for_every_source_also_inside_a_phase(pair, tmp_path, name: str, stop: str, at: int) -> None:
+def test_so_it_is_for_every_source_also_inside_a_phase(pair, whole_of, tmp_path, name: str, stop: str, at: int) -> None:
     source, objectives, steps = SOURCES[name]
-    settings = {**VALIDATION["every 3 batches over epochs"], "max_steps": 2 * BATCHES * steps}
-    whole = Run(learner(pair, source, objectives()), tmp_path / "whole", **settings)
+    settings, whole = whole_of(name)
     callbacks = [] if stop == "max_steps" else [STOPS[stop](at)]
     limits = {"max_steps": at} if stop == "max_steps" else {}
     first = Run(learner(pair, source, objectives()), tmp_path / "stopped", callbacks, **{**settings, **limits})
