@@ -17,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
 
+from lightning.pytorch.utilities import rank_zero_only
+
 IMPORTED = ["lit_distill.cli", "lit_distill.module", "lit_distill.parallel", "peft"]
 """By one process, of which all others here are copies: importing it takes 9 s of processor time, more than most scripts do."""
 
@@ -82,6 +84,7 @@ def _be(words: list[str], environment: dict[str, str], output: Path) -> None:
     os.environ.update(environment)
     os.chdir(Path(words[0]).parent)
     warnings.simplefilter("ignore")
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", "0"))  # which Lightning asks for when it is imported
     multiprocessing.set_start_method(None, force=True)  # workers of data loaders start as they do outside of tests
     sys.argv[:] = words
     sys.path.insert(0, str(Path(words[0]).parent))
