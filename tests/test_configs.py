@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -155,13 +155,6 @@ def models(path: Path) -> str:
     return json.dumps([model["student"], model.get("teacher")])
 
 
-def some(chosen: Iterable[Path]) -> list[Any]:
-    """All YAML files, of which ``chosen`` are looked at by default and the others with ``-m slow``."""
-    chosen = set(chosen)
-    marks = {path: () if path in chosen else pytest.mark.slow for path in CONFIGS}
-    return [pytest.param(path, marks=mark, id=path.stem) for path, mark in marks.items()]
-
-
 def head(path: Path) -> str:
     """The comment that a YAML opens with."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -270,7 +263,9 @@ def test_a_config_parses_and_instantiates(config: Path) -> None:
     assert cli.trainer.max_steps > 0 or cli.trainer.max_epochs is not None
 
 
-@pytest.mark.parametrize("config", some({kind(path): path for path in reversed(CONFIGS)}.values()))
+@pytest.mark.parametrize(
+    "config", {kind(path): path for path in reversed(CONFIGS)}.values(), ids=lambda path: path.stem
+)
 def test_a_config_takes_one_step_and_exports_a_student(config: Path, stand_ins, tmp_path) -> None:
     main("fit", "--config", stand_ins(config))
     run = tmp_path / "runs" / config.stem / "version_0"
@@ -281,7 +276,7 @@ def test_a_config_takes_one_step_and_exports_a_student(config: Path, stand_ins, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", some(path for path in CONFIGS if path.stem in MISSPELT))
+@pytest.mark.parametrize("config", [path for path in CONFIGS if path.stem in MISSPELT], ids=lambda path: path.stem)
 def test_a_typo_at_any_level_of_a_config_is_an_error_that_names_it(config: Path, tmp_path, capsys) -> None:
     written = tmp_path / "typo.yaml"
     parser = instantiated(config).parser

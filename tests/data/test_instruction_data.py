@@ -205,11 +205,14 @@ def test_the_yaml_says_everything(tmp_path):
             "corpus": {"path": "text.txt", "length": 64},
         },
     }
-    data = parser.instantiate(parser.parse_object({"data": config})).data
+    instantiate = (
+        getattr(parser, "instantiate", None) or parser.instantiate_classes
+    )  # its name before jsonargparse 4.50
+    data = instantiate(parser.parse_object({"data": config})).data
     assert data.records["train"] == Records(["a.jsonl", "b.jsonl"])
     assert data.corpus == Corpus("text.txt", length=64)
     whole = parser.parse_object({"data": {**config, "init_args": {**config["init_args"], "validation_size": 10}}})
-    assert isinstance(parser.instantiate(whole).data.validation_size, int)
+    assert isinstance(instantiate(whole).data.validation_size, int)
 
 
 class Recorder(LightningModule):
