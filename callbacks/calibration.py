@@ -1,4 +1,4 @@
-"""Whether the student knows what it knows: calibration of its next tokens and of its answers to classification tasks."""
+"""Calibration of the student's next-token predictions and of its answers to classification tasks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
+
 from lit_distill.callbacks.figures import show_figure
 from lit_distill.callbacks.reliability import draw_reliability
-
 from lit_distill.evaluation.calibration import Calibration, PairConfidence, StudentConfidence
-from lit_distill.evaluation.label_words import LabelWords, LabelWordTask
+from lit_distill.evaluation.verbalizer import Verbalizer, VerbalizerTask
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -19,29 +19,29 @@ NEXT = "next token"
 
 
 class CalibrationMonitor(Callback):
-    """Logs how well confidence and accuracy agree, of the student and of the teacher beside it, with reliability diagrams.
+    """Logs how well confidence and accuracy agree, for student and teacher, with reliability diagrams.
 
     ``ece``: mean gap between confidence and accuracy over bins of equal width; ``adaptive_ece``: over bins of equal mass;
-    ``brier``: squared distance between the predicted distribution and what came true, summed over all classes (0 to 2);
-    ``accuracy`` of the most probable prediction. Of next tokens as ``val/ece``, ``val/teacher_ece`` …; of a task as
-    ``test/<task>/ece`` …, with ``mass``, the probability of all its words together before they are renormalised.
+    ``brier``: squared distance between the predicted distribution and the true class, summed over all classes (0 to 2);
+    ``accuracy`` of the most probable prediction. Metrics of next tokens are ``val/ece``, ``val/teacher_ece`` …; those of a task are
+    ``test/<task>/ece`` …, and ``mass``, the total probability of all its label words before renormalisation.
 
     Args:
-        num_bins: of the calibration errors and the diagrams.
-        next_token: measure the next tokens of held-out responses at every validation and test, in the forward passes that
+        num_bins: number of bins of the calibration errors and the diagrams.
+        next_token: evaluate the next tokens of held-out responses at every validation and test, in the forward passes that
             run there anyway.
-        tasks: classification by label words, by name; asked at `test`.
-        every_n_validations: ask the tasks at every n-th validation too.
+        tasks: classification tasks with label words, by name; evaluated at `test`.
+        every_n_validations: evaluate the tasks at every n-th validation too.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: with the key.
     """
 
     def __init__(
         self,
         num_bins: int = 15,
         next_token: bool = True,
-        tasks: dict[str, LabelWords] | None = None,
+        tasks: dict[str, Verbalizer] | None = None,
         every_n_validations: int | None = None,
     ) -> None:
         if num_bins < 2:
@@ -57,38 +57,38 @@ class CalibrationMonitor(Callback):
             task.check(f"calibration.tasks.{name}")
         self.every_n_validations = every_n_validations
         self._validations = 0
-        self._ready: dict[str, LabelWordTask] = {}
-        self._listener: StudentConfidence | PairConfidence | None = None
+        self._ready: dict[str, VerbalizerTask] = {}
+        self._next_token_metric: StudentConfidence | PairConfidence | None = None
         self._results: dict[str, dict[str, Calibration]] = {}
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Read the tasks, so that what is wrong with them is said before any weights load."""
+        """Read the tasks, so that their errors are raised before any weights load."""
         if stage == "test" or (self.every_n_validations and stage in {"fit", "validate"}):
             for name, task in self.tasks.items():
                 key = f"calibration.tasks.{name}"
-                self._ready[name] = LabelWordTask(task, pl_module.tokenizer, key, self.num_bins)
+                self._ready[name] = VerbalizerTask(task, pl_module.tokenizer, key, self.num_bins)
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
-        """What a validation logs, known before any weights load."""
-        figures = ["ece", "adaptive_ece", "accuracy", "brier"]
+        """Names of the metrics that a validation logs; does not need the weights."""
+        metrics = ["ece", "adaptive_ece", "accuracy", "brier"]
         responses = getattr(trainer.datamodule, "responses", True)  # type: ignore[attr-defined]
-        places = {"val": figures} if self.next_token and responses else {}
-        places |= {f"val/{task}": [*figures, "mass"] for task in self.tasks if self.every_n_validations}
-        speakers = ["", "teacher_"] if pl_module.teacher_spec else [""]
-        return [f"{place}/{who}{name}" for place, names in places.items() for who in speakers for name in names]
+        places = {"val": metrics} if self.next_token and responses else {}
+        places |= {f"val/{task}": [*metrics, "mass"] for task in self.tasks if self.every_n_validations}
+        models = ["", "teacher_"] if pl_module.teacher_spec else [""]
+        return [f"{place}/{model}{name}" for place, names in places.items() for model in models for name in names]
 
     def report(self) -> dict[str, Any]:
-        """What the last validation or test has found, of each model; bins without predictions are left out."""
+        """Results of the last validation or test for each model; empty bins are left out."""
         entries = [
             {
                 "name": name,
-                "speaker": speaker,
-                **{figure: float(value) for figure, value in result.figures.items()},
+                "role": role,
+                **{metric: float(value) for metric, value in result.metrics.items()},
                 "count": int(result.count),
                 "bins": _bins(result),
             }
-            for name, speakers in self._results.items()
-            for speaker, result in speakers.items()
+            for name, models in self._results.items()
+            for role, result in models.items()
         ]
         return {"calibration": entries} if entries else {}
 
@@ -96,61 +96,61 @@ class CalibrationMonitor(Callback):
         self._results = {}
         if not self.next_token:
             return
-        if self._listener is None:
-            listens = PairConfidence if pl_module.teacher else StudentConfidence
-            self._listener = listens(self.num_bins)
-            pl_module.held_out.listen("calibration", self._listener)
-        for metric in self._listener.speakers.values():
+        if self._next_token_metric is None:
+            metric_class = PairConfidence if pl_module.teacher else StudentConfidence
+            self._next_token_metric = metric_class(self.num_bins)
+            pl_module.token_metrics.attach("calibration", self._next_token_metric)
+        for metric in self._next_token_metric.models.values():
             pl_module.over_ranks(metric).reset()
 
-    def _finish(self, trainer: Trainer, pl_module: DistillationModule, stage: str, ask: bool) -> None:
-        if self._listener is not None:
-            metrics = self._listener.speakers
-            if metrics["student"].update_called:  # on all ranks or on none: data without responses show no rows
-                self._results[NEXT] = {speaker: metric.compute() for speaker, metric in metrics.items()}
-        if ask:
-            speakers = {"student": pl_module.student, "teacher": pl_module.teacher}
+    def _finish(self, trainer: Trainer, pl_module: DistillationModule, stage: str, evaluate_tasks: bool) -> None:
+        if self._next_token_metric is not None:
+            metrics = self._next_token_metric.models
+            if metrics["student"].update_called:  # equal on all ranks: false if the data have no responses
+                self._results[NEXT] = {role: metric.compute() for role, metric in metrics.items()}
+        if evaluate_tasks:
+            models = {"student": pl_module.student, "teacher": pl_module.teacher}
             for name, task in self._ready.items():
                 self._results[name] = {
-                    speaker: task.ask(
+                    role: task.ask(
                         model,
                         pl_module.device,
                         pl_module.data_ranks,
                         trainer.precision_plugin.forward_context,
                     )
-                    for speaker, model in speakers.items()
+                    for role, model in models.items()
                     if model is not None
                 }
         for name, results in self._results.items():
             place = stage if name == NEXT else f"{stage}/{name}"
-            pl_module.log_figures(
+            pl_module.log_metrics_at_step(
                 {
-                    f"{place}/{'teacher_' if speaker == 'teacher' else ''}{figure}": value
-                    for speaker, result in results.items()
-                    for figure, value in result.figures.items()
+                    f"{place}/{'teacher_' if role == 'teacher' else ''}{metric}": value
+                    for role, result in results.items()
+                    for metric, value in result.metrics.items()
                 }
             )
             draw = partial(draw_reliability, results=results, title=f"{name}, step {pl_module.trained_steps}")
             show_figure(trainer, f"{place}/reliability", draw, pl_module.trained_steps)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Forget the last validation and listen to this one."""
+        """Reset the results and metrics."""
         self._start(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Log the figures of all ranks; ask the tasks if this validation's turn has come."""
+        """Log the metrics over all ranks; evaluate the tasks at every n-th validation."""
         if not trainer.sanity_checking:
             every = self.every_n_validations
-            self._finish(trainer, pl_module, "val", ask=every is not None and self._validations % every == 0)
+            self._finish(trainer, pl_module, "val", evaluate_tasks=every is not None and self._validations % every == 0)
             self._validations += 1
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Forget the last run and listen to this one."""
+        """Reset the results and metrics."""
         self._start(pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Log the figures of all ranks, and ask the tasks."""
-        self._finish(trainer, pl_module, "test", ask=True)
+        """Log the metrics over all ranks, and evaluate the tasks."""
+        self._finish(trainer, pl_module, "test", evaluate_tasks=True)
 
 
 def _bins(result: Calibration) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The student as a Hugging Face folder, after training and from any checkpoint."""
+"""Exports the student as a Hugging Face folder, after training or from any checkpoint."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
-from lit_distill.callbacks.folders import save_adapted, save_folder
 
+from lit_distill.callbacks.folders import save_adapted, save_folder
+from lit_distill.distributed import gathered, read_checkpoint
 from lit_distill.models import CausalLM, load_tokenizer
 from lit_distill.models.merging import adapted_model, check_exportable
 from lit_distill.models.readback import Expected, expected_of, expected_of_weights
+from lit_distill.models.safetensors_reader import parameters_on_meta
 from lit_distill.models.spec import spec_of
-from lit_distill.models.stored import parameters_on_meta
-from lit_distill.parallel import gathered, read_checkpoint
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -30,15 +30,15 @@ STUDENT_PREFIX = "student.model."
 class HuggingFaceExport(Callback):
     """At the end of `fit`, writes ``export/last`` and ``export/best`` below the run's folder, with tokenizer and generation config.
 
-    ``best`` is the best checkpoint of the first `ModelCheckpoint` that monitors a figure, where there is one.
+    ``best`` is the best checkpoint of the first `ModelCheckpoint` that monitors a metric, if there is one.
 
     Args:
-        enabled: whether to export at all.
-        dtype: of the written weights; the student's own by default.
-        merge_lora: of a student with adapters (`model.student.lora`) write one plain model. If false, write the adapter alone, for
-            peft.
-        verify: read each folder back, once, and compare what it computes with the trained student; a difference is an error, and
-            the folder lies beside the right place, as ``last.wrong``. It takes host memory for one more copy of the model.
+        enabled: whether to export.
+        dtype: dtype of the written weights; by default that of the student.
+        merge_lora: merge the adapters of a student (`model.student.lora`) into one plain model. If false, write only the adapter,
+            for peft.
+        verify: read each folder back once and compare its outputs with those of the trained student; a difference is an error, and
+            the folder is renamed to ``last.wrong``. This needs host memory for one more copy of the model.
     """
 
     def __init__(
@@ -53,21 +53,21 @@ class HuggingFaceExport(Callback):
         self.folders: dict[str, Path] = {}
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Refuse, before any weights load, what could not be written in the end."""
+        """Refuse, before any weights load, a student that cannot be exported."""
         if self.enabled and stage == "fit":
             check_exportable(pl_module.student_spec, self.merge_lora)
 
     def on_fit_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Write the folders and say where they are.
+        """Write the folders and log their paths.
 
         Raises:
-            ValueError: if one is not the student; the other is written all the same.
+            ValueError: if a folder does not reproduce the student; the other folder is still written.
         """
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        root = Path(trainer.log_dir or trainer.default_root_dir) / "export"  # all ranks ask, since one tells the others
+        root = Path(trainer.log_dir or trainer.default_root_dir) / "export"  # on all ranks: log_dir is broadcast
         student = pl_module.student
-        runs_here = self.verify and (trainer.is_global_zero or student.runs_together)
+        runs_here = self.verify and (trainer.is_global_zero or student.forward_is_collective)
         expected = expected_of(student, trainer.strategy.root_device) if runs_here else None
         state = gathered(trainer.strategy.lightning_module_state_dict(), keep=trainer.is_global_zero)
         if not trainer.is_global_zero:
@@ -82,11 +82,11 @@ class HuggingFaceExport(Callback):
                 )
                 failures.append(self._attempt("best", root, write))
                 break
-        if said := [failure for failure in failures if failure]:
-            raise ValueError("\n".join([*said, "The run's checkpoints are as they were."]))
+        if errors := [failure for failure in failures if failure]:
+            raise ValueError("\n".join([*errors, "The run's checkpoints are unchanged."]))
 
     def _attempt(self, name: str, root: Path, write: Callable[[Path], Path]) -> str | None:
-        """Write one folder and say where it is; or what is wrong with it, since the other may be right."""
+        """Write one folder; returns an error message instead of raising it, so that the other folder is written too."""
         try:
             self.folders[name] = write(root / name)
         except ValueError as error:
@@ -100,7 +100,7 @@ class HuggingFaceExport(Callback):
         model, spec, tokenizer = pl_module.student.model, pl_module.student_spec, pl_module.tokenizer
         if spec.lora is None:
             return save_folder(model, weights, tokenizer, folder, self.dtype, expected, spec.trust_remote_code)
-        if pl_module.student.runs_together:  # the base is read again, rather than gathered
+        if pl_module.student.forward_is_collective:  # read the base again instead of gathering it
             model = adapted_model(spec, {"spec": asdict(spec), "base": pl_module.student.base_fingerprint}, weights)
         return save_adapted(model, spec, tokenizer, folder, self.dtype, self.merge_lora, expected)
 
@@ -111,21 +111,22 @@ def export_checkpoint(
     """Write the student of a Lightning checkpoint as a Hugging Face folder.
 
     Args:
-        checkpoint: of `DistillationModule`: a ``.ckpt`` file, or a folder into which each rank has written its shards.
-        folder: where to; replaced if it exists.
-        dtype: of the written weights; as stored by default.
-        merge_lora: merge adapters into their base, which is read again from where it was; else write them alone.
-        verify: read the folder back, and compare what it computes with the checkpoint's student.
+        checkpoint: checkpoint of a `DistillationModule`: a ``.ckpt`` file, or a folder with the shards of each rank.
+        folder: output folder; replaced if it exists.
+        dtype: dtype of the written weights; as stored by default.
+        merge_lora: merge adapters into their base model, which is read again from its path; otherwise write only the adapters.
+        verify: read the folder back and compare its outputs with those of the checkpoint's student.
 
     Raises:
-        ValueError: if it is no such checkpoint, or the base of its adapters is not to be had, or the folder is not its student.
+        ValueError: if it is not such a checkpoint, if the base model of its adapters is missing, or if the folder does not
+            reproduce its student.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     content: Any = read_checkpoint(checkpoint, parts=["state_dict"])
     if not isinstance(content, dict) or "student" not in content:
         raise ValueError(
-            f"{checkpoint} is not a checkpoint of a DistillationModule: it does not say what its student is."
+            f"{checkpoint} is not a checkpoint of a DistillationModule: it has no description of a student."
         )
     saved = content["student"]
     spec, weights = spec_of(saved["spec"]), student_weights(content["state_dict"])
@@ -144,5 +145,5 @@ def export_checkpoint(
 
 
 def student_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The student's own weights out of the module's, under the names that transformers gives them."""
+    """The student's weights from the module's state, with their names in transformers."""
     return {k.removeprefix(STUDENT_PREFIX): v for k, v in state.items() if k.startswith(STUDENT_PREFIX)}

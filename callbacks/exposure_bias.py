@@ -1,4 +1,4 @@
-"""Exposure bias on held-out prompts: how much more a student errs along its own texts than along its teacher's."""
+"""Exposure bias on held-out prompts: the student's excess error on its own texts, compared with the teacher's texts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lit_distill.callbacks.answers import PromptEvaluator, Stage, answer
-from lit_distill.callbacks.figures import show_figure
 
-from lit_distill.evaluation.exposure_bias import STEP, WRITERS, AccumulatedErrors, StepErrors, step_errors, written_text
-from lit_distill.rollouts import Decoding
+from lit_distill.callbacks.figures import show_figure
+from lit_distill.callbacks.prompt_evaluator import PromptEvaluator, Stage, generate_for_prompts
+from lit_distill.evaluation.exposure_bias import (
+    GENERATORS,
+    STEP,
+    AccumulatedErrors,
+    StepKLMetric,
+    step_errors,
+    written_text,
+)
+from lit_distill.generation import SamplingParams
 from lit_distill.types import Batch
 
 if TYPE_CHECKING:
@@ -23,20 +30,20 @@ if TYPE_CHECKING:
 class ExposureBiasMonitor(PromptEvaluator):
     r"""Excess accumulated error at `test`: the curve as a figure, ``test/ex_acc_err_<l>`` in percent at chosen lengths l.
 
-    With e_t = KL(p‖q) of token t, R(l) is the sum of the mean e_1 … e_l along texts that the student wrote, l·ε(l) the same along
-    texts of the teacher, and ExAccErr(l) = (R(l) − l·ε(l)) / (l·ε(l)). Both write at temperature 1, and from the same random
-    numbers: that leaves the mean of either alone and most of the noise out of their difference. The first response token is
-    counted. A text counts with e_t = 0 after its end; see `StepErrors`.
+    With e_t = KL(p‖q) of token t, R(l) is the sum of the mean e_1 … e_l on texts that the student generated, l·ε(l) is the same on
+    texts of the teacher, and ExAccErr(l) = (R(l) − l·ε(l)) / (l·ε(l)). Both generate at temperature 1 from the same random
+    numbers: this does not change either mean, and it removes most of the noise from their difference. The first response token is
+    counted. After the end of a text, e_t = 0; see `StepKLMetric`.
 
     Args:
-        max_prompts: about how many prompts of a split, spread over it; 0 switches it off, -1 takes all. Both models write.
+        max_prompts: about how many prompts of a split, spread over it; 0 switches it off, -1 takes all. Both models generate.
         num_samples: texts of each model per prompt.
         max_new_tokens: longest text, and the curve's largest l.
-        lengths: the l of the scalars; by default 8, 16, 32, … as far as texts go.
-        seed: of the draws; together with an item's id it fixes the texts.
-        every_n_validations: take part in every n-th validation too; by default in none.
+        lengths: the l of the logged scalars; by default 8, 16, 32, … up to the longest text.
+        seed: seed of the sampling; together with an item's id it fixes the texts.
+        every_n_validations: run at every n-th validation too; by default at none.
 
-    Source: MiniLLM, https://arxiv.org/abs/2306.08543, section 3.3; its code leaves out the first token.
+    Source: MiniLLM, https://arxiv.org/abs/2306.08543, section 3.3; MiniLLM's code leaves out the first token.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class ExposureBiasMonitor(PromptEvaluator):
         super().__init__("exposure_bias", max_prompts, every_n_validations)
         if num_samples < 1:
             raise ValueError(f"exposure_bias.num_samples: expected at least 1, got {num_samples}.")
-        self.decoding = Decoding(max_new_tokens, temperature=1.0)
+        self.sampling = SamplingParams(max_new_tokens, temperature=1.0)
         powers = [2**n for n in range(3, max_new_tokens.bit_length()) if 2**n <= max_new_tokens] or [max_new_tokens]
         self.lengths = powers if lengths is None else lengths
         self.chosen = lengths is not None
@@ -61,44 +68,44 @@ class ExposureBiasMonitor(PromptEvaluator):
             )
         self.num_samples = num_samples
         self.seed = seed
-        self._errors = StepErrors(max_new_tokens)
+        self._errors = StepKLMetric(max_new_tokens)
         self._report: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Refuse a run without a teacher, before anything loads."""
+        """Refuse a run without a teacher, before any weights load."""
         if self.max_prompts and stage != "predict" and pl_module.teacher_spec is None:
             raise ValueError(
-                f"exposure_bias.max_prompts: {self.max_prompts}, but there is no teacher to err against. "
+                f"exposure_bias.max_prompts: {self.max_prompts}, but there is no teacher to compare with. "
                 "Set model.teacher.path, or exposure_bias.max_prompts: 0."
             )
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
-        """What a validation logs, as far as texts go; known before any weights load."""
+        """Names of the metrics that a validation logs, if texts are long enough; does not need the weights."""
         return [f"val/ex_acc_err_{at}" for at in self.lengths] if self.max_prompts and self.every_n_validations else []
 
-    def begin(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
-        """Forget the last time."""
+    def on_start(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
+        """Reset the results."""
         pl_module.over_ranks(self._errors).reset()
         self._report = {}
 
-    def measure(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
-        """Let both write, and measure each token."""
+    def on_batch(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
+        """Generate with both models, and compute the student's KL at each token."""
         assert batch.prompts is not None
         assert pl_module.teacher is not None
         for sample in range(self.num_samples):
-            for writer in WRITERS:
+            for generator in GENERATORS:
                 with trainer.precision_plugin.val_step_context():
-                    responses = answer(pl_module, batch, self.decoding, self.seed, writer, sample)
+                    responses = generate_for_prompts(pl_module, batch, self.sampling, self.seed, generator, sample)
                     text = written_text(batch.prompts, responses)
                     size = pl_module.micro_batch_size or len(text)
                     for start in range(0, len(text), size):
-                        part = text.rows(start, start + size)
+                        part = text.slice(start, start + size)
                         errors = step_errors(pl_module.student, pl_module.teacher, part, pl_module.head_chunk_rows)
                         steps = part.signals[STEP][part.target_mask]
-                        self._errors.update(writer, errors, steps, num_texts=len(part) if len(batch) else 0)
+                        self._errors.update(generator, errors, steps, num_texts=len(part) if len(batch) else 0)
 
-    def conclude(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
-        """Log the figures of all ranks."""
+    def on_end(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
+        """Log the metrics over all ranks."""
         if not self._errors.update_called:
             return  # the split has no prompts
         found = self._errors.compute()
@@ -108,10 +115,12 @@ class ExposureBiasMonitor(PromptEvaluator):
         beyond = [length for length in self.lengths if length > found.longest]
         if beyond and self.chosen:
             rank_zero_info(
-                f"exposure_bias.lengths: no text has {min(beyond)} tokens, the longest has {found.longest}; "
+                f"exposure_bias.lengths: the longest text has {found.longest} tokens, so "
                 f"nothing is logged at {', '.join(map(str, beyond))}."
             )
-        pl_module.log_figures({f"{stage}/ex_acc_err_{at}": found.curves.excess[at - 1].float() for at in reached})
+        pl_module.log_metrics_at_step(
+            {f"{stage}/ex_acc_err_{at}": found.curves.excess[at - 1].float() for at in reached}
+        )
         curves = {name: values[: found.longest].tolist() for name, values in found.curves._asdict().items()}
         show_figure(
             trainer, f"{stage}/exposure_bias", lambda axes: draw_curves(axes, **curves), pl_module.trained_steps
@@ -130,12 +139,12 @@ class ExposureBiasMonitor(PromptEvaluator):
         }
 
     def report(self) -> dict[str, Any]:
-        """The curves of the last test, None where a value is not finite; empty without one."""
+        """The curves of the last test, with None for values that are not finite; empty without a test."""
         return self._report
 
 
 def draw_curves(axes: Axes, regret: list[float], baseline: list[float], excess: list[float]) -> None:
-    """ExAccErr above, R and l·ε below, over the length l; in the place of ``axes``."""
+    """Replace ``axes`` by two plots over the length l: ExAccErr above, R and l·ε below."""
     figure: Any = axes.figure
     axes.remove()
     above, below = figure.subplots(2, 1, sharex=True)
@@ -151,5 +160,5 @@ def draw_curves(axes: Axes, regret: list[float], baseline: list[float], excess: 
 
 
 def _finite(values: list[float]) -> list[float | None]:
-    """JSON has no infinity."""
+    """Replace NaN and infinity by None, since JSON has neither."""
     return [value if math.isfinite(value) else None for value in values]

@@ -1,4 +1,4 @@
-"""Figures for TensorBoard."""
+"""Matplotlib figures for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def show_figure(trainer: Trainer, tag: str, draw: Callable[[Axes], None], step: int) -> None:
-    """Write a figure to every TensorBoard logger; other loggers take none.
+    """Write a figure to every TensorBoard logger; other loggers are skipped.
 
     Args:
-        trainer: whose loggers.
+        trainer: the Trainer with the loggers.
         tag: name of the figure.
-        draw: draws it on empty axes; is not called where nobody would see it.
+        draw: draws the figure on empty axes; not called without a TensorBoard logger.
         step: optimiser step.
     """
     for logger in trainer.loggers:

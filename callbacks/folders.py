@@ -1,4 +1,4 @@
-"""Hugging Face folders of a student, whole or not there at all, and read back before they take their place."""
+"""Writes Hugging Face folders of a student atomically, and verifies them before they get their final name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save_adapted(
     merge: bool,
     expected: Expected | None,
 ) -> Path:
-    """A student with adapters as one plain model in the dtype of its base, or as the adapter alone, all or nothing."""
+    """Write a student with adapters atomically: merged, in the dtype of its base by default, or the adapter alone."""
     from transformers import AutoModelForCausalLM
 
     if merge:
@@ -50,7 +50,7 @@ def save_adapted(
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder`` once it is complete; what is not the student goes elsewhere."""
+    """Yield a temporary folder that replaces ``folder`` at the end; one that fails verification becomes ``<name>.wrong``."""
     unfinished, wrong = (folder.with_name(f"{folder.name}.{kind}") for kind in ("unfinished", "wrong"))
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -58,7 +58,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     except WrongExportError as error:
         shutil.rmtree(wrong, ignore_errors=True)
         unfinished.rename(wrong)
-        raise WrongExportError(f"{error} What was written lies in {wrong}.") from error
+        raise WrongExportError(f"{error} The written files are in {wrong}.") from error
     if folder.exists():
         shutil.rmtree(folder)
     unfinished.rename(folder)
@@ -73,30 +73,32 @@ def save_folder(
     expected: Expected | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """`save_pretrained` of ``weights`` in the shape of ``model``, with its tokenizer, all or nothing.
+    """Write ``weights`` with `save_pretrained` of ``model``, and the tokenizer, atomically.
 
     Args:
-        model: config and shape; its own weights do not matter.
-        weights: by the names in ``model``.
-        tokenizer: of the model.
-        folder: where to; replaced if it exists.
-        dtype: of the written weights; as they are by default.
-        expected: what the folder has to compute when it is read back; not looked at by default.
-        trust_remote_code: to read it back.
+        model: gives config and architecture; its own weights are not used.
+        weights: weights by their names in ``model``.
+        tokenizer: tokenizer of the model.
+        folder: output folder; replaced if it exists.
+        dtype: dtype of the written weights; unchanged by default.
+        expected: outputs that the folder must reproduce when it is read back; not checked if None.
+        trust_remote_code: used when it is read back.
 
     Raises:
-        WrongExportError: if it does not.
+        WrongExportError: if it does not reproduce ``expected``.
     """
     config = copy.deepcopy(model.config)
     tied = {name: source for name, source in tied_names(model).items() if {name, source} <= weights.keys()}
     if not all(_same(weights[name], weights[source]) for name, source in tied.items()):
-        mark_untied(config)  # by the weights, whatever the config of an older checkpoint says
-        weights = {**weights, **{name: weights[name].clone() for name in tied}}  # each has memory of its own
+        mark_untied(config)  # the weights decide: the config of an older checkpoint may be wrong
+        weights = {**weights, **{name: weights[name].clone() for name in tied}}  # separate memory for each
         tied = {}
     if dtype:
         weights = {name: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for name, w in weights.items()}
     once = {name: weight for name, weight in weights.items() if name not in tied}  # tied again on loading
-    config.dtype = next(w.dtype for w in once.values() if w.is_floating_point())  # in which the folder loads
+    config.dtype = next(
+        w.dtype for w in once.values() if w.is_floating_point()
+    )  # the dtype in which the folder is loaded
     with replacing(folder) as unfinished:
         model.save_pretrained(unfinished, state_dict=once)
         config.architectures = model.config.architectures

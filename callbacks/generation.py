@@ -1,4 +1,4 @@
-"""Generated responses to held-out prompts: how close they come to the references."""
+"""Generates responses to held-out prompts and compares them with the references."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from lit_distill.callbacks.answers import PromptEvaluator, Stage, answer_and_score
-from lit_distill.callbacks.samples import show_samples
 
-from lit_distill.evaluation.generation import MEANS, SIZES, ResponseScores
-from lit_distill.rollouts import Decoding
+from lit_distill.callbacks.prompt_evaluator import PromptEvaluator, Stage, generate_and_score
+from lit_distill.callbacks.samples import show_samples
+from lit_distill.evaluation.text_metrics import MEANS, NGRAM_SIZES, GenerationMetrics
+from lit_distill.generation import SamplingParams
 from lit_distill.types import Batch
 
 if TYPE_CHECKING:
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 
 class GenerationEvaluator(PromptEvaluator):
-    """Answers the prompts of the validation and test data and logs ``val/rouge_l``, ``val/exact_match`` and more.
+    """Generates responses to the prompts of the validation and test data and logs ``val/rouge_l``, ``val/exact_match`` and more.
 
-    Also logged are ``response_length``, ``unfinished``, ``distinct_1`` to ``distinct_4`` and ``repetition_4``, as `ResponseScores`
-    has them. `test` adds the figures by reference length (``test/rouge_l/under_30_words``), the standard deviation over seeds
-    (``test/rouge_l_std``) and the teacher's (``test/teacher_rouge_l``).
+    Also logged are ``response_length``, ``unfinished``, ``distinct_1`` to ``distinct_4`` and ``repetition_4``, as in
+    `GenerationMetrics`. `test` adds metrics by reference length (``test/rouge_l/under_30_words``), the standard deviation over
+    seeds (``test/rouge_l_std``) and the teacher's (``test/teacher_rouge_l``).
 
     Args:
-        max_prompts: about how many prompts of a split to answer, spread over it; 0 switches it off, -1 takes all.
-        every_n_validations: during `fit`, answer at every n-th validation only.
+        max_prompts: about how many prompts of a split to use, spread over it; 0 switches it off, -1 takes all.
+        every_n_validations: during `fit`, run at every n-th validation only.
         max_new_tokens: longest response.
         temperature: 0 is greedy.
-        top_k: draw from the k most probable tokens only; 0 draws from all.
-        top_p: draw from the smallest set of tokens with this much probability.
-        seed: of the draws; together with an item's id it fixes the response.
-        seeds: instead of ``seed``: `test` answers once with each and logs the mean; a validation takes the first.
+        top_k: sample from the k most probable tokens only; 0 samples from all.
+        top_p: sample from the smallest set of tokens with this total probability.
+        seed: seed of the sampling; together with an item's id it fixes the response.
+        seeds: instead of ``seed``: `test` generates once with each seed and logs the mean; a validation uses the first.
         reference_lengths: numbers of words at which a bucket of reference lengths begins; the default has MiniLLM's three.
-        teacher: let the teacher answer too, at `test`, where there is one.
+        teacher: generate with the teacher too, at `test`, if there is one.
         num_samples: how many responses to show as text in TensorBoard.
     """
 
@@ -57,7 +57,7 @@ class GenerationEvaluator(PromptEvaluator):
         num_samples: int = 8,
     ) -> None:
         super().__init__("generation", max_prompts, every_n_validations)
-        self.decoding = Decoding(max_new_tokens, temperature, top_k, top_p)
+        self.sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p)
         self.seeds = _checked_seeds([seed] if seeds is None else seeds, temperature)
         if reference_lengths != sorted(set(reference_lengths)) or min(reference_lengths, default=1) < 1:
             raise ValueError(
@@ -66,64 +66,64 @@ class GenerationEvaluator(PromptEvaluator):
         self.reference_lengths = reference_lengths
         self.teacher = teacher
         self.num_samples = num_samples
-        self._scores: dict[str, list[ResponseScores]] = {}
+        self._scores: dict[str, list[GenerationMetrics]] = {}
         self._samples: list[dict[str, Any]] = []
         self._report: dict[str, Any] = {}
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
-        """What a validation logs, known before any weights load."""
-        names = [*MEANS, *(f"distinct_{n}" for n in SIZES), f"repetition_{SIZES[-1]}"]
+        """Names of the metrics that a validation logs; does not need the weights."""
+        names = [*MEANS, *(f"distinct_{n}" for n in NGRAM_SIZES), f"repetition_{NGRAM_SIZES[-1]}"]
         return [f"val/{name}" for name in names] if self.max_prompts else []
 
-    def begin(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
-        """Forget the last time."""
+    def on_start(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
+        """Reset the results."""
         testing = stage == "test"
-        speakers = ["student", "teacher"] if testing and self.teacher and pl_module.teacher_spec else ["student"]
+        models = ["student", "teacher"] if testing and self.teacher and pl_module.teacher_spec else ["student"]
         seeds, starts = (self.seeds, self.reference_lengths) if testing else (self.seeds[:1], [])
-        self._scores = {who: [pl_module.over_ranks(ResponseScores(starts)) for _ in seeds] for who in speakers}
+        self._scores = {role: [pl_module.over_ranks(GenerationMetrics(starts)) for _ in seeds] for role in models}
         self._samples = []
         self._report = {}
 
-    def measure(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
-        """Let everybody answer, once with each seed."""
-        said: dict[str, list[str]] = {}
-        for speaker, per_seed in self._scores.items():
+    def on_batch(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
+        """Generate with each model, once with each seed."""
+        texts_of: dict[str, list[str]] = {}
+        for role, per_seed in self._scores.items():
             texts = [
-                answer_and_score(pl_module, batch, self.decoding, seed, speaker, scores)
+                generate_and_score(pl_module, batch, self.sampling, seed, role, scores)
                 for seed, scores in zip(self.seeds, per_seed, strict=False)
             ]
-            said[speaker] = texts[0]
+            texts_of[role] = texts[0]
         for row in range(min(len(batch), self.num_samples - len(self._samples))):
             known = {"id": batch.ids[row], "prompt": batch.prompt_texts[row], "reference": batch.references[row][0]}
-            self._samples.append(known | {speaker: texts[row] for speaker, texts in said.items()})
+            self._samples.append(known | {role: texts[row] for role, texts in texts_of.items()})
 
-    def conclude(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
-        """Log the figures of all ranks."""
+    def on_end(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
+        """Log the metrics over all ranks."""
         if not all(scores.update_called for per_seed in self._scores.values() for scores in per_seed):
             return  # the split has no prompts with references
         summaries = {
-            who: over_seeds([scores.compute() for scores in per_seed]) for who, per_seed in self._scores.items()
+            role: summarize_seeds([scores.compute() for scores in per_seed]) for role, per_seed in self._scores.items()
         }
-        figures = {}
-        for who, summary in summaries.items():
-            prefix = "" if who == "student" else f"{who}_"
+        metrics = {}
+        for role, summary in summaries.items():
+            prefix = "" if role == "student" else f"{role}_"
             for name, score in summary.items():
                 whole = "/" not in name
                 if whole or name.startswith(("rouge_l/", "exact_match/")):
-                    figures[f"{stage}/{prefix}{name}"] = score["mean"]
+                    metrics[f"{stage}/{prefix}{name}"] = score["mean"]
                 if whole and score["n"] > 1:
-                    figures[f"{stage}/{prefix}{name}_std"] = score["std"]
-        pl_module.log_figures(figures)
-        speakers = list(summaries)
-        heads = ["prompt", "response", *speakers[1:], "reference"]
-        rows = [[sample[key] for key in ("prompt", *speakers, "reference")] for sample in self._samples]
+                    metrics[f"{stage}/{prefix}{name}_std"] = score["std"]
+        pl_module.log_metrics_at_step(metrics)
+        models = list(summaries)
+        heads = ["prompt", "response", *models[1:], "reference"]
+        rows = [[sample[key] for key in ("prompt", *models, "reference")] for sample in self._samples]
         show_samples(trainer, f"{stage}/samples", heads, rows, pl_module.trained_steps)
         if stage == "test":
-            self._report = {"generation": [self._section(who, summary) for who, summary in summaries.items()]}
+            self._report = {"generation": [self._section(role, summary) for role, summary in summaries.items()]}
 
-    def _section(self, speaker: str, summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def _section(self, role: str, summary: dict[str, dict[str, Any]]) -> dict[str, Any]:
         buckets = []
-        for bucket in self._scores[speaker][0].buckets:
+        for bucket in self._scores[role][0].buckets:
             scores = {
                 name.split("/")[0]: score["mean"] for name, score in summary.items() if name.endswith("/" + bucket.tag)
             }
@@ -131,22 +131,22 @@ class GenerationEvaluator(PromptEvaluator):
                 edges = {"label": bucket.label, "low": bucket.low, "high": bucket.high}
                 buckets.append(edges | {"count": int(scores.pop("count")), "scores": scores})
         samples = [
-            {"id": s["id"], "prompt": s["prompt"], "response": s[speaker], "reference": s["reference"]}
+            {"id": s["id"], "prompt": s["prompt"], "response": s[role], "reference": s["reference"]}
             for s in self._samples
         ]
         scores = {name: score for name, score in summary.items() if "/" not in name}
-        return {"speaker": speaker, "scores": scores, "buckets": buckets, "samples": samples}
+        return {"role": role, "scores": scores, "buckets": buckets, "samples": samples}
 
     def report(self) -> dict[str, Any]:
-        """The last test: scores of every speaker, by bucket too, and samples of the same prompts; empty without one."""
+        """Results of the last test: scores of each model, in total and by bucket, and samples; empty without a test."""
         return self._report
 
 
-def over_seeds(figures: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
-    """Mean, standard deviation (None for one) and number of the seeds' figures, by name."""
+def summarize_seeds(metrics: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
+    """Mean, standard deviation (None for one seed) and number of seeds of each metric, by name."""
     summary = {}
-    for name in dict.fromkeys(name for seed in figures for name in seed):
-        values = [float(seed[name]) for seed in figures if name in seed]
+    for name in dict.fromkeys(name for seed in metrics for name in seed):
+        values = [float(seed[name]) for seed in metrics if name in seed]
         std = stdev(values) if len(values) > 1 else None
         summary[name] = {"mean": fmean(values), "std": std, "n": len(values)}
     return summary
@@ -154,7 +154,7 @@ def over_seeds(figures: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, An
 
 def _checked_seeds(seeds: list[int], temperature: float) -> list[int]:
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"generation.seeds: expected different numbers, at least one, got {seeds}.")
+        raise ValueError(f"generation.seeds: expected one or more different numbers, got {seeds}.")
     if len(seeds) > 1 and temperature == 0:
         raise ValueError(
             f"generation.seeds: {seeds} with temperature 0, at which every seed gives the same response. "

@@ -1,4 +1,4 @@
-"""A strong model compares the student's responses with the references."""
+"""Scores the student's responses and the references with a strong language model."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lit_distill.callbacks.answers import PromptEvaluator, Stage, answer
 
-from lit_distill.evaluation.budget import Account, Budget
+from lit_distill.callbacks.prompt_evaluator import PromptEvaluator, Stage, generate_for_prompts
+from lit_distill.distributed import data_ranks
+from lit_distill.evaluation.budget import Budget, CostTracker
 from lit_distill.evaluation.chat import ChatEndpoint
-from lit_distill.evaluation.judge import AnswerCache, Question, Session, Verdict
-from lit_distill.parallel import data_ranks
-from lit_distill.rollouts import Decoding
+from lit_distill.evaluation.judge import AnswerCache, JudgeResult, JudgeRun, Question
+from lit_distill.generation import SamplingParams
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
     from lit_distill.types import Batch
 
 HEARTBEAT = 20.0
-"""Seconds after which the ranks that wait for the judge hear that it is still at work; collectives have time limits."""
+"""Seconds between messages to the ranks that wait for the judge, since collectives time out."""
 
 
 class Judge(PromptEvaluator):
     """Asks an OpenAI-compatible endpoint to score responses and references and logs ``test/judge_ratio`` in percent.
 
     The ratio is the sum of the student's scores over the sum of the references', as in MiniLLM; ``judge_student``,
-    ``judge_reference`` and ``judge_count`` stand beside it. Rank 0 asks for all. A judge that is down costs `fit` a warning and
-    these figures; `test` and `validate` end with an error after everything else is written. What was answered is kept in the
-    cache either way.
+    ``judge_reference`` and ``judge_count`` are logged too. Rank 0 sends the requests of all ranks. If the judge does not
+    answer, `fit` logs a warning instead of these metrics; `test` and `validate` end with an error after everything else is
+    written. Answers are kept in the cache in both cases.
 
     Args:
-        endpoint: who judges. Its key is read from the environment.
-        budget: what a run may spend; nothing is set by default.
+        endpoint: server and model of the judge. Its API key is read from the environment.
+        budget: limits on the requests and the cost of a run; no limits by default.
         every_n_validations: also judge at `validate` and every n-th validation of `fit`; by default only at `test`.
         max_prompts: about how many prompts of a split to judge, spread over it; 0 switches it off, -1 takes all.
         max_new_tokens: longest response.
-        temperature: of the responses; 0 is greedy.
-        top_k: draw from the k most probable tokens only; 0 draws from all.
-        top_p: draw from the smallest set of tokens with this much probability.
-        seeds: of the responses, one response to each prompt for each; the ratio is the mean over them.
-        swap: ask with the two answers in both orders and take the mean, against the judge's preference for a place.
-        num_workers: requests under way at a time.
-        cache: JSONL file of the answers; ``judge.jsonl`` in ``trainer.default_root_dir`` by default.
+        temperature: sampling temperature of the responses; 0 is greedy.
+        top_k: sample from the k most probable tokens only; 0 samples from all.
+        top_p: sample from the smallest set of tokens with this total probability.
+        seeds: sampling seeds; each prompt gets one response per seed, and the ratio is the mean over seeds.
+        swap: request scores with the two responses in both orders and take the mean, against the judge's position bias.
+        num_workers: number of parallel requests.
+        cache: JSONL file of the judge's answers; ``judge.jsonl`` in ``trainer.default_root_dir`` by default.
         num_samples: how many judged responses the report shows.
 
     Source: MiniLLM, https://arxiv.org/abs/2306.08543, section 3.
@@ -77,34 +77,34 @@ class Judge(PromptEvaluator):
             if value < least:
                 raise ValueError(f"Judge.{name}: expected at least {least}, got {value}.")
         if not seeds or len(set(seeds)) < len(seeds):
-            raise ValueError(f"Judge.seeds: expected at least one, and each once, got {list(seeds)}.")
+            raise ValueError(f"Judge.seeds: expected one or more different numbers, got {list(seeds)}.")
         if temperature == 0 and len(seeds) > 1:
             raise ValueError(
-                f"Judge.seeds: {list(seeds)} at temperature 0, where all draws are the same. Give one seed."
+                f"Judge.seeds: {list(seeds)} with temperature 0, where all responses are the same. Give one seed."
             )
         self.endpoint = endpoint
         self.budget = budget or Budget()
         if self.budget.max_cost is not None and endpoint.answer_tokens() is None:
             raise ValueError(
-                "Judge.budget.max_cost: needs a limit on an answer. Set Judge.endpoint.parameters.max_tokens."
+                "Judge.budget.max_cost: needs a limit on the length of an answer. Set Judge.endpoint.parameters.max_tokens."
             )
-        self.decoding = Decoding(max_new_tokens, temperature, top_k, top_p)
+        self.sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p)
         self.seeds = tuple(seeds)
         self.swap = swap
         self.num_workers = num_workers
         self.cache = cache
         self.num_samples = num_samples
         self._questions: list[Question] = []
-        self._account: Account | None = None  # of the rank that asks
-        self._told = False  # that the budget is spent
+        self._account: CostTracker | None = None  # on rank 0 only
+        self._warned_about_budget = False
         self._error: str | None = None
         self._report: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Look for the key before any work is done.
+        """Check that the API key is set, before any work is done.
 
         Raises:
-            ValueError: naming the environment variable, on all ranks.
+            ValueError: with the environment variable, on all ranks.
         """
         self._error, self._report = None, {}
         judging = stage == "test" or (stage in ("fit", "validate") and self.every_n_validations)
@@ -119,59 +119,59 @@ class Judge(PromptEvaluator):
                 raise ValueError(missing)
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
-        """What a validation logs, where the judge answers; known before any weights load."""
+        """Names of the metrics that a validation logs if the judge answers; does not need the weights."""
         names = ("judge_ratio", "judge_student", "judge_reference", "judge_count")
         return [f"val/{name}" for name in names] if self.max_prompts and self.every_n_validations else []
 
     def report(self) -> dict[str, Any]:
-        """The last test's figures under ``judge``; empty if there was none."""
+        """The metrics of the last test under ``judge``; empty without a test."""
         return {"judge": self._report} if self._report else {}
 
-    def begin(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
-        """Forget the last time."""
+    def on_start(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
+        """Remove the questions of the last evaluation."""
         self._questions = []
 
-    def measure(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
-        """Answer the chosen prompts, once with each seed."""
+    def on_batch(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
+        """Generate responses to the chosen prompts, once with each seed."""
         for seed in self.seeds:
-            texts = pl_module.response_texts(answer(pl_module, batch, self.decoding, seed, "student"))
+            texts = pl_module.response_texts(generate_for_prompts(pl_module, batch, self.sampling, seed, "student"))
             rows = zip(batch.ids, batch.prompt_texts, texts, batch.references, strict=False)
             self._questions += [Question(i, seed, prompt, text, accepted[0]) for i, prompt, text, accepted in rows]
 
-    def conclude(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
-        """Ask about the responses of all ranks."""
+    def on_end(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
+        """Send the responses of all ranks to the judge and log the metrics."""
         questions = self._gathered(trainer)
-        verdict = self._ask(trainer, questions)
-        if isinstance(verdict, Verdict) and verdict.scores:
+        result = self._run_judge(trainer, questions)
+        if isinstance(result, JudgeResult) and result.scores:
             device = pl_module.device
-            figures = {f"{stage}/{name}": torch.tensor(v, device=device) for name, v in verdict.figures().items()}
-            pl_module.log_figures(figures)
-            self._tell(verdict, len(questions))
+            metrics = {f"{stage}/{name}": torch.tensor(v, device=device) for name, v in result.metrics().items()}
+            pl_module.log_metrics_at_step(metrics)
+            self._warn_if_incomplete(result, len(questions))
             if stage == "test":
-                self._report = self._reported(trainer, verdict)
+                self._report = self._reported(trainer, result)
             return
-        if isinstance(verdict, Verdict):
-            if verdict.not_asked == len(questions):  # there are none, or no budget at all
-                self._tell(verdict, len(questions))
+        if isinstance(result, JudgeResult):
+            if result.not_asked == len(questions):  # no questions, or no budget at all
+                self._warn_if_incomplete(result, len(questions))
                 return
-            verdict = f"Judge.endpoint: no answer of {self.endpoint.model} could be used. {verdict.reason}"
+            result = f"Judge.endpoint: no usable answer from {self.endpoint.model}. {result.reason}"
         if trainer.state.fn == "fit":
-            rank_zero_warn(f"This validation has no figures of the judge. {verdict}")
+            rank_zero_warn(f"This validation has no judge metrics. {result}")
         else:
-            self._error = verdict
+            self._error = result
 
     def teardown(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Say, now that all other figures are written, that the judge's are missing.
+        """Raise the error of the judge, after all other metrics are written.
 
         Raises:
-            ValueError: if the judge could not be asked at a test or a validation of its own.
+            ValueError: if the judge failed in `test` or `validate`.
         """
         error, self._error = self._error, None
         if error:
             raise ValueError(error)
 
     def _gathered(self, trainer: Trainer) -> list[Question]:
-        """The questions of all ranks, on all ranks, in an order that depends on neither ranks nor subjects."""
+        """The questions of all ranks, on all ranks, sorted by seed and then by a hash of the item's id."""
         shares: list[Any] = [self._questions]
         if trainer.world_size > 1:
             ranks = data_ranks(trainer)
@@ -184,19 +184,19 @@ class Judge(PromptEvaluator):
 
         return sorted((question for share in shares for question in share), key=order)
 
-    def _ask(self, trainer: Trainer, questions: Sequence[Question]) -> Verdict | str:
-        """The verdict, or what is wrong, equal on all ranks; rank 0 asks, the others hear from it every few seconds."""
-        session: Session | None = None
+    def _run_judge(self, trainer: Trainer, questions: Sequence[Question]) -> JudgeResult | str:
+        """The result or an error message, equal on all ranks; rank 0 sends the requests and regularly broadcasts its status."""
+        session: JudgeRun | None = None
         cache: AnswerCache | None = None
-        said: Verdict | str | None = None
+        outcome: JudgeResult | str | None = None
         try:
-            while said is None:
+            while outcome is None:
                 if trainer.is_global_zero:
                     try:
                         if session is None:
                             cache = self._open_cache(trainer)
-                            self._account = self._account or Account(self.budget)
-                            session = Session(
+                            self._account = self._account or CostTracker(self.budget)
+                            session = JudgeRun(
                                 questions,
                                 self.endpoint,
                                 self._account,
@@ -204,51 +204,53 @@ class Judge(PromptEvaluator):
                                 swap=self.swap,
                                 num_workers=self.num_workers,
                             )
-                        said = session.verdict() if session.wait(HEARTBEAT) else None
+                        outcome = session.result() if session.wait(HEARTBEAT) else None
                     except ValueError as error:
-                        said = str(error)
-                said = trainer.strategy.broadcast(said)
+                        outcome = str(error)
+                outcome = trainer.strategy.broadcast(outcome)
         finally:
             if session is not None:
                 session.close()
             if cache is not None:
                 cache.close()
-        return said
+        return outcome
 
     def _open_cache(self, trainer: Trainer) -> AnswerCache:
         path = Path(self.cache) if self.cache else Path(trainer.default_root_dir) / "judge.jsonl"
         cache = AnswerCache(path)
         if cache.unreadable_lines:
-            rank_zero_info(f"{path}: {cache.unreadable_lines} lines cannot be read, and are asked again where needed.")
+            rank_zero_info(
+                f"{path}: {cache.unreadable_lines} lines cannot be read; their questions are asked again if needed."
+            )
         return cache
 
-    def _tell(self, verdict: Verdict, num_questions: int) -> None:
-        if verdict.not_asked and not self._told:
-            self._told = True
+    def _warn_if_incomplete(self, result: JudgeResult, num_questions: int) -> None:
+        if result.not_asked and not self._warned_about_budget:
+            self._warned_about_budget = True
             rank_zero_warn(
-                f"Judge.budget: spent; {verdict.not_asked} of {num_questions} responses were not judged, and the figures are "
-                f"over {len(verdict.scores)}. Answers are cached: with a larger budget, only the rest is asked."
+                f"Judge.budget: reached; {result.not_asked} of {num_questions} responses were not judged, and the metrics "
+                f"use {len(result.scores)}. Answers are cached: with a larger budget, only the remaining requests are sent."
             )
-        if left := verdict.unparsable + verdict.refused:
+        if left := result.unparsable + result.refused:
             rank_zero_warn(
-                f"Judge: {verdict.unparsable} answers hold no scores and {verdict.refused} requests were refused; the figures "
-                f"are over {len(verdict.scores)} of {num_questions} responses, without these {left}. {verdict.reason}"
+                f"Judge: {result.unparsable} answers have no scores and {result.refused} requests were refused; the metrics "
+                f"use {len(result.scores)} of {num_questions} responses, without these {left}. {result.reason}"
             )
 
-    def _reported(self, trainer: Trainer, verdict: Verdict) -> dict[str, Any]:
+    def _reported(self, trainer: Trainer, result: JudgeResult) -> dict[str, Any]:
         spent = {} if self._account is None else self._account.spent()
-        ratios = verdict.ratios()
+        ratios = result.ratios()
         return {
             "model": self.endpoint.model,
             "swap": self.swap,
-            **{name.removeprefix("judge_"): value for name, value in verdict.figures().items()},
-            "count": len(verdict.scores),
+            **{name.removeprefix("judge_"): value for name, value in result.metrics().items()},
+            "count": len(result.scores),
             "ratios": ratios,
             "ratio_std": statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
-            "unparsable": verdict.unparsable,
-            "refused": verdict.refused,
-            "not_asked": verdict.not_asked,
-            "cached": verdict.cached,
+            "unparsable": result.unparsable,
+            "refused": result.refused,
+            "not_asked": result.not_asked,
+            "cached": result.cached,
             **trainer.strategy.broadcast(spent),
             "samples": [
                 {
@@ -259,6 +261,6 @@ class Judge(PromptEvaluator):
                     "student_score": student,
                     "reference_score": reference,
                 }
-                for question, student, reference in verdict.scores[: self.num_samples]
+                for question, student, reference in result.scores[: self.num_samples]
             ],
         }

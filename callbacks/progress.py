@@ -1,4 +1,4 @@
-"""How far a run has come: bars that fit the terminal, or now and then a line of a log file."""
+"""The progress of a run: bars in a terminal, or a log line every few seconds."""
 
 from __future__ import annotations
 
@@ -14,32 +14,30 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lit_distill.parallel import data_ranks
-from lit_distill.rollouts.loop import WATCHERS
+from lit_distill.distributed import data_ranks
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
-    from lit_distill.rollouts import Trajectories
-    from lit_distill.types import Batch
+    from lit_distill.types import Batch, Trajectories
 
 PHASE_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-NOT_SAID = {
+HIDDEN_METRICS = {
     *("distinct_1", "distinct_2", "distinct_3", "distinct_4", "repetition_4", "unfinished"),
     *("accuracy", "adaptive_ece", "brier", "teacher_accuracy", "teacher_adaptive_ece", "teacher_brier", "teacher_ece"),
 }
-"""Figures of a validation that are logged and not printed, so that the line stays readable."""
-SECONDS_BETWEEN_FIGURES = 1.0
+"""Validation metrics that are logged but not printed, to keep the line short."""
+SECONDS_BETWEEN_METRICS = 1.0
 SECONDS_BEFORE_A_BAR = 0.5
 
 
 class RunProgress(TQDMProgressBar):
     """Optimiser steps, time left, loss, and response tokens per second; a second bar for rollouts, inner epochs and decoding.
 
-    A response token counts once, however many inner epochs learn from it. The figures of every validation stay on the
-    screen. Where nobody watches (standard output is no terminal), there is no bar but a line every few seconds.
+    A response token counts once, even if several inner epochs train on it. The metrics of every validation stay on the screen.
+    If standard output is not a terminal, a line every few seconds replaces the bars.
 
     Args:
-        seconds_between_lines: without a terminal, the least time between two lines.
+        seconds_between_lines: without a terminal, the minimum time between two lines.
     """
 
     def __init__(self, seconds_between_lines: float = 30.0) -> None:
@@ -47,12 +45,12 @@ class RunProgress(TQDMProgressBar):
         self.seconds_between_lines = seconds_between_lines
         self._phase_bar: Tqdm | None = None
         self._phase = 0
-        self._rolled_out = False
+        self._has_rollouts = False
         self._decoding = ""
         self._decoded = 0
         self._decoding_since = 0.0
         self._evaluated = ""
-        self._figures_at = 0.0
+        self._metrics_at = 0.0
         self._start_clock(0)
 
     def _start_clock(self, step: int) -> None:
@@ -62,36 +60,35 @@ class RunProgress(TQDMProgressBar):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Watch the decode loop."""
+        """Register for the progress of the decode loop."""
         super().setup(trainer, pl_module, stage)
-        if trainer.is_global_zero and self._on_decoding_step not in WATCHERS:
-            WATCHERS.append(self._on_decoding_step)
+        if trainer.is_global_zero:
+            pl_module.decoding_progress = self._on_decoding_step  # type: ignore[assignment]
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop watching."""
+        """Close the second bar."""
         self._close_phase_bar()
-        if self._on_decoding_step in WATCHERS:
-            WATCHERS.remove(self._on_decoding_step)
+        pl_module.decoding_progress = None  # type: ignore[assignment]
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop watching."""
+        """Close the second bar."""
         self.teardown(trainer, pl_module, "")
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands beside the bar."""
-        figures = super().get_metrics(trainer, pl_module)
-        figures.pop("v_num", None)  # the run's folder is said at the end
-        return figures | {"tok/s": f"{self._tokens_per_second(trainer):.0f}"}
+        """The metrics beside the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)  # the run's folder is printed at the end
+        return metrics | {"tok/s": f"{self._tokens_per_second(trainer):.0f}"}
 
     def _tokens_per_second(self, trainer: Trainer) -> float:
         return float(self._tokens) * data_ranks(trainer).number / max(1e-9, time.monotonic() - self._since)
 
     @override
     def init_train_tqdm(self) -> Tqdm:
-        """A bar of optimiser steps; a batch may be many."""
+        """A bar of optimiser steps; a batch may have many."""
         return Tqdm(
             total=total_steps(self.trainer),
             initial=self.trainer.global_step,
@@ -113,17 +110,17 @@ class RunProgress(TQDMProgressBar):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say which epoch."""
+        """Show the number of the epoch."""
         self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Another phase, if the source generates."""
-        self._phase, self._rolled_out = batch_idx + 1, False
+        """Count a new phase, for sources that generate."""
+        self._phase, self._has_rollouts = batch_idx + 1, False
 
     def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
-        """Count the tokens, and show the inner epochs to come."""
-        self._rolled_out = True
+        """Count the tokens, and open the bar of the inner epochs."""
+        self._has_rollouts = True
         self._tokens = self._tokens + trajectories.responses.mask.sum()
         steps = pl_module.source.steps_per_batch(len(trajectories.ids) * pl_module.data_ranks.number)
         if steps > 1:
@@ -132,9 +129,9 @@ class RunProgress(TQDMProgressBar):
     def on_loss_terms(self, trainer: Trainer, pl_module: DistillationModule, terms: Any) -> None:
         """Move the bars after an optimiser step."""
         bar, now = self.train_progress_bar, time.monotonic()
-        if not bar.disable and now - self._figures_at >= SECONDS_BETWEEN_FIGURES:
+        if not bar.disable and now - self._metrics_at >= SECONDS_BETWEEN_METRICS:
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
-            self._figures_at = now
+            self._metrics_at = now
         bar.update(trainer.global_step - bar.n)
         if (phase := self._phase_bar) is not None:
             epochs = getattr(pl_module.source, "inner_epochs", 1)
@@ -147,53 +144,53 @@ class RunProgress(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Show the figures."""
+        """Show the metrics."""
         self._close_phase_bar()
-        if not self._rolled_out and batch.sequences is not None:
+        if not self._has_rollouts and batch.sequences is not None:
             self._tokens = self._tokens + batch.sequences.target_mask.sum()
         bar = self.train_progress_bar
-        if not bar.disable and time.monotonic() - self._figures_at >= SECONDS_BETWEEN_FIGURES:
+        if not bar.disable and time.monotonic() - self._metrics_at >= SECONDS_BETWEEN_METRICS:
             bar.set_postfix(self.get_metrics(trainer, pl_module))
-            self._figures_at = time.monotonic()
+            self._metrics_at = time.monotonic()
         self._line_if_due()
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Say which batch, and of how many."""
+        """Show the number of the batch and the total."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._evaluating("validation", batch_idx, self.total_val_batches_current_dataloader)
+        self._show_evaluation("validation", batch_idx, self.total_val_batches_current_dataloader)
 
     @override
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Say which batch, and of how many."""
+        """Show the number of the batch and the total."""
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._evaluating("test", batch_idx, self.total_test_batches_current_dataloader)
+        self._show_evaluation("test", batch_idx, self.total_test_batches_current_dataloader)
 
     @override
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Say which batch, and of how many."""
+        """Show the number of the batch and the total."""
         super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._evaluating("prediction", batch_idx, self.total_predict_batches_current_dataloader)
+        self._show_evaluation("prediction", batch_idx, self.total_predict_batches_current_dataloader)
 
-    def _evaluating(self, what: str, index: int, total: float) -> None:
+    def _show_evaluation(self, what: str, index: int, total: float) -> None:
         self._evaluated = f"{what}: batch {index + 1}/{total}"
         self._line_if_due()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the figures on the screen."""
+        """Print the metrics."""
         super().on_validation_end(trainer, pl_module)
         self._evaluated = ""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             every = {name.removeprefix("val/"): v for name, v in trainer.callback_metrics.items() if "val/" in name}
-            figures = {name: value for name, value in every.items() if name not in NOT_SAID}
-            self._say(f"validation at step {_step(trainer)}: {_figures(figures)}")
+            metrics = {name: value for name, value in every.items() if name not in HIDDEN_METRICS}
+            self._print(f"validation at step {_step(trainer)}: {_metrics(metrics)}")
 
     def _on_decoding_step(self, step: int, steps: int, rows: int) -> None:
         """Called by the decode loop."""
@@ -249,7 +246,7 @@ class RunProgress(TQDMProgressBar):
         parts = [self._evaluated, self._decoding]
         if trainer.state.fn == "fit":
             if done := trainer.global_step - step:
-                parts = [_figures(trainer.progress_bar_metrics), f"{done / (now - then):.2f} steps/s", *parts]
+                parts = [_metrics(trainer.progress_bar_metrics), f"{done / (now - then):.2f} steps/s", *parts]
                 parts.insert(2, f"{self._tokens_per_second(trainer):.0f} tok/s")
             total, here = total_steps(trainer), trainer.global_step - self._first_step
             if total and here:
@@ -258,7 +255,7 @@ class RunProgress(TQDMProgressBar):
             parts.insert(0, f"step {_step(trainer)}")
         rank_zero_info(" · ".join(part for part in parts if part))
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.is_disabled:
             rank_zero_info(text)
         else:
@@ -279,5 +276,5 @@ def _step(trainer: Trainer) -> str:
     return f"{trainer.global_step}/{total}" if total else str(trainer.global_step)
 
 
-def _figures(figures: Any) -> str:
-    return " · ".join(f"{name} {float(value):.4g}" for name, value in figures.items())
+def _metrics(metrics: Any) -> str:
+    return " · ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())

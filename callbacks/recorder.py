@@ -1,4 +1,4 @@
-"""Writes what was rolled out, response by response."""
+"""Writes the responses of rollouts to files."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, Trainer
 
-from lit_distill.atomic import write_whole
+from lit_distill.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lit_distill.module import DistillationModule
-    from lit_distill.rollouts import Trajectories
+    from lit_distill.types import Trajectories
 
 
 class RolloutRecorder(Callback):
     """Writes one record for each response: id, step, phase, prompt, response, finished, length, alpha, teacher_share, reward.
 
-    ``step`` is the optimiser step after which the response was written, ``length`` its tokens, ``alpha`` the teacher's share in the
-    sampler and ``teacher_share`` in the response, ``reward`` the sum of its rewards; the last is null where the source gives none.
-    Each rank that has items of its own writes files of its own: JSONL ``rollouts-rank0.jsonl``, Parquet a file for each phase. A
-    resumed run first drops what was recorded after its checkpoint, so that no phase is there twice.
+    ``step`` is the optimiser step after which the response was generated, ``length`` its number of tokens, ``alpha`` the teacher's
+    share in the sampling distribution, ``teacher_share`` the share of tokens from the teacher, and ``reward`` the sum of its
+    rewards, null if the source gives none. Each data rank writes its own files: one JSONL file ``rollouts-rank0.jsonl``, or
+    one Parquet file for each phase. A resumed run first drops the records after its checkpoint, so that no phase is recorded
+    twice.
 
     Args:
-        path: folder; ``rollouts`` in the run's log folder by default, which ``--ckpt_path last`` goes on in. To continue from a
-            checkpoint that is named by its file, name the folder here.
+        path: folder; by default ``rollouts`` in the run's log folder, which ``--ckpt_path last`` continues. To resume from a
+            checkpoint that is given by its file name, set the folder here.
         every_n_phases: record every n-th phase.
         format: jsonl or parquet.
         tokens: also record the response's token ids, as ``tokens``.
-        signals: also record what is known of each token, by name: ``old_logprobs``, and of scored rollouts
+        signals: also record the values of each token, by name: ``old_logprobs``, and of scored rollouts
             ``teacher_logprobs``, ``rewards``, ``advantages``, weights, entropies and ``from_teacher``.
     """
+
+    reads_entropies = True
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class RolloutRecorder(Callback):
 
     @property
     def state_key(self) -> str:
-        """Two recorders may stand side by side."""
+        """A key for each path and format, since a run may have several recorders."""
         return self._generate_state_key(path=self.path, format=self.format)
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,14 +71,14 @@ class RolloutRecorder(Callback):
         return {"phases": self._phases}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of phases."""
         self._phases = state_dict["phases"]
 
     def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Drop what will be rolled out again.
+        """Drop the records of rollouts that this run will repeat.
 
         Raises:
-            ValueError: if a new run finds the records of another.
+            ValueError: if the folder of a new run contains records of another run.
         """
         self._folder = Path(self.path or Path(trainer.log_dir or ".") / "rollouts")
         step = pl_module.global_step
@@ -83,26 +86,28 @@ class RolloutRecorder(Callback):
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"RolloutRecorder.path: {self._folder} is no folder to write to ({error.strerror}). Give another."
+                f"RolloutRecorder.path: {self._folder} is not a writable folder ({error.strerror}). Give another."
             ) from error
         files = sorted(self._folder.glob(f"rollouts-*rank*.{self.format}"))
         if step == 0 and any(file.stat().st_size for file in files):
             raise ValueError(
-                f"RolloutRecorder.path: {self._folder} holds the rollouts of another run. Give another path, remove the files, or "
-                "resume that run with --ckpt_path."
+                f"RolloutRecorder.path: {self._folder} contains the rollouts of another run. Give another path, remove the files, "
+                "or resume that run with --ckpt_path."
             )
         share = pl_module.data_ranks
-        trainer.strategy.barrier("rollouts of others")  # nobody writes before all have looked
+        trainer.strategy.barrier("rollouts of others")  # no rank writes before all have checked
         for file in files:
-            if not share.repeats and _rank_of(file) % share.number == share.rank:  # there may have been more ranks
+            if (
+                not share.is_replica and _rank_of(file) % share.number == share.rank
+            ):  # the earlier run may have had more ranks
                 _drop_from(file, step)
         trainer.strategy.barrier("rollouts to be repeated")
 
     def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
-        """Record the phase if its turn has come."""
+        """Record every n-th phase."""
         phase, self._phases = self._phases, self._phases + 1
         share = pl_module.data_ranks
-        if phase % self.every_n_phases == 0 and trajectories.ids and not share.repeats:
+        if phase % self.every_n_phases == 0 and trajectories.ids and not share.is_replica:
             records = list(self._records(pl_module, trajectories, phase))
             if self.format == "jsonl":
                 lines = [json.dumps(_finite(record), ensure_ascii=False) + "\n" for record in records]
@@ -115,8 +120,8 @@ class RolloutRecorder(Callback):
     def _records(
         self, pl_module: DistillationModule, trajectories: Trajectories, phase: int
     ) -> Iterator[dict[str, Any]]:
-        hidden_left = replace(trajectories, responses=replace(trajectories.responses, teacher_hidden=None))
-        local = hidden_left.to("cpu")
+        without_hidden = replace(trajectories, responses=replace(trajectories.responses, teacher_hidden=None))
+        local = without_hidden.to("cpu")
         responses, mask = local.responses, local.responses.mask
         per_token = {"old_logprobs": responses.logprobs, **local.signals}
         extra = {name: getattr(responses, name) for name in ("from_teacher", "student_entropy", "teacher_entropy")}
@@ -149,7 +154,7 @@ def _floats(values: Tensor) -> list[float]:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without NaN and infinity, which JSON has not: null instead."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, list):
@@ -167,9 +172,9 @@ def _write_parquet(records: list[dict[str, Any]], path: Path) -> None:
         "step": pa.int64(), "phase": pa.int64(), "length": pa.int64(), "finished": pa.bool_(), "alpha": pa.float64(),
         "teacher_share": pa.float64(), "reward": pa.float64(), "tokens": pa.list_(pa.int64()),
         **dict.fromkeys(("id", "prompt", "response"), pa.string()),
-    }  # said, since a column of nulls or empty lists has no type of its own  # fmt: skip
+    }  # explicit types, since a column of nulls or empty lists has none  # fmt: skip
     schema = pa.schema([(name, known.get(name, pa.list_(pa.float32()))) for name in records[0]])
-    write_whole(path, lambda unfinished: pq.write_table(pa.Table.from_pylist(records, schema), unfinished))
+    atomic_write(path, lambda unfinished: pq.write_table(pa.Table.from_pylist(records, schema), unfinished))
 
 
 def _rank_of(file: Path) -> int:
@@ -185,7 +190,7 @@ def _drop_from(file: Path, step: int) -> None:
 
     def keep(unfinished: Path) -> None:
         with file.open("rb") as lines, unfinished.open("wb") as out:
-            # Only a killed run leaves a line without an end, and its checkpoint is older than that line.
+            # Only a killed run leaves a line without a newline, and its checkpoint is older than that line.
             out.writelines(line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] < step)
 
-    write_whole(file, keep)
+    atomic_write(file, keep)

@@ -1,4 +1,4 @@
-"""What a test says, for machines and for people: `report.json` and `report.html`."""
+"""Writes the results of a test as `report.json` and `report.html`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_distill.atomic import write_text
-from lit_distill.evaluation.report import (
-    Report,
-    find_reports,
-    make_report,
-    read_config,
-    render_page,
-    text_card,
-    write_report,
-)
+from lit_distill.files import write_text
+from lit_distill.report.page import render_page, text_card
+from lit_distill.report.record import Report, find_reports, make_report, read_config, write_report
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -27,14 +20,14 @@ if TYPE_CHECKING:
 class RunReport(Callback):
     """Writes ``report.json`` and ``report.html`` to the run's folder at the end of `test`, and prints the table.
 
-    The page has no scripts and asks for nothing from outside. In it are the figures that were logged as ``test/…``, what every
-    callback with a method ``report() -> dict`` of JSON-able sections says, and the curves of the training that a checkpoint
-    comes from. `tools/compare_runs.py` makes one page of several runs.
+    The page has no scripts and loads nothing from the network. It contains the metrics logged as ``test/…``, the sections from
+    every callback with a method ``report() -> dict`` of JSON values, and the training curves of the checkpoint's run.
+    `tools/compare_runs.py` makes one page of several runs.
 
     Args:
-        enabled: write them.
-        compare_with: folders or ``report.json`` files of other tests to show beside this one, such as that of the student
-            before its training, which is a test without ``--ckpt_path``.
+        enabled: whether to write them.
+        compare_with: folders or ``report.json`` files of other tests to compare with this one, such as a test of the student
+            before training, which is a test without ``--ckpt_path``.
     """
 
     def __init__(self, enabled: bool = True, compare_with: list[str] | None = None) -> None:
@@ -43,7 +36,7 @@ class RunReport(Callback):
         self._others: list[Report] = []
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Read the other reports, so that what is wrong with them is said before the work."""
+        """Read the other reports, so that their errors are raised before the test."""
         if self.enabled and stage == "test":
             found = [
                 report for place in self.compare_with for report in find_reports(Path(place), "report.compare_with")
@@ -51,24 +44,24 @@ class RunReport(Callback):
             self._others = list({report["run"]["folder"]: report for report in found}.values())
 
     def on_test_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """The table at the end replaces Lightning's, which has the same numbers in another order."""
+        """Switch off Lightning's table, since the table at the end has the same numbers."""
         self._prints = trainer.test_loop.verbose
         if self.enabled:
             trainer.test_loop.verbose = False
 
     def on_test_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Gather on all ranks, write on the first."""
+        """Collect the results on all ranks, and write them on rank 0."""
         if not self.enabled:
             return
-        folder = trainer.log_dir  # asks all ranks
+        folder = trainer.log_dir  # on all ranks: log_dir is broadcast
         logged = trainer.callback_metrics.items()
-        figures = {name.removeprefix("test/"): value for name, value in logged if name != "step"}
+        metrics = {name.removeprefix("test/"): value for name, value in logged if name != "step"}
         sections = self._sections(trainer)
         if not trainer.is_global_zero:
             return
         report = make_report(
             Path(folder or trainer.default_root_dir),
-            figures,
+            metrics,
             sections,
             pl_module.student_spec.path,
             pl_module.teacher_spec.path if pl_module.teacher_spec else None,
@@ -80,14 +73,14 @@ class RunReport(Callback):
         everything = [*self._others, report]
         if self._prints:
             rank_zero_info("\n" + text_card(everything))
-        if folder is not None:  # None in a fast_dev_run, which leaves nothing behind
+        if folder is not None:  # None in a fast_dev_run, which writes no files
             record = write_report(report, Path(folder))
             page = record.with_suffix(".html")
             write_text(page, render_page(everything))
-            rank_zero_info(f"Report: {page} ({record.name} beside it)")
+            rank_zero_info(f"Report: {page} ({record.name} in the same folder)")
 
     def _sections(self, trainer: Trainer) -> dict[str, list[Any]]:
-        """All callbacks' sections as lists, so that two callbacks may speak of the same."""
+        """The sections of all callbacks, as lists, since two callbacks may have a section of the same name."""
         sections: dict[str, list[Any]] = {}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if callable(report := getattr(callback, "report", None)):
@@ -96,7 +89,7 @@ class RunReport(Callback):
         return sections
 
     def _config(self, trainer: Trainer, folder: str | None) -> dict[str, Any]:
-        """The configuration that the command line has kept in this run's folder; nothing without a command line."""
+        """The config that the command line saved in this run's folder; empty without a command line."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SaveConfigCallback) and folder is not None:
                 return read_config(Path(folder) / callback.config_filename)

@@ -1,4 +1,4 @@
-"""Tables of text for TensorBoard."""
+"""Text tables for TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 def show_samples(trainer: Trainer, tag: str, heads: Sequence[str], rows: Sequence[Sequence[str]], step: int) -> None:
-    """Write a table to every TensorBoard logger; other loggers take no text.
+    """Write a table to every TensorBoard logger; other loggers are skipped.
 
     Args:
-        trainer: whose loggers.
+        trainer: the Trainer with the loggers.
         tag: name of the table.
-        heads: of the columns.
-        rows: of cells, which may hold any text.
+        heads: column names.
+        rows: rows of cells with any text.
         step: optimiser step.
     """
     lines = [heads, ["---"] * len(heads), *([_cell(text) for text in row] for row in rows)]

@@ -1,4 +1,4 @@
-"""Schedules of the teacher's share in rollouts and of objectives' weights."""
+"""Schedules for the teacher's share in rollouts and for the weights of objectives."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lit_distill.functional import cosine_schedule, linear_schedule, stepwise_schedule
-from lit_distill.rollouts import TeacherMixedRollouts
+from lit_distill.sources import TeacherMixedRollouts
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
-    from lit_distill.rollouts import Trajectories
+    from lit_distill.types import Trajectories
 
 Shape = Literal["constant", "linear", "cosine", "stepwise"]
 
@@ -26,7 +26,7 @@ class Schedule:
         start: the value at step 0.
         end: the value after ``steps``; for linear and cosine.
         steps: optimiser steps from start to end; the whole run's ``trainer.max_steps`` by default.
-        values: for stepwise: from which step on which value.
+        values: for stepwise: maps a step to the value from that step on.
         key: the callback's name, for messages.
     """
 
@@ -41,10 +41,12 @@ class Schedule:
     ) -> None:
         if (shape in ("linear", "cosine")) != (end is not None):
             raise ValueError(
-                f"{key}: `end` is {end} with shape {shape}. Linear and cosine need it, the others have none."
+                f"{key}: `end` is {end} with shape {shape}. Linear and cosine need it, the others do not accept it."
             )
         if (shape == "stepwise") != bool(values):
-            raise ValueError(f"{key}: `values` is {values} with shape {shape}. Stepwise needs it, as in {{500: 0.1}}.")
+            raise ValueError(
+                f"{key}: `values` is {values} with shape {shape}. Only stepwise needs it, such as {{500: 0.1}}."
+            )
         if steps is not None and steps < 1:
             raise ValueError(f"{key}: steps: expected at least 1, got {steps}.")
         self.shape = shape
@@ -55,18 +57,16 @@ class Schedule:
         self.key = key
 
     def check_range(self, low: float, high: float) -> None:
-        """Refuse a schedule that leaves [low, high]."""
+        """Refuse a schedule with values outside [low, high]."""
         for value in (self.start, self.end, *self.stepped.values()):
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{self.key}: expected values in [{low}, {high}], got {value}.")
 
     def resolve(self, trainer: Trainer) -> None:
-        """Take the length of the run where ``steps`` was not given."""
+        """Use the length of the run if ``steps`` was not given."""
         if self.end is not None and self.steps is None:
             if trainer.max_steps < 1:
-                raise ValueError(
-                    f"{self.key}: steps: there is no trainer.max_steps to take it from. Give one of the two."
-                )
+                raise ValueError(f"{self.key}: steps: neither steps nor trainer.max_steps is set. Set one of the two.")
             self.steps = trainer.max_steps
 
     def __call__(self, step: int) -> float:
@@ -81,16 +81,16 @@ class Schedule:
 
 
 class TeacherMixSchedule(Callback):
-    """Sets α, the teacher's share in `TeacherMixedRollouts`, before every phase; logged as ``rollout/alpha``.
+    """Sets α, the teacher's share in `TeacherMixedRollouts`, before every phase, and logs it as ``rollout/alpha``.
 
     Args:
-        shape: constant, linear, cosine, stepwise, or adaptive, which holds the reverse KL of rollouts near ``target``.
+        shape: constant, linear, cosine, stepwise, or adaptive, which keeps the reverse KL of rollouts near ``target``.
         start: α at step 0.
         end: α after ``steps``; for linear and cosine.
         steps: optimiser steps from start to end; ``trainer.max_steps`` by default.
-        values: for stepwise: from which step on which α.
-        target: for adaptive: reverse KL to aim at, nats per token. Above it the teacher speaks more, below it less.
-        rate: for adaptive: how much α moves in a phase whose reverse KL is twice the target.
+        values: for stepwise: maps a step to α from that step on.
+        target: for adaptive: the desired reverse KL, nats per token. Above it α increases, below it α decreases.
+        rate: for adaptive: the change of α after a phase whose reverse KL is twice the target.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TeacherMixSchedule(Callback):
         self.alpha = start
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Refuse a source that does not mix."""
+        """Refuse a source other than `TeacherMixedRollouts`."""
         if not isinstance(pl_module.source, TeacherMixedRollouts):
             raise ValueError(
                 f"TeacherMixSchedule: the source {type(pl_module.source).__name__} does not mix in the teacher. "
@@ -125,11 +125,11 @@ class TeacherMixSchedule(Callback):
             self.schedule.resolve(trainer)
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
-        """What is logged, known before any weights load."""
+        """Names of the logged metrics; does not need the weights."""
         return ["rollout/alpha"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: DistillationModule, batch: Any, batch_idx: int) -> None:
-        """Set α for the phase to come."""
+        """Set α for the next phase."""
         if self.target is None:
             self.alpha = self.schedule(pl_module.global_step)
         assert isinstance(pl_module.source, TeacherMixedRollouts)
@@ -137,7 +137,7 @@ class TeacherMixSchedule(Callback):
 
     def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
         """Log α, and adapt it for the next phase."""
-        pl_module.record({"rollout/alpha": torch.tensor(self.alpha)})
+        pl_module.log_step_metrics({"rollout/alpha": torch.tensor(self.alpha)})
         if self.target is not None:
             mask, signals = trajectories.responses.mask, trajectories.signals
             gap = ((signals["old_logprobs"] - signals["teacher_logprobs"]) * mask).sum()
@@ -146,16 +146,16 @@ class TeacherMixSchedule(Callback):
             self.alpha = min(1.0, max(0.0, self.alpha))
 
     def state_dict(self) -> dict[str, Any]:
-        """What an adaptive α has come to."""
+        """The current α, which is needed if it is adaptive."""
         return {"alpha": self.alpha}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore α."""
         self.alpha = state_dict["alpha"]
 
 
 class ObjectiveWeightSchedule(Callback):
-    """Sets an objective's weight before every batch; logged as ``train/<objective>/weight``.
+    """Sets an objective's weight before every batch, and logs it as ``train/<objective>/weight``.
 
     Args:
         objective: its name in ``model.objectives`` or ``model.corpus_objectives``.
@@ -163,7 +163,7 @@ class ObjectiveWeightSchedule(Callback):
         start: the weight at step 0.
         end: the weight after ``steps``; for linear and cosine.
         steps: optimiser steps from start to end; ``trainer.max_steps`` by default.
-        values: for stepwise: from which step on which weight.
+        values: for stepwise: maps a step to the weight from that step on.
     """
 
     def __init__(
@@ -180,17 +180,17 @@ class ObjectiveWeightSchedule(Callback):
         self.schedule.check_range(0.0, float("inf"))
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Refuse a name that is not there."""
+        """Refuse the name of an objective that the run does not have."""
         known = pl_module.all_objectives
         if self.objective not in known:
             raise ValueError(
-                f"ObjectiveWeightSchedule: objective: there is no {self.objective!r}; there are {', '.join(known)}."
+                f"ObjectiveWeightSchedule: objective: there is no objective {self.objective!r}. Give one of: {', '.join(known)}."
             )
         if stage == "fit":
             self.schedule.resolve(trainer)
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
-        """What is logged, known before any weights load."""
+        """Names of the logged metrics; does not need the weights."""
         return [f"train/{self.objective}/weight"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: DistillationModule, batch: Any, batch_idx: int) -> None:
@@ -199,4 +199,4 @@ class ObjectiveWeightSchedule(Callback):
         pl_module.all_objectives[self.objective].weight = weight
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = every > 0 and pl_module.global_step % every == 0
-        pl_module.record({f"train/{self.objective}/weight": torch.tensor(weight)}, write=due)
+        pl_module.log_step_metrics({f"train/{self.objective}/weight": torch.tensor(weight)}, write=due)

@@ -1,8 +1,8 @@
-"""What travels between the stages: plain frozen dataclasses, a shape and a sentence under every field."""
+"""Data passed between data module, sources, models and objectives: frozen dataclasses of tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A dataclass of tensors that moves between devices as one."""
+    """A dataclass of tensors that is moved between devices as a whole."""
 
     def _map(self, move: Any) -> Self:
         def apply(value: Any) -> Any:
@@ -26,7 +26,7 @@ class TensorRecord:
         return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
-        """The same record with every tensor on ``device``; by default nobody waits for a copy to a GPU, as Lightning would."""
+        """The same record with every tensor on ``device``. Copies to a GPU are asynchronous by default, unlike Lightning's."""
         if non_blocking is None:
             non_blocking = torch.device(device).type == "cuda"
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
@@ -38,10 +38,17 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Sequences(TensorRecord):
-    """Texts padded to one length, with what is known about each of their tokens.
+    """Token sequences padded to one length, with a value of every signal for each token.
 
-    Entry t of every field speaks of token t; the shift from logits to targets happens in one place, in
-    `lit_distill.models`.
+    Entry t of every field belongs to token t. `lit_distill.models` alone shifts logits against targets.
+
+    Example:
+        Two sequences of a prompt (5 6) and a response that ends with EOS = 2; the second response is one token shorter::
+
+            input_ids       [[5, 6, 7, 2], [5, 6, 2, 0]]
+            attention_mask  [[1, 1, 1, 1], [1, 1, 1, 0]]
+            target_mask     [[F, F, T, T], [F, F, T, F]]
+            signals         {"advantages": [[0, 0, 0.3, -0.1], [0, 0, 0.2, 0]]}
     """
 
     input_ids: Tensor
@@ -49,24 +56,24 @@ class Sequences(TensorRecord):
     attention_mask: Tensor
     """[B, S] int64: 1 for a token, 0 for padding on either side."""
     target_mask: Tensor
-    """[B, S] bool: the tokens that objectives count. Column 0 is never one: nothing predicts it."""
+    """[B, S] bool: the tokens that the loss is computed on. Column 0 is always False: no token predicts it."""
     signals: Mapping[str, Tensor] = field(default_factory=dict)
-    """[B, S] float32 each: what a rollout recorded about every token, by name."""
+    """[B, S] float32 each: values that a rollout recorded for every token, by name."""
 
     teacher_hidden: Tensor | None = None
-    """[B, T, H] or None: the teacher's hidden rows that predict the last T tokens, recorded while they were
-    written; perhaps in host memory. The teacher's head turns them into its logits, so its body need not run again."""
+    """[B, T, H] or None: the teacher's hidden states that predict the last T tokens, recorded during generation; they may be in
+    host memory. The teacher's LM head turns them into logits, so its body need not run again."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def rows(self, start: int, stop: int) -> Sequences:
-        """Texts ``start`` to ``stop``, without the columns that are padding in all of them."""
+    def slice(self, start: int, stop: int) -> Sequences:
+        """Sequences ``start`` to ``stop``, without the columns that are padding in all of them."""
         mask = self.attention_mask[start:stop]
-        used = mask.any(dim=0).tolist()  # once to the host, which then knows both ends
+        used = mask.any(dim=0).tolist()  # one copy to the host for both ends
         first, last = (used.index(True), len(used) - used[::-1].index(True)) if True in used else (0, 1)
         hidden = self.teacher_hidden
-        if hidden is not None:  # it covers the last T columns, none of which stand left of the prompt's end
+        if hidden is not None:  # it covers the last T columns; none of them is left of the prompt's end
             hidden = hidden[start:stop, : hidden.shape[1] - (mask.shape[1] - last)]
         return Sequences(
             input_ids=self.input_ids[start:stop, first:last],
@@ -76,12 +83,12 @@ class Sequences(TensorRecord):
             teacher_hidden=hidden,
         )
 
-    def uncounted(self) -> Sequences:
-        """The same texts without targets: they count nowhere, and a rank that has no more may run them with the others."""
+    def without_targets(self) -> Sequences:
+        """The same sequences without targets. A rank that has run out of data uses them to keep collectives in step."""
         return replace(self, target_mask=torch.zeros_like(self.target_mask))
 
     def select(self, index: Tensor) -> Sequences:
-        """The texts at ``index`` ``[b]`` int64, in that order."""
+        """The sequences at ``index`` ``[b]`` int64, in that order."""
 
         def pick(values: Tensor) -> Tensor:
             return values[index.to(values.device)]
@@ -97,7 +104,15 @@ class Sequences(TensorRecord):
 
 @dataclass(frozen=True)
 class Pairs(TensorRecord):
-    """Two responses to each prompt, of which the first is to be preferred; row i of both answers the same prompt."""
+    """A chosen and a rejected response for each prompt; row i of both has the same prompt.
+
+    Example:
+        Two pairs with the prompt (5 6); the rejected responses are (9 2) and (8 9 2)::
+
+            chosen.input_ids      [[5, 6, 7, 2], [5, 6, 2, 0]]
+            rejected.input_ids    [[5, 6, 9, 2, 0], [5, 6, 8, 9, 2]]
+            rejected.target_mask  [[F, F, T, T, F], [F, F, T, T, T]]
+    """
 
     chosen: Sequences
     """[B, S]."""
@@ -107,20 +122,20 @@ class Pairs(TensorRecord):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def rows(self, start: int, stop: int) -> Pairs:
+    def slice(self, start: int, stop: int) -> Pairs:
         """Pairs ``start`` to ``stop``, without the columns that are padding in all of them."""
-        return Pairs(self.chosen.rows(start, stop), self.rejected.rows(start, stop))
+        return Pairs(self.chosen.slice(start, stop), self.rejected.slice(start, stop))
 
-    def uncounted(self) -> Pairs:
-        """The same pairs without targets, which count nowhere."""
-        return Pairs(self.chosen.uncounted(), self.rejected.uncounted())
+    def without_targets(self) -> Pairs:
+        """The same pairs without targets; they add nothing to a loss."""
+        return Pairs(self.chosen.without_targets(), self.rejected.without_targets())
 
     def select(self, index: Tensor) -> Pairs:
         """The pairs at ``index`` ``[b]`` int64, in that order."""
         return Pairs(self.chosen.select(index), self.rejected.select(index))
 
-    def both(self) -> Sequences:
-        """All chosen, then all rejected texts, ``[2B, max(S, S')]``; recorded hidden rows are left out."""
+    def concatenate(self) -> Sequences:
+        """All chosen, then all rejected sequences, ``[2B, max(S, S')]``; recorded hidden states are left out."""
         width = max(self.chosen.input_ids.shape[1], self.rejected.input_ids.shape[1])
 
         def join(*values: Tensor) -> Tensor:
@@ -137,7 +152,14 @@ class Pairs(TensorRecord):
 
 @dataclass(frozen=True)
 class Prompts(TensorRecord):
-    """Prompts padded on the left, so that decoding continues all of them at the same column."""
+    """Prompts padded on the left, so that the first response token of every row has the same column.
+
+    Example:
+        A prompt of three tokens and one of two::
+
+            input_ids       [[5, 6, 7], [0, 5, 6]]
+            attention_mask  [[1, 1, 1], [0, 1, 1]]
+    """
 
     input_ids: Tensor
     """[B, P] int64."""
@@ -147,7 +169,7 @@ class Prompts(TensorRecord):
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
-    def rows(self, start: int, stop: int) -> Prompts:
+    def slice(self, start: int, stop: int) -> Prompts:
         """Prompts ``start`` to ``stop``, with their padding."""
         return Prompts(self.input_ids[start:stop], self.attention_mask[start:stop])
 
@@ -159,28 +181,28 @@ class Prompts(TensorRecord):
 
 @dataclass(frozen=True)
 class Batch(TensorRecord):
-    """What a data module yields for one step (or one phase of rollouts)."""
+    """One batch of a data module: the items of one optimiser step, or of one phase of rollouts."""
 
     ids: tuple[str, ...]
-    """The items' ids, for messages, samples and predictions."""
+    """Ids of the items, for messages, logged samples and predictions."""
     prompts: Prompts | None = None
-    """The same items' prompts, ready for decoding; None where the step needs none."""
+    """Prompts of the items, padded for decoding; None if the step needs no prompts."""
     sequences: Sequences | None = None
     """Prompt and response of every item, padded on the right; None for data without responses."""
     references: tuple[tuple[str, ...], ...] = ()
-    """The accepted responses of every item, as text; at least one each where present."""
+    """Reference responses of every item as strings, at least one each; empty if the data has none."""
     prompt_texts: tuple[str, ...] = ()
-    """The prompts as the model reads them, as text."""
+    """The prompts as strings, as given to the model."""
     corpus: Sequences | None = None
-    """Plain text packed to length, for the pre-training loss; None where no corpus is configured."""
+    """Plain text packed to a fixed length, for the pre-training loss; None if no corpus is configured."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def select(self, rows: Sequence[int]) -> Batch:
-        """The items at ``rows``, to be answered: without their sequences and corpus.
+        """The items at ``rows`` for generation, without their sequences and the corpus.
 
-        Without rows there remains one prompt that counts nowhere, as for a rank without items.
+        If ``rows`` is empty, one dummy prompt without an id remains, as for a rank without items.
         """
         return Batch(
             ids=tuple(self.ids[i] for i in rows),
@@ -188,3 +210,106 @@ class Batch(TensorRecord):
             references=tuple(self.references[i] for i in rows if self.references),
             prompt_texts=tuple(self.prompt_texts[i] for i in rows if self.prompt_texts),
         )
+
+
+@dataclass(frozen=True)
+class Responses(TensorRecord):
+    """Generated responses, with the log-probability of each token.
+
+    Example:
+        Two responses with EOS = 2; the second ended after one token::
+
+            ids       [[7, 2], [2, 0]]
+            mask      [[T, T], [T, F]]
+            logprobs  [[-0.7, -0.1], [-1.2, 0]]
+    """
+
+    ids: Tensor
+    """[B, T] int64; 0 after the end of a response."""
+    mask: Tensor
+    """[B, T] bool: up to and including the first end-of-sequence token. The decoder records it; `ids != pad` would be wrong for a
+    response that contains the padding token."""
+    logprobs: Tensor
+    """[B, T] float32: log-probability of each token under the model that generated it (mixed rollout: under the student), at the
+    sampling temperature (greedy decoding: 1) and before top-k and top-p; 0 after the end."""
+    teacher_logprobs: Tensor | None = None
+    """[B, T] float32: the same under the teacher, for a mixed rollout."""
+    teacher_hidden: Tensor | None = None
+    """[B, T, H]: the teacher's hidden states that predict each token, for a mixed rollout; its LM head alone gives the logits."""
+    from_teacher: Tensor | None = None
+    """[B, T] bool: the tokens that the teacher sampled, for a mixed rollout."""
+    student_entropy: Tensor | None = None
+    """[B, T] float32 nats: entropy of the student's distribution of each token, for a mixed rollout."""
+    teacher_entropy: Tensor | None = None
+    """[B, T] float32 nats: entropy of the teacher's distribution of each token, for a mixed rollout."""
+
+    def masked_if_dummy(self, items: Sequence[str]) -> Responses:
+        """The same responses; with an all-False mask if there are no ``items``, since the only row is then a dummy."""
+        return self if items else replace(self, mask=torch.zeros_like(self.mask))
+
+    def finished(self, stop_ids: Sequence[int]) -> Tensor:
+        """[B] bool: which responses ended with a stop token rather than at ``max_new_tokens``."""
+        stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=self.ids.device)
+        return (torch.isin(self.ids, stops) & self.mask).any(dim=-1)
+
+
+@dataclass(frozen=True)
+class Trajectories(TensorRecord):
+    """Prompts, responses and the signals of every response token; callbacks receive it after each rollout.
+
+    Example:
+        Two prompts of two tokens, with responses of up to two tokens (EOS = 2)::
+
+            ids                 ("item-0", "item-1")
+            prompts.input_ids   [[5, 6], [0, 5]]
+            responses.ids       [[7, 2], [2, 0]]
+            responses.logprobs  [[-0.7, -0.1], [-1.2, 0]]
+            signals             {"advantages": [[0.3, -0.1], [0.2, 0]]}
+            alpha               0.2
+    """
+
+    ids: tuple[str, ...]
+    """Ids of the items."""
+    prompt_texts: tuple[str, ...]
+    """The prompts as strings."""
+    prompts: Prompts
+    """[B, P], padded on the left."""
+    responses: Responses
+    """[B, T]."""
+    signals: Mapping[str, Tensor]
+    """[B, T] float32 each: old_logprobs, teacher_logprobs, advantages, importance_weights, single_step_weights, rewards."""
+    alpha: float
+    """Share of the teacher in the sampler, in [0, 1]."""
+    seconds: float
+    """Wall-clock time of generation."""
+
+    def sequences(self, needs: Collection[str] | None = None) -> Sequences:
+        """Prompt and response as one sequence ``[B, P + T]`` whose targets are the response tokens.
+
+        Args:
+            needs: the signals to include; all by default.
+        """
+        prompt, mask = self.prompts, self.responses.mask
+        width = prompt.input_ids.shape[1]
+        return Sequences(
+            input_ids=torch.cat([prompt.input_ids, self.responses.ids], dim=-1),
+            attention_mask=torch.cat([prompt.attention_mask, mask.long()], dim=-1),
+            target_mask=F.pad(mask, (width, 0)),
+            signals={n: F.pad(v, (width, 0)) for n, v in self.signals.items() if needs is None or n in needs},
+            teacher_hidden=self.responses.teacher_hidden,
+        )
+
+
+def join_responses(parts: Sequence[Responses]) -> Responses:
+    """Concatenate the responses of several decoding batches, padded to the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    length = max(part.ids.shape[1] for part in parts)
+
+    def join(values: Sequence[Tensor | None]) -> Any:
+        present = [v for v in values if v is not None]
+        if not present:
+            return None
+        return torch.cat([F.pad(v, (0, 0) * (v.ndim - 2) + (0, length - v.shape[1])) for v in present])
+
+    return Responses(**{f.name: join([getattr(part, f.name) for part in parts]) for f in fields(Responses)})

@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import yaml
 
-from lit_distill import cli
-from lit_distill.cli import DistillCLI
+from lit_distill.cli import app as cli
+from lit_distill.cli.app import DistillCLI
 
 
 class SharedParserCLI(DistillCLI):
@@ -26,7 +26,7 @@ class SharedParserCLI(DistillCLI):
         """Take the parser of an earlier run of the same subcommand, with what Lightning keeps beside it."""
         parts = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
         defaults = sorted((key, repr(value)) for key, value in self.trainer_defaults.items() if key != "callbacks")
-        shape = (add_subcommands, self._asked, self._prints, *defaults)
+        shape = (add_subcommands, self._subcommand, self._prints, *defaults)
         if shape not in self._parsers:
             super().setup_parser(add_subcommands, *arguments)
             self._parsers[shape] = {name: vars(self)[name] for name in parts if name in vars(self)}

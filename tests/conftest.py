@@ -16,7 +16,8 @@ from session import (
 )
 
 if TYPE_CHECKING:  # the process that hands tests to workers reads this file too, and runs no model
-    from lit_distill.models import CausalLM, FrozenTeacher
+    from lit_distill.models import CausalLM
+    from lit_distill.teachers import FrozenTeacher
     from lit_distill.types import Sequences
 
 __all__ = ["family", "ids", "make_model", "make_tokenizer"]
@@ -45,7 +46,8 @@ def student() -> CausalLM:
 def teacher() -> FrozenTeacher:
     from tiny import tiny_llama
 
-    from lit_distill.models import CausalLM, FrozenTeacher
+    from lit_distill.models import CausalLM
+    from lit_distill.teachers import FrozenTeacher
 
     return FrozenTeacher(CausalLM(tiny_llama(hidden=24)))
 

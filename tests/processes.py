@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 from lightning.pytorch.utilities import rank_zero_only
 
-IMPORTED = ["lit_distill.cli", "lit_distill.module", "lit_distill.parallel", "peft"]
+IMPORTED = ["lit_distill.cli.app", "lit_distill.module", "lit_distill.distributed", "peft"]
 """By one process, of which all others here are copies: importing it takes 9 s of processor time, more than most scripts do."""
 
 

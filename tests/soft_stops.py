@@ -14,10 +14,9 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lit_distill.callbacks import RunCheckpoint
 
-from lit_distill.data import ProceduralData
-from lit_distill.data.procedural_data import GeneratedCorpus
+from lit_distill.callbacks import RunCheckpoint
+from lit_distill.data import GeneratedCorpus, ProceduralData
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import NextToken

@@ -1,81 +1,84 @@
-"""Imports point one way, so that every layer can be read and tested without those above it."""
+"""Imports point one way and never in a circle, so that every room can be read and tested without those above it."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import lit_distill
 import lit_distill.callbacks
 
-import lit_distill
-
-PACKAGE = Path(lit_distill.__file__).parent
-CALLBACKS = Path(lit_distill.callbacks.__file__).parent
-BELOW = {
-    "functional": set(),
-    "types": set(),
-    "schedulers": set(),
-    "blame": set(),
-    "replaced": set(),
-    "hooks": set(),
-    "atomic": set(),
-    "guards": {"parallel"},
-    "parallel": {"atomic"},
-    "occupied": set(),
-    "position": set(),
-    "runs": {"occupied", "parallel"},
-    "objectives": {"functional", "types"},
-    "models": {"functional", "types", "objectives", "parallel", "data"},
-    "data": {"functional", "types", "objectives"},
-    "rollouts": {"functional", "types", "objectives", "models", "data"},
-    "evaluation": {"atomic", "functional", "types", "objectives", "models", "data", "rollouts", "parallel"},
-}
-BELOW["checks"] = {"guards", "schedulers", "parallel", "objectives", "evaluation"}
-BELOW["lengths"] = {"models"}
-BELOW["trainer"] = {"models"}
-BELOW["changes"] = {"models", "schedulers"}
-BELOW["continuation"] = {"changes", "checks", "models", "position", "rollouts", "runs"}
-BELOW["module"] = {*BELOW, "evaluation"}
-BELOW["callbacks"] = {*BELOW, "module"}
-BELOW["parser"] = {*BELOW, "callbacks"}
-BELOW["cli"] = {*BELOW, "parser", "__init__"}
-BELOW["__init__"] = set(BELOW)
-BELOW["__main__"] = {"cli"}
+PACKAGE, CALLBACKS = Path(lit_distill.__file__).parent, Path(lit_distill.callbacks.__file__).parent
+ROOMS = [
+    *("functional", "types", "files", "objectives", "data", "distributed", "optim", "models", "teachers", "losses"),
+    *(
+        "generation",
+        "sources",
+        "evaluation",
+        "validation",
+        "resume",
+        "report",
+        "module",
+        "callbacks",
+        "cli",
+        "__main__",
+    ),
+]
+"""Each imports from those before it; type hints count. At the root of the package there are no other files."""
 
 
-def layer(module: str) -> str:
-    """``lit_distill.models.spec`` is of the layer ``models``."""
-    return [*module.split("."), "__init__"][1]
+def modules() -> dict[str, Path]:
+    """Every file by the name it is imported by, without ``lit_distill.``."""
+    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    return found | {f"callbacks.{path.stem}": path for path in CALLBACKS.glob("*.py")}
 
 
-def imported(tree: ast.AST):
-    """Every layer that is imported at run time, also inside functions."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(node, ast.Import):
-            yield from (layer(alias.name) for alias in node.names if alias.name.split(".")[0] == "lit_distill")
-        elif isinstance(node, ast.ImportFrom):
+FILES = modules()
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The files that one imports, anywhere in it; a name of a package counts as the file it comes from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide where they point"
-            if node.module.split(".")[0] == "lit_distill":
-                names = [f"lit_distill.{alias.name}" for alias in node.names]
-                yield from map(layer, names if node.module == "lit_distill" else [node.module])
-        yield from imported(node)
+            names = [f"{node.module}.{name}" for name in names]
+        for name in names:
+            if name.startswith("lit_distill."):
+                yield origin(name.removeprefix("lit_distill."))
 
 
-def sources() -> list[tuple[str, Path]]:
-    inside = [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in sorted(PACKAGE.rglob("*.py"))]
-    return inside + [("callbacks", path) for path in sorted(CALLBACKS.rglob("*.py"))]
+def origin(name: str) -> str:
+    if name in FILES:
+        return name
+    if f"{name}.__init__" in FILES:
+        return f"{name}.__init__"
+    owner, _, thing = name.rpartition(".")
+    if f"{owner}.__init__" in FILES:
+        for node in ast.parse(FILES[f"{owner}.__init__"].read_text()).body:
+            if isinstance(node, ast.ImportFrom) and thing in [alias.name for alias in node.names]:
+                return origin(f"{node.module}.{thing}".removeprefix("lit_distill."))
+        return f"{owner}.__init__"
+    return owner or "__init__"
 
 
-def test_imports_point_one_way() -> None:
-    assert len(sources()) > 100
-    above = {path: set(imported(ast.parse(path.read_text()))) - {here} - BELOW[here] for here, path in sources()}
-    assert not {str(path): sorted(layers) for path, layers in above.items() if layers}
+IMPORTS = {name: set(imported(path)) for name, path in FILES.items()}
 
 
-def test_the_layers_have_no_cycle() -> None:
-    done: set[str] = set()
-    while ready := {name for name in BELOW if name not in done and BELOW[name] - {name} <= done | {"__init__"}}:
-        done |= ready
-    assert done == set(BELOW)
+def test_every_room_imports_from_those_before_it_alone() -> None:
+    place = {room: index for index, room in enumerate(ROOMS)}
+    assert {name.split(".")[0] for name in FILES} == {*ROOMS, "__init__"}
+    upward = {
+        f"{name} -> {other}"
+        for name, others in IMPORTS.items()
+        for other in others - {"__init__"}
+        if place[other.split(".")[0]] > place[name.split(".")[0]]
+    }
+    assert not upward
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    own = {name: {other for other in others if not other.endswith("__init__")} for name, others in IMPORTS.items()}
+    assert len(list(TopologicalSorter(own).static_order())) > 100

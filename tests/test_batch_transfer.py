@@ -40,5 +40,5 @@ def test_rows_without_any_token_keep_one_column() -> None:
     ids = torch.arange(12).view(2, 6)
     mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
     text = Sequences(ids, mask, mask.bool())
-    assert text.rows(0, 2).input_ids.tolist() == [[2, 3], [8, 9]]
-    assert text.rows(1, 2).input_ids.tolist() == [[6]]
+    assert text.slice(0, 2).input_ids.tolist() == [[2, 3], [8, 9]]
+    assert text.slice(1, 2).input_ids.tolist() == [[6]]

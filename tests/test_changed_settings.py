@@ -14,8 +14,8 @@ from soft_stops import BATCHES, STOPS, Run, data, learner, same
 
 from lit_distill.models import ModelSpec
 from lit_distill.objectives import ForwardKL, NextToken
-from lit_distill.rollouts import DatasetResponses, ReplayRollouts
-from lit_distill.schedulers import WarmupCosine
+from lit_distill.optim import WarmupCosine
+from lit_distill.sources import DatasetResponses, ReplayRollouts
 
 
 def adamw(lr: float = 0.01, **settings):
@@ -51,7 +51,7 @@ class Rates(Callback):
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr("lit_distill.continuation.rank_zero_info", lines.append)
+    monkeypatch.setattr("lit_distill.resume.state.rank_zero_info", lines.append)
     return lines
 
 
@@ -67,9 +67,9 @@ def test_another_learning_rate_and_weight_decay_take_effect_at_the_next_step_and
     ]
     assert not rates.fresh
     assert sorted(said) == [
-        "model.optimizer.betas: [0.9, 0.999] in the checkpoint, [0.8, 0.99] from here on.",
-        "model.optimizer.lr: 0.01 in the checkpoint, 0.002 from here on.",
-        "model.optimizer.weight_decay: 0.1 in the checkpoint, 0.3 from here on.",
+        "model.optimizer.betas: [0.9, 0.999] in the checkpoint, [0.8, 0.99] from now on.",
+        "model.optimizer.lr: 0.01 in the checkpoint, 0.002 from now on.",
+        "model.optimizer.weight_decay: 0.1 in the checkpoint, 0.3 from now on.",
     ]
 
 
@@ -142,7 +142,7 @@ def test_another_class_is_refused_with_the_key_that_starts_it_afresh(
         saved = torch.load(first.last, weights_only=True)
         del saved["settings"]
         torch.save(saved, first.last)
-    with pytest.raises(ValueError, match=rf"^model\.{key}: the checkpoint .*checkpoint\.reset_optimizer: true"):
+    with pytest.raises(ValueError, match=rf"^model\.{key}: the checkpoint.*checkpoint\.reset_optimizer: true"):
         Run(learner(pair, **after), tmp_path, ckpt_path=first.last, max_steps=4)
 
 
@@ -160,7 +160,7 @@ def test_reset_optimizer_keeps_weights_and_position_and_schedules_what_is_left(
     assert torch.equal(rates.start, first.end()["weights"])
     assert second.journal.read == whole.journal.read[3:]
     assert rates.lr == pytest.approx([0.2 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)])
-    assert said == ["checkpoint.reset_optimizer: optimiser and learning-rate schedule start afresh."]
+    assert said == ["checkpoint.reset_optimizer: a new optimiser and learning-rate schedule start here."]
 
 
 def test_reset_optimizer_resets_once_so_that_the_same_command_goes_on_exactly(pair, tmp_path) -> None:
@@ -181,7 +181,7 @@ def test_reset_optimizer_resets_once_so_that_the_same_command_goes_on_exactly(pa
 
 def test_weights_without_an_optimizers_state_are_refused_with_the_key_that_takes_them(pair, tmp_path) -> None:
     first = Run(learner(pair), tmp_path, checkpoint={"save_weights_only": True}, max_steps=2)
-    with pytest.raises(ValueError, match=r"without an optimiser's state.*checkpoint\.reset_optimizer: true"):
+    with pytest.raises(ValueError, match=r"no optimiser state.*checkpoint\.reset_optimizer: true"):
         Run(learner(pair), tmp_path, ckpt_path=first.last, max_steps=4)
 
 
@@ -223,7 +223,7 @@ def test_a_teacher_at_another_place_is_the_same_and_another_teacher_is_refused(p
 
 def test_other_data_are_refused(pair, tmp_path) -> None:
     first = Run(learner(pair), tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match=r"^data: .* learns from 18 items .* here are 20 items .*export/last"):
+    with pytest.raises(ValueError, match=r"^data: .* trains on 18 items .* this run has 20 items .*export/last"):
         Run(learner(pair), tmp_path, ckpt_path=first.last, items=data(num_train=20), max_steps=3)
 
 
@@ -255,7 +255,7 @@ def test_the_command_line_refuses_before_anything_loads(pair, tmp_path, monkeypa
     def loads(*arguments: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("lit_distill.module.build_pair", loads)
+    monkeypatch.setattr("lit_distill.module.build_student_and_teacher", loads)
     other = ("--model.optimizer", "SGD", "--model.optimizer.lr", "0.1")
     with pytest.raises(ValueError, match=r"^model\.optimizer: .*AdamW.*SGD.*checkpoint\.reset_optimizer: true"):
         run("fit", "--config", written, "--ckpt_path", "last", *other)

@@ -13,7 +13,7 @@ from command_line import run, tiny_config, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lit_distill.runs import run_loggers
+from lit_distill.cli.runs import run_loggers
 
 FIGURES = ("perplexity", "forward_kl", "reverse_kl", "top1_agreement", "rouge_l", "exact_match")
 
@@ -97,7 +97,7 @@ def predict(config: Path, *more: object) -> list[dict]:
 
 @pytest.mark.parametrize("speaker", ["student", "teacher"])
 def test_predictions_are_what_the_speaker_says_greedily(pair, tmp_path, speaker) -> None:
-    options = ("--model.prediction.speaker", speaker, "--model.prediction.temperature", 0)
+    options = ("--model.prediction.model", speaker, "--model.prediction.temperature", 0)
     records = predict(write(tiny_config(pair), tmp_path / "tiny.yaml"), *options, "--model.prediction.logprobs", "true")
     folder = pair[("student", "teacher").index(speaker)]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -124,7 +124,7 @@ def test_a_killed_prediction_goes_on_where_it_stopped(pair, tmp_path) -> None:
 
 def test_sequence_level_distillation_is_two_commands(pair, tmp_path) -> None:
     config = tiny_config(pair)
-    responses = predict(write(config, tmp_path / "tiny.yaml"), "--model.prediction.speaker", "teacher")
+    responses = predict(write(config, tmp_path / "tiny.yaml"), "--model.prediction.model", "teacher")
     config["model"]["objectives"] = {"ce": "NextToken"}
     config["data"] = {
         "class_path": "InstructionData",
@@ -157,7 +157,7 @@ OVERRIDES = {
     "data.batch_size": (4, lambda cli: cli.datamodule.batch_size),
     "data.init_args.num_train": (16, lambda cli: cli.datamodule.counts["train"]),
     "trainer.max_steps": (3, lambda cli: cli.trainer.max_steps),
-    "generation.temperature": (0.5, lambda cli: next(iter_generation(cli)).decoding.temperature),
+    "generation.temperature": (0.5, lambda cli: next(iter_generation(cli)).sampling.temperature),
     "checkpoint.filename": ("{step}", lambda cli: cli.trainer.checkpoint_callback.filename),
     "seed_everything": (7, lambda cli: cli.datamodule.seed),
 }
@@ -224,16 +224,16 @@ def test_the_cosine_warms_up_linearly_and_ends_at_the_final_ratio(pair, tmp_path
 
 def test_what_one_model_said_is_not_continued_by_the_other(pair, tmp_path) -> None:
     config = write(tiny_config(pair), tmp_path / "tiny.yaml")
-    predict(config, "--model.prediction.speaker", "teacher")
-    with pytest.raises(ValueError, match=r"model\.prediction\.path: .* holds what the teacher said"):
-        predict(config, "--model.prediction.speaker", "student")
+    predict(config, "--model.prediction.model", "teacher")
+    with pytest.raises(ValueError, match=r"model\.prediction\.path: .* contains responses of the teacher"):
+        predict(config, "--model.prediction.model", "student")
 
 
 def test_greedy_and_sampled_responses_are_not_mixed_in_one_file(pair, tmp_path) -> None:
     config = write(tiny_config(pair), tmp_path / "tiny.yaml")
     assert predict(config)[0]["decoding"]["temperature"] == 1.0
     with pytest.raises(
-        ValueError, match=r"model\.prediction\.path: .* with temperature 1.0, and now temperature 0.5 is"
+        ValueError, match=r"model\.prediction\.path: .* with temperature 1.0, but now temperature 0.5 is"
     ):
         predict(config, "--model.prediction.temperature", 0.5)
     with pytest.raises(ValueError, match=r"model\.prediction\.path: .* is a folder"):
@@ -245,9 +245,7 @@ def test_ids_that_stand_twice_are_refused_where_a_file_is_continued_by_them(pair
     lines = [json.dumps({"id": i // 2, "instruction": f"Say {i}", "output": "x"}) for i in range(6)]
     (tmp_path / "twice.jsonl").write_text("\n".join(lines))
     config["data"] = {"class_path": "InstructionData", "init_args": {"train": {"path": str(tmp_path / "twice.jsonl")}}}
-    with pytest.raises(
-        ValueError, match=r"data\.init_args\.predict: 3 ids stand more than once, such as '0' \(2 times\)"
-    ):
+    with pytest.raises(ValueError, match=r"data\.init_args\.predict: 3 duplicate ids, such as '0' \(2 times\)"):
         predict(write(config, tmp_path / "tiny.yaml"))
 
 

@@ -83,7 +83,8 @@ def test_the_head_of_a_config_says_what_to_run_before_it(config: Path) -> None:
 
 
 def test_the_commands_of_the_readme_make_what_they_need_in_their_order() -> None:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "configs/README.md")]
+    blocks = re.findall(r"```bash\n(.*?)```", "\n".join(texts), re.DOTALL)
     shown = [commands(block) for block in blocks]
     own = [
         [words for words in block if (option(words, "--config") or "configs/").startswith("configs/")]

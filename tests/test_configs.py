@@ -20,12 +20,11 @@ import yaml
 from command_line import main, run
 from transformers import AutoConfig, GenerationConfig, GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config
 
-from lit_distill.cli import DistillCLI
-from lit_distill.models import ModelSpec
-from lit_distill.models import pair as model_pair
-from lit_distill.models.spec import load_model
+from lit_distill.cli.app import DistillCLI
+from lit_distill.models import ModelSpec, load_model
+from lit_distill.models import build as model_pair
 from lit_distill.objectives import ReverseKL
-from lit_distill.schedulers import WarmupCosine
+from lit_distill.optim import WarmupCosine
 
 # Lightning 2.6 calls what jsonargparse 4.5x deprecates
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -333,7 +332,7 @@ def test_student_and_teacher_of_a_config_fit_each_other_at_full_size(config: Pat
     )
     monkeypatch.setattr(model_pair, "load_tokenizer", lambda *_: words)
     with torch.device("meta"):
-        student, teacher = model_pair.build_pair(*specs, *[None] * (2 - len(specs)), words)
+        student, teacher = model_pair.build_student_and_teacher(*specs, *[None] * (2 - len(specs)), words)
     assert student.vocabulary_size == (tokens if teacher else rows)
     assert student.head().weight.shape[0] == student.vocabulary_size
     if teacher is not None:
@@ -406,8 +405,8 @@ def test_the_other_methods_have_the_numbers_of_their_scripts(
         assert {type(objective).__name__: objective.weight for objective in terms.values()} == given
     if corpus:  # as many rows of plain text as responses
         assert (data.corpus.length, data.corpus.batch_size) == (512, data.batch_size)
-    if (decoding := getattr(module.source, "decoding", None)) is not None:
-        assert (decoding.max_new_tokens, decoding.temperature, decoding.top_k, decoding.top_p) == (256, 1.0, 0, 1.0)
+    if (sampling := getattr(module.source, "sampling", None)) is not None:
+        assert (sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p) == (256, 1.0, 0, 1.0)
 
 
 def test_preference_jsd_and_replay_have_the_settings_of_the_papers_and_their_code() -> None:
@@ -435,7 +434,7 @@ def test_the_overrides_in_the_heads_do_what_they_say() -> None:
 
 def test_what_the_teacher_says_is_what_seqkd_learns(stand_ins, tmp_path) -> None:
     said = tmp_path / "said.jsonl"
-    speak = ("--model.prediction.speaker", "teacher", "--model.prediction.path", said)
+    speak = ("--model.prediction.model", "teacher", "--model.prediction.path", said)
     main("predict", "--config", stand_ins(KD), *speak, "--model.prediction.max_new_tokens", 4)
     responses = [json.loads(line)["response"] for line in said.read_text().splitlines()]
     assert len(responses) == 20  # four of 24 are for validation

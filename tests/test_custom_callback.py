@@ -18,14 +18,13 @@ from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, NextToken
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "callbacks" / "README.md"
 NUM_PHASES, STEPS_PER_PHASE = 2, 2
 
 
 def example() -> str:
-    """The first block of Python in the README's section on callbacks."""
-    section = README.read_text(encoding="utf-8").partition("\n## Your own callback\n")[2]
-    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)[0]
+    """The first block of Python in the README of the callbacks."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)[0]
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lit_distill.callbacks import RunCheckpoint
 from processes import run_on_ranks
 from training import learner_of, quiet_trainer, weights
 
+from lit_distill.callbacks import RunCheckpoint
 from lit_distill.cli import main
 from lit_distill.data import ProceduralData
-from lit_distill.guards import DivergedError
+from lit_distill.distributed.stored import META
 from lit_distill.objectives import ForwardKL, PolicyGradient, ReverseKL
-from lit_distill.parallel.reading import META
-from lit_distill.rollouts import TeacherMixedRollouts
+from lit_distill.optim import DivergedError
+from lit_distill.sources import TeacherMixedRollouts
 
 ON_RANKS = """
 import sys, time
@@ -200,8 +200,8 @@ def test_another_saver_beside_it_does_not_take_its_place(tmp_path) -> None:
     trainer = quiet_trainer(tmp_path, 2, callbacks=[ModelCheckpoint(tmp_path), ours], enable_checkpointing=True)
     trainer.state.fn = TrainerFn.FITTING
     assert trainer.checkpoint_callback is not ours
-    assert ours._listens(trainer)
-    assert not RunCheckpoint(tmp_path)._listens(trainer)
+    assert ours._manages_run(trainer)
+    assert not RunCheckpoint(tmp_path)._manages_run(trainer)
 
 
 def test_a_run_of_one_batch_for_a_trial_writes_no_checkpoint(pair, tmp_path) -> None:

@@ -14,17 +14,17 @@ import pytest
 import torch
 from command_line import main, run, tiny_config, write
 from lightning.pytorch import Callback
-from lit_distill.callbacks.guards import CollapseWatch
 from processes import exit_status
 from torch import Tensor
 from training import weights
 
-from lit_distill.guards import NonFinite
+from lit_distill.callbacks.collapse import CollapseDetector
+from lit_distill.optim import NonFiniteGradientGuard
 
 RUN = """
 import os, signal, sys
 from lightning.pytorch import Callback
-from lit_distill.callbacks.guards import CollapseWatch
+from lit_distill.callbacks.collapse import CollapseDetector
 from lit_distill.cli import main
 
 class Break(Callback):
@@ -41,7 +41,7 @@ atexit.register(ctypes.PyDLL(None).sleep, 2)  # the last of all: no thread gets 
 import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from lit_distill.parallel.processes import settle_at_exit
+from lit_distill.distributed.watchdog import drain_at_exit
 
 rank_one = os.fork()
 dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/store", rank=0 if rank_one else 1, world_size=2)
@@ -51,7 +51,7 @@ if rank_one:
     time.sleep(0.5)
     dist.broadcast(torch.ones(3), src=0)
     os._exit(os.waitpid(rank_one, 0)[1] != 0)
-settle_at_exit(3)
+drain_at_exit(3)
 dist.broadcast(torch.ones(3), src=0, async_op=True)
 Path("ending").touch()
 """
@@ -129,7 +129,7 @@ def test_a_skipped_step_is_said_once_counted_and_changes_neither_weights_nor_the
     config = config_of(pair, gradient_clip_val=1.0)
     config["model"]["on_nonfinite"] = "skip"
     written = write(config, tmp_path / "c.yaml")
-    with pytest.warns(UserWarning, match="the gradient of step 2 is not finite and was left out"):
+    with pytest.warns(UserWarning, match="the gradient of step 2 is not finite, so the step was skipped"):
         skipped = run("fit", "--config", written, trainer_defaults={"callbacks": [Poison()]})
     assert skipped.trainer.global_step == 6
     assert skipped.trainer.callback_metrics["train/skipped_steps"] == 1
@@ -143,16 +143,16 @@ def test_a_run_that_skips_for_ever_stops() -> None:
     class Module:
         trainer = type("Trainer", (), {"world_size": 1})
 
-    guard = NonFinite("skip")
+    guard = NonFiniteGradientGuard("skip")
     parameter = torch.nn.Parameter(torch.zeros(2))
 
     def steps(count: int) -> None:
         for step in range(count):
             parameter.grad = torch.tensor([1.0, torch.inf])
-            guard.gate([parameter], step)
-        guard.look(Module())
+            guard.mask([parameter], step)
+        guard.check(Module.trainer)
 
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="was skipped"):
         steps(5)
     steps(4)
     with pytest.raises(ValueError, match="the last 10 gradients are not finite; now at step 0"):
@@ -160,7 +160,7 @@ def test_a_run_that_skips_for_ever_stops() -> None:
 
 
 def test_gradients_are_looked_at_without_waiting_for_the_device(monkeypatch) -> None:
-    guard, parameter = NonFinite("stop"), torch.nn.Parameter(torch.zeros(3))
+    guard, parameter = NonFiniteGradientGuard("stop"), torch.nn.Parameter(torch.zeros(3))
     parameter.grad = torch.tensor([1.0, torch.nan, 2.0])
 
     def waits(*arguments: object) -> None:
@@ -168,7 +168,7 @@ def test_gradients_are_looked_at_without_waiting_for_the_device(monkeypatch) -> 
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(Tensor, name, waits)
-    guard.gate([parameter], 1)
+    guard.mask([parameter], 1)
     monkeypatch.undo()
     assert parameter.grad.tolist() == [0.0, 0.0, 0.0]
 
@@ -222,7 +222,7 @@ def test_a_rank_that_ends_ends_the_others_and_is_heard(pair, tmp_path, what: str
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0, output[-3000:]
     assert said in output
-    assert ("rank 0 has lost another rank" in output) == ("SIGTERM" not in what)
+    assert ("rank 0 has lost the connection to another rank" in output) == ("SIGTERM" not in what)
     assert "closed by peer" not in output
     if "SIGTERM" in what:
         assert torch.load("runs/c/version_0/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
@@ -238,23 +238,23 @@ def test_a_rank_that_ends_while_its_last_words_are_given_back_does_not_abort(tmp
 @pytest.mark.parametrize(
     ("later", "sign"),
     [
-        ((1.0, 0.0, 0.0), "almost nothing is said.* length 12.0 and 1.0 tokens"),
-        ((16.0, 1.0, 0.1), "almost nothing ends by itself.*unfinished 20% and 100%"),
-        ((12.0, 0.2, 0.9), "the responses repeat themselves.*repetition 10% and (63|90)%"),
+        ((1.0, 0.0, 0.0), "responses are almost empty.* length 12.0 -> 1.0 tokens"),
+        ((16.0, 1.0, 0.1), "almost no response ends before max_new_tokens.*unfinished 20% -> 100%"),
+        ((12.0, 0.2, 0.9), "responses repeat themselves.*repetition 10% -> (63|90)%"),
     ],
 )
 def test_a_collapse_of_the_rollouts_is_said_once_with_figures(later, sign: str) -> None:
-    watch = CollapseWatch()
-    said = [watch.look(step, 12.0, 0.2, 0.1) for step in range(8)]
+    watch = CollapseDetector()
+    said = [watch.check(step, 12.0, 0.2, 0.1) for step in range(8)]
     assert not any(said)
-    said = [text for step in range(8, 16) if (text := watch.look(step, *later))]
+    said = [text for step in range(8, 16) if (text := watch.check(step, *later))]
     assert len(said) == 1
     assert re.search(rf"collapsed at step (8|9|10): {sign}", said[0]), said[0]
 
 
 def test_short_responses_from_the_start_are_no_collapse() -> None:
-    watch = CollapseWatch()
-    assert not any(watch.look(step, 1.0, 1.0, 0.0) for step in range(20))
+    watch = CollapseDetector()
+    assert not any(watch.check(step, 1.0, 1.0, 0.0) for step in range(20))
 
 
 @pytest.mark.slow
@@ -264,13 +264,13 @@ def test_a_student_that_says_one_thing_for_ever_is_noticed(pair, tmp_path) -> No
     class Stutter(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if trainer.global_step == 3:
-                pl_module.source.decoding.temperature = 0.0
+                pl_module.source.sampling.temperature = 0.0
 
     config = config_of(pair, max_steps=8, limit_val_batches=0)
     config["model"]["source"] = {"class_path": "StudentRollouts", "init_args": {"max_new_tokens": 12}}
     config["checkpoint"] = {"monitor": None}
     written = write(config, tmp_path / "c.yaml")
-    with pytest.warns(UserWarning, match="the responses repeat themselves"):
+    with pytest.warns(UserWarning, match="responses repeat themselves"):
         run("fit", "--config", written, trainer_defaults={"callbacks": [Stutter()]})
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lit_distill.callbacks import ObjectiveWeightSchedule, RolloutMonitor, TeacherMixSchedule
 from training import learner_of, quiet_trainer, weights
 
+from lit_distill.callbacks import ObjectiveWeightSchedule, RolloutMonitor, TeacherMixSchedule
 from lit_distill.data import Corpus, ProceduralData
 from lit_distill.models import ModelSpec
 from lit_distill.models.caching import Caching
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, NextToken, PolicyGradient, ReverseKL
-from lit_distill.rollouts import TeacherMixedRollouts, Trajectories
+from lit_distill.sources import TeacherMixedRollouts
+from lit_distill.types import Trajectories
 
 ROLLOUTS, NEW_TOKENS = 8, 12
 
@@ -93,7 +94,7 @@ def test_the_teachers_body_passes_once_over_each_rollout_token_however_many_inne
     width, length = phase.prompts.input_ids.shape[1], phase.responses.ids.shape[1]
     at_most = prompt + ROLLOUTS * (length - 1)
     assert at_most - ROLLOUTS * NEW_TOKENS <= seen["teacher"] <= at_most
-    text = phase.sequences().rows(0, ROLLOUTS)
+    text = phase.sequences().slice(0, ROLLOUTS)
     learning = 3 * text.input_ids.numel()
     assert text.input_ids.shape[1] <= width + length
     assert at_most - ROLLOUTS * NEW_TOKENS + learning <= seen["student"] <= at_most + learning
@@ -107,8 +108,8 @@ def test_stored_teacher_rows_give_the_loss_of_a_teacher_that_runs_again(pair, tm
     again = dataclasses.replace(text, teacher_hidden=None)
     with torch.no_grad():
         for rows in (slice(0, 8), slice(3, 5)):
-            stored = learner._text(text.rows(rows.start, rows.stop), {"long": 0.0, "single": 1.0})[0]
-            fresh = learner._text(again.rows(rows.start, rows.stop), {"long": 0.0, "single": 1.0})[0]
+            stored = learner._text(text.slice(rows.start, rows.stop), {"long": 0.0, "single": 1.0})[0]
+            fresh = learner._text(again.slice(rows.start, rows.stop), {"long": 0.0, "single": 1.0})[0]
             torch.testing.assert_close(stored, fresh, rtol=1e-4, atol=1e-4)
 
 
@@ -164,7 +165,7 @@ def test_the_weight_schedule_sets_the_weight_of_the_objective_it_names(pair, tmp
     schedule = ObjectiveWeightSchedule("single", "stepwise", start=2.0, values={4: 0.25})
     _, witness = fit(pair, tmp_path, steps=8, callbacks=[schedule])
     assert [f["train/single/weight"] for f in witness.figures] == [2.0, 0.25]
-    with pytest.raises(ValueError, match="there is no 'sinlge'; there are long, single"):
+    with pytest.raises(ValueError, match=r"there is no objective 'sinlge'\. Give one of: long, single"):
         fit(pair, tmp_path, callbacks=[ObjectiveWeightSchedule("sinlge", start=1.0, end=0.0)])
 
 
@@ -200,7 +201,7 @@ def test_the_monitor_reports_what_the_trajectories_say(pair, tmp_path) -> None:
         ({"top_p": 0.9}, "no valid importance weight"),
         ({"temperature": 0.0}, "temperature: expected a number > 0"),
         ({"inner_epochs": 0}, "inner_epochs: expected at least 1"),
-        ({"temperature": 0.7}, r"model\.objectives\.long\.temperature is 1.0, but .* is 0.7"),
+        ({"temperature": 0.7}, r"model\.objectives\.long\.temperature is 1.0, but .*temperature 0\.7"),
         ({"mini_batch_size": 9}, r"mini_batch_size: 9 .* data\.init_args\.batch_size"),
     ],
 )

@@ -13,6 +13,8 @@ from bad_input.conftest import Refusal, changed, mixed, refusal
 from command_line import run, tiny_config, write
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+from training import learner_of, quiet_trainer
+
 from lit_distill.callbacks import (
     CalibrationMonitor,
     ExposureBiasMonitor,
@@ -22,13 +24,11 @@ from lit_distill.callbacks import (
     RunCheckpoint,
     TeacherMixSchedule,
 )
-from training import learner_of, quiet_trainer
-
-from lit_distill.checks import logged_metrics
 from lit_distill.data import ProceduralData
-from lit_distill.evaluation import LabelWords
+from lit_distill.evaluation.verbalizer import Verbalizer
 from lit_distill.objectives import DirectPreference, ForwardKL, NextToken, PolicyGradient, ReverseKL
-from lit_distill.rollouts import ReplayRollouts, ResponsePairs, StudentRollouts, TeacherMixedRollouts
+from lit_distill.sources import ReplayRollouts, ResponsePairs, StudentRollouts, TeacherMixedRollouts
+from lit_distill.validation import logged_metrics
 
 __all__ = ["refusal"]
 PAIRS = {"max_new_tokens": 4, "mini_batch_size": 4, "inner_epochs": 1}
@@ -47,12 +47,12 @@ SELDOM = {"train/skipped_steps"}
 
 
 @pytest.fixture
-def task(tmp_path) -> LabelWords:
+def task(tmp_path) -> Verbalizer:
     lines = [
         json.dumps({"text": text, "label": index % 2}) for index, text in enumerate(["well", "bad", "so so", "great"])
     ]
     (tmp_path / "mood.jsonl").write_text("\n".join(lines))
-    return LabelWords(str(tmp_path / "mood.jsonl"), template="Say: {text}\nMood:", words=[" sad", " glad"])
+    return Verbalizer(str(tmp_path / "mood.jsonl"), template="Say: {text}\nMood:", words=[" sad", " glad"])
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a slip of the checkpoint": ({"checkpoint.monitor": "val/los"}, r"checkpoint\.monitor: val/los .*mean val/loss\?"),
     "nothing like it": (
         stopping("val/nothing"),
-        STOPPING + r"val/nothing is not logged.*There are: loss, .*val/perplexity",
+        STOPPING + r"val/nothing is not logged.*Metrics of this run: loss, .*val/perplexity",
     ),
     "a metric that is off": (
         {**stopping("val/rouge_l"), "generation.max_prompts": 0},
@@ -126,12 +126,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**stopping("rollout/unfinishd"), "model.source": {"class_path": "StudentRollouts"}},
         r"mean rollout/unfinished\?",
     ),
-    "a test in a fit": (stopping("test/loss"), r"test/loss .*metrics under val/"),
+    "a test in a fit": (stopping("test/loss"), r"test/loss .*a metric under val/"),
     "a term that an objective has not": (stopping("train/kd/accuracy"), r"train/kd/accuracy is not logged"),
     "no validation": ({**stopping("val/loss"), "trainer.limit_val_batches": 0}, STOPPING + r".*there is no validation"),
     "no validation, written": (
         {"checkpoint.monitor": "val/loss", "trainer.limit_val_batches": 0},
-        r"checkpoint\.monitor: val/loss is watched, and there is no validation",
+        r"checkpoint\.monitor: val/loss is monitored, but there is no validation",
     ),
     "a run that ends before": (
         {**stopping("val/loss"), **EPOCHS, "trainer.max_steps": 5},
@@ -180,7 +180,7 @@ def test_a_metric_that_comes_is_not_refused(refusal: Refusal, case: str) -> None
 def test_a_callback_of_your_own_may_log_what_it_likes(pair, tmp_path) -> None:
     class Mine(Callback):
         def on_train_batch_end(self, trainer, pl_module, *arguments) -> None:
-            pl_module.record({"mine/length": torch.tensor(1.0)})
+            pl_module.log_step_metrics({"mine/length": torch.tensor(1.0)})
 
     trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[Mine(), EarlyStopping("mine/length")])
     data = ProceduralData(num_train=8, num_validation=4, num_test=2, batch_size=4)
@@ -208,9 +208,7 @@ def test_where_nobody_logs_the_loss_the_default_watches_nothing_and_says_so(
     with caplog.at_level("INFO"):
         run("fit", "--config", config)
     said = [record.getMessage() for record in caplog.records if "checkpoint.monitor" in record.getMessage()]
-    assert said == [
-        "checkpoint.monitor: nothing logs val/loss, so there is no best state; `last` is saved and exported."
-    ]
+    assert said == ["checkpoint.monitor: val/loss is not logged, so there is no best checkpoint; `last` is exported."]
     folder = Path("runs/c/version_0")
     assert [file.name for file in folder.glob("checkpoints/*")] == ["last.ckpt"]
     assert [file.name for file in folder.glob("export/*")] == ["last"]

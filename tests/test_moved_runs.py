@@ -12,7 +12,7 @@ import torch
 from command_line import run, tiny_config, write
 from lightning.pytorch import Callback
 
-from lit_distill.parallel.storage import save_sharded
+from lit_distill.distributed.checkpoint import save_sharded
 
 
 class Look(Callback):

@@ -14,7 +14,7 @@ from command_line import run, tiny_config, write
 from lightning.pytorch import Callback
 from test_moved_runs import content
 
-from lit_distill.occupied import NAME, leave, occupies
+from lit_distill.files import LOCK_FILE, acquire_run_lock, release_run_lock
 
 HOLD = """
 import fcntl, sys, time
@@ -42,7 +42,9 @@ if __name__ == "__main__":
     main(["fit", "--config", "c.yaml", "--trainer.callbacks", "[{class_path: stay.Stay}]"])
 """
 VERSION = Path("runs/c/version_0")
-IN_USE = rf"ckpt_path: another process is running in {VERSION}, and two would write over each other\. Wait for its end"
+IN_USE = (
+    rf"ckpt_path: another process is running in {VERSION}, and two runs would overwrite each other's files\. Wait until"
+)
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fcntl")
 
@@ -87,29 +89,29 @@ def test_a_second_run_ends_with_one_line_and_touches_nothing_until_the_first_is_
     assert "Traceback" not in refused.stderr
     run("fit", "--config", "c.yaml", "--ckpt_path", "last")
     assert (VERSION / "export/last/model.safetensors").exists()
-    assert not (VERSION / NAME).exists()
+    assert not (VERSION / LOCK_FILE).exists()
 
 
 @pytest.mark.slow
 def test_it_is_refused_before_any_weights_load(config, monkeypatch) -> None:
     run("fit", "--config", config)
     before = content(VERSION)
-    with another("-c", HOLD, VERSION / NAME), monkeypatch.context() as nothing:
-        nothing.setattr("lit_distill.module.build_pair", lambda *_: pytest.fail("models were loaded"))
+    with another("-c", HOLD, VERSION / LOCK_FILE), monkeypatch.context() as nothing:
+        nothing.setattr("lit_distill.module.build_student_and_teacher", lambda *_: pytest.fail("models were loaded"))
         with pytest.raises(ValueError, match=IN_USE):
             go_on()
-    (VERSION / NAME).unlink()
+    (VERSION / LOCK_FILE).unlink()
     assert content(VERSION) == before
-    (VERSION / NAME).touch()  # as a killed process leaves it
+    (VERSION / LOCK_FILE).touch()  # as a killed process leaves it
     go_on()
-    assert not (VERSION / NAME).exists()
+    assert not (VERSION / LOCK_FILE).exists()
 
 
 @pytest.mark.slow
 def test_a_folder_of_checkpoints_that_is_in_use_is_refused_too(config, tmp_path) -> None:
     (tmp_path / "kept").mkdir()
     said = rf"checkpoint\.dirpath: another process is running in {tmp_path}/kept"
-    with another("-c", HOLD, tmp_path / "kept" / NAME), pytest.raises(ValueError, match=said):
+    with another("-c", HOLD, tmp_path / "kept" / LOCK_FILE), pytest.raises(ValueError, match=said):
         run("fit", "--config", config, "--checkpoint.dirpath", "kept")
 
 
@@ -127,7 +129,7 @@ class Look(Callback):
 
 def is_free(folder: Path) -> bool:
     """Whether another process could lock the file."""
-    done = subprocess.run([sys.executable, "-c", TRY, folder / NAME], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", TRY, folder / LOCK_FILE], capture_output=True, text=True, check=False)
     assert done.returncode == 0 or "BlockingIOError" in done.stderr, done.stderr
     return done.returncode == 0
 
@@ -146,10 +148,10 @@ def test_a_new_run_has_its_folder_and_gives_it_back_at_its_end_and_when_it_fails
 @pytest.mark.slow
 def test_a_process_may_take_its_folder_again_by_any_name(tmp_path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    assert occupies(tmp_path / "run")
-    assert occupies(tmp_path / "link")
+    assert acquire_run_lock(tmp_path / "run")
+    assert acquire_run_lock(tmp_path / "link")
     assert not is_free(tmp_path / "run")
-    leave(tmp_path / "link")
+    release_run_lock(tmp_path / "link")
     assert is_free(tmp_path / "run")
 
 
@@ -161,13 +163,13 @@ def test_a_file_that_was_deleted_before_it_was_locked_is_no_lock(tmp_path, monke
 
     def late(handle: int, flags: int) -> None:
         if not deleted:
-            deleted.append((tmp_path / NAME).unlink())
+            deleted.append((tmp_path / LOCK_FILE).unlink())
         lock(handle, flags)
 
     monkeypatch.setattr("fcntl.lockf", late)
-    assert occupies(tmp_path)
+    assert acquire_run_lock(tmp_path)
     assert not is_free(tmp_path)
-    leave(tmp_path)
+    release_run_lock(tmp_path)
 
 
 @pytest.mark.slow

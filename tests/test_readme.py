@@ -1,4 +1,4 @@
-"""What README tells its readers to type is understood; that it also runs to its end is the first step of CI."""
+"""What the READMEs tell their readers to type is understood; that README.md's commands also run is the first step of CI."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ import pytest
 import yaml
 from command_line import run
 
+import lit_distill.callbacks
+from lit_distill.objectives import SIGNALS
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = (".", "configs", "callbacks", "lit_distill", "tests", "tools")
+READMES = {folder: (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
 OURS = re.compile(r"(?:lit-distill|-m lit_distill)\s+(?P<subcommand>fit|test|validate|predict)\s+(?P<words>.*)")
 OF_SUBCOMMANDS = "--ckpt_path"
 
 
 def blocks(language: str) -> list[str]:
     """The code blocks of a language, without line continuations."""
-    found = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    text = "\n".join(READMES.values())
+    found = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [block.replace("\\\n", " ") for block in found]
 
 
 def commands() -> list[list[str]]:
-    """The arguments after the subcommand of every `lit-distill` in README."""
+    """The arguments after the subcommand of every `lit-distill` in them."""
     lines = [line for block in blocks("bash") for line in re.split(r"\n|&&", block)]
     return [shlex.split(found["words"], comments=True) for line in lines if (found := OURS.search(line))]
 
@@ -51,11 +56,18 @@ def test_every_command_of_readme_is_understood(shipped) -> None:
 
 
 def test_every_file_that_readme_links_or_runs_is_there() -> None:
-    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    run_by = re.findall(r"(?:python|--config|-c) ((?:tools|configs)/\S+\.\w+)", README)
-    assert linked
-    assert run_by
-    assert not [path for path in (*linked, *run_by) if not (ROOT / path).is_file()]
+    for folder, text in READMES.items():
+        linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+        run_by = re.findall(r"(?:python|--config|-c) ((?:tools|configs)/\S+\.\w+)", text)
+        assert not [path for path in linked if not (ROOT / folder / path).is_file()], folder
+        assert not [path for path in run_by if not (ROOT / path).is_file()], folder
+    assert len(re.findall(r"\]\((?!http)", READMES["configs"])) > 20
+    assert len(READMES["."].splitlines()) <= 150
+
+
+def test_every_signal_and_every_callback_is_in_its_table() -> None:
+    assert not [name for name in SIGNALS if f"`{name}`" not in READMES["lit_distill"]]
+    assert not [name for name in lit_distill.callbacks.__all__ if f"`{name}`" not in READMES["callbacks"]]
 
 
 def test_the_constraints_hold_every_dependency_and_the_lower_bounds_are_those_of_the_project() -> None:

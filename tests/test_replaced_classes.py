@@ -12,7 +12,7 @@ import torch
 from command_line import run, tiny_config, write
 from jsonargparse import _typehints
 
-from lit_distill.replaced import HOOK
+from lit_distill.cli.replaced import HOOK
 
 # key -> a class with arguments that the class after it takes as well
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -99,7 +99,7 @@ def asked_for(way: str, key: str, value: Any) -> tuple[list[dict[str, Any]], tup
 def test_what_replaces_a_class_is_what_it_would_be_alone(cli, tmp_path, key: str, way: str) -> None:
     first, second = PAIRS[key]
     files, words = asked_for(way, key, second)
-    with pytest.warns(UserWarning, match="does not apply to it"):
+    with pytest.warns(UserWarning, match="are ignored"):
         replaced = parse(cli, tmp_path, nested(key, first), *files, more=words)
     (tmp_path / "alone").mkdir()
     with warnings.catch_warnings():
@@ -138,7 +138,7 @@ def test_what_was_written_for_the_other_class_is_named_and_what_nobody_wrote_is_
     with pytest.warns(UserWarning, match="SGD replaces AdamW") as said:
         parse(cli, tmp_path, nested("model.optimizer", first), more=("--model.optimizer", "SGD"))
     assert [str(warning.message) for warning in said] == [
-        "SGD replaces AdamW, and what was written for AdamW does not apply to it: lr: 0.3, weight_decay: 0.5."
+        "SGD replaces AdamW, so these arguments of AdamW are ignored: lr: 0.3, weight_decay: 0.5."
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from processes import exit_status
 from torch import Tensor
 
-from lit_distill.runs import continue_log, run_loggers
+from lit_distill.cli.runs import continue_log, run_loggers
 
 KILLER = """
 import os, signal

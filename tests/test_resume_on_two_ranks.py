@@ -15,8 +15,8 @@ from command_line import write
 from processes import run_on_ranks
 from test_resume import KILLER, config_of, logged
 
-from lit_distill.parallel import AtomicCheckpointIO, read_checkpoint
-from lit_distill.parallel.storage import save_sharded
+from lit_distill.distributed import AtomicCheckpointIO, read_checkpoint
+from lit_distill.distributed.checkpoint import save_sharded
 
 SPEC = importlib.util.spec_from_file_location("kill_study", Path(__file__).parents[1] / "tools" / "kill_study.py")
 kill_study = importlib.util.module_from_spec(SPEC)
@@ -25,9 +25,9 @@ SECONDS = 15.0
 """After which nothing is left of a run of which a rank was killed: Lightning looks every 5 s, and so do workers of data loaders."""
 LEFT_ALONE = """
 import os, subprocess, sys, time
-from lit_distill.parallel.processes import follow_rank_zero
+from lit_distill.distributed.watchdog import exit_with_rank_zero
 
-follow_rank_zero(0.1)
+exit_with_rank_zero(0.1)
 if "LOCAL_RANK" in os.environ:
     import torch.distributed as dist
 
@@ -111,7 +111,7 @@ def test_a_rank_that_waits_for_a_rank_0_that_was_killed_ends(tmp_path) -> None:
             assert job.ended(SECONDS) is not None, "rank 1 lives on"
         finally:
             job.kill("all")
-    assert "Rank 1 ends, since rank 0 has" in Path("output.txt").read_text()
+    assert "Rank 1 exits because rank 0 has ended" in Path("output.txt").read_text()
 
 
 def test_a_folder_that_is_deleted_is_whole_or_not_there(tmp_path) -> None:

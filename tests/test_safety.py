@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import lit_distill.callbacks
 import pytest
 
 import lit_distill
+import lit_distill.callbacks
 from lit_distill.models import ModelSpec
 
 PACKAGE = Path(lit_distill.__file__).parent

@@ -1,4 +1,4 @@
-"""Two processes learn what one learns: the same weights and the same figures, on an odd number of validation items."""
+"""Two processes learn what one learns: the same weights and the same metrics, on an odd number of validation items."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import lightning as L, torch
 from lit_distill.callbacks import ExposureBiasMonitor, GenerationEvaluator
 from lit_distill.data import ProceduralData
 from lit_distill.models import ModelSpec
-from lit_distill.models.lora import LoraSpec
+from lit_distill.models import LoraSpec
 from lit_distill.module import DistillationModule
 from lit_distill.functional import forward_kl
 from lit_distill.objectives import DirectPreference, ForwardKL, JensenShannon, NextToken, PolicyGradient, ReverseKL
 from lit_distill.objectives import LossTerm, Objective
-from lit_distill.parallel import FSDP2Strategy, gathered
-from lit_distill.rollouts import ResponsePairs, Scoring, StudentRollouts, TeacherMixedRollouts
+from lit_distill.distributed import FSDP2Strategy, gathered
+from lit_distill.sources import ResponsePairs, AdvantageConfig, StudentRollouts, TeacherMixedRollouts
 
 class LearnedTemperature(Objective):
     def __init__(self, weight=1.0):
@@ -48,7 +48,7 @@ cases = {  # student, teacher, source, objectives, how much of it is gathered, o
     ),
     "gkd": (untied, teacher, StudentRollouts(0.5, max_new_tokens=10), {"jsd": JensenShannon()}, {"gather_student": False}, {}),
     "minillm": (
-        untied, teacher, TeacherMixedRollouts(alpha=0.3, scoring=Scoring(standardize="responses"), **mixed), minillm,
+        untied, teacher, TeacherMixedRollouts(alpha=0.3, scoring=AdvantageConfig(standardize="responses"), **mixed), minillm,
         {"gather_teacher": True}, {},
     ),
     "minillm, all sharded": (
@@ -75,13 +75,13 @@ for name, (student, expert, source, objectives, gathers, settings) in cases.item
     )
     data = ProceduralData(num_train=32, num_validation=7, num_test=5, batch_size=8, eval_batch_size=4)
     trainer.fit(learner, data)
-    figures = dict(trainer.callback_metrics)
+    metrics = dict(trainer.callback_metrics)
     if name == "minillm, all sharded":
-        figures |= trainer.test(learner, data, verbose=False)[0]
+        metrics |= trainer.test(learner, data, verbose=False)[0]
     state = gathered(dict(learner.named_parameters()), keep=True)
     results[name] = {
         "weights": torch.cat([p.detach().flatten() for p in state.values()]),
-        "figures": {k: float(v) for k, v in figures.items()},
+        "metrics": {k: float(v) for k, v in metrics.items()},
     }
 if trainer.is_global_zero:
     torch.save(results, out)
@@ -127,7 +127,7 @@ def learn(students, tmp_path_factory):
 def test_two_ranks_equal_one_process_at_the_same_global_batch(learn, strategy: str, case: str) -> None:
     one, two = learn("auto")[case], learn(strategy)[case]
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-5)
-    assert set(one["figures"]) == set(two["figures"])
-    for name, value in one["figures"].items():
+    assert set(one["metrics"]) == set(two["metrics"])
+    for name, value in one["metrics"].items():
         small = 1e-2 if "ex_acc_err" in name else 1e-5  # percent of a difference of two sums that are nearly equal
-        assert two["figures"][name] == pytest.approx(value, rel=1e-4, abs=small, nan_ok=True), name
+        assert two["metrics"][name] == pytest.approx(value, rel=1e-4, abs=small, nan_ok=True), name

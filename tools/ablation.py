@@ -1,9 +1,9 @@
-"""Ablations on the embedded task: a whole method, and without one part at a time, over several seeds.
+"""Ablations on the embedded task: the full method and variants without one part, over several seeds.
 
-Run: python tools/ablation.py minillm --seeds 1 2 3 4 5        (about two minutes a run on one core)
+Run: python tools/ablation.py minillm --seeds 1 2 3 4 5        (about two minutes per run on one core)
      python tools/ablation.py dpkd --seeds 1 2 3 4 5
 
-What has been run before is not run again; further arguments go to `lit-distill fit`.
+Finished runs are not repeated. Further arguments are passed to `lit-distill fit`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from lit_distill.cli import DistillCLI
+from lit_distill.cli.app import DistillCLI
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SCORING = "--model.source.init_args.scoring"
@@ -41,12 +41,12 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "teacher chosen": ["--model.source.init_args.chosen", "teacher"],
     },
 }
-FIGURES = ("rouge_l", "exact_match", "reverse_kl", "perplexity", "response_length", "distinct_4")
-OF_TRAINING = ("train/dpkd/rejected_logprob", "train/dpkd/chosen_logprob", "train/dpkd/accuracy")
+TEST_METRICS = ("rouge_l", "exact_match", "reverse_kl", "perplexity", "response_length", "distinct_4")
+TRAINING_METRICS = ("train/dpkd/rejected_logprob", "train/dpkd/chosen_logprob", "train/dpkd/accuracy")
 
 
 def run(method: str, variant: str, seed: int, folder: Path, extra: list[str]) -> dict[str, float]:
-    """The student's figures after one run, and what training said last."""
+    """Train once; returns the student's test metrics and the last training metrics."""
     arguments = ["fit", "--config", str(CONFIGS / f"{method}_quickstart.yaml"), "--seed_everything", str(seed)]
     arguments += ["--trainer.default_root_dir", str(folder)]
     arguments += ["--run_name", f"{variant.replace(' ', '_')}-{seed}", "--trainer.enable_progress_bar", "false"]
@@ -58,19 +58,19 @@ def run(method: str, variant: str, seed: int, folder: Path, extra: list[str]) ->
         "--generation.every_n_validations",
         "1000000",
     ]
-    sys.argv = sys.argv[:1]  # Lightning warns where a command line stands beside its arguments
+    sys.argv = sys.argv[:1]  # Lightning warns if sys.argv has arguments and `args` is passed too
     cli = DistillCLI([*arguments, *VARIANTS[method][variant], *extra])
-    figures = {name: float(value) for name, value in cli.trainer.callback_metrics.items() if name in OF_TRAINING}
+    metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items() if name in TRAINING_METRICS}
     (after,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-    return figures | {name.removeprefix("test/"): value for name, value in after.items()}
+    return metrics | {name.removeprefix("test/"): value for name, value in after.items()}
 
 
 def main() -> None:
-    """Run what has not been run yet, and print mean ± standard deviation over seeds."""
+    """Do the missing runs, and print mean ± standard deviation over seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--variants", nargs="+", help="all of the method by default")
+    parser.add_argument("--variants", nargs="+", help="variants of the method; all by default")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablation"))
     arguments, extra = parser.parse_known_args()
     known = VARIANTS[arguments.method]
@@ -86,7 +86,11 @@ def main() -> None:
             if not done.exists():
                 done.write_text(json.dumps(run(arguments.method, variant, seed, folder, extra)))
             results[variant].append(json.loads(done.read_text()))
-    shown = [name for name in (*FIGURES, *OF_TRAINING) if any(name in row for rows in results.values() for row in rows)]
+    shown = [
+        name
+        for name in (*TEST_METRICS, *TRAINING_METRICS)
+        if any(name in row for rows in results.values() for row in rows)
+    ]
     heads = [name.rsplit("/", 1)[-1] for name in shown]
     print(f"{'':20}" + "".join(f"{head:>20}" for head in heads))
     for variant, rows in results.items():

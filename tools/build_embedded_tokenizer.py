@@ -2,8 +2,8 @@
 
 Run: python tools/build_embedded_tokenizer.py [--output FOLDER ...]
 
-Always gives the same bytes: the text comes from a seed and the merges from its counts. The models shipped in `lit_distill/assets`
-know their tokens by number, so after a change of this tokenizer they have to be trained again.
+The output is always the same, byte for byte: the text comes from a fixed seed. The models shipped in `lit_distill/assets` depend
+on the token ids, so they have to be trained again after a change of this tokenizer.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_distill.data.procedural import generate_corpus, generate_instructions
-from lit_distill.data.procedural_data import TEMPLATE
+from lit_distill.data.synthetic.data import TEMPLATE
+from lit_distill.data.synthetic.tasks import generate_corpus, generate_instructions
 
 ASSETS = Path(__file__).parents[1] / "lit_distill" / "assets"
 VOCABULARY = 512
 PAD, EOS = "<|pad|>", "<|end|>"
-SEED = 20260101  # apart from the seeds of the data, though any would do
+SEED = 20260101  # different from the seeds of the data; any seed would work
 
 
 def training_text() -> Iterator[str]:
-    """Prompts and responses as the models see them, and the corpus."""
+    """Prompts and responses in the format given to the models, and the corpus."""
     for record in generate_instructions(SEED, 20_000):
         yield TEMPLATE.format(**record)
         yield record["output"]
@@ -33,12 +33,14 @@ def training_text() -> Iterator[str]:
 
 
 def build() -> PreTrainedTokenizerFast:
-    """The trained tokenizer: any text round-trips, digits stay apart, padding and end are tokens of their own."""
+    """Train the tokenizer: any text round-trips, each digit is one token, padding and end have their own tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.normalizer = normalizers.Prepend(" ")  # a word is one token wherever it stands, also first in a response
+    tokenizer.normalizer = normalizers.Prepend(
+        " "
+    )  # a word has the same tokens at any position, also at the start of a response
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

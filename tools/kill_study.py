@@ -1,13 +1,13 @@
-"""Kills and stops runs at random moments, lets them go on from `last`, and compares the end with that of undisturbed runs.
+"""Kills and stops runs at random moments, resumes them from `last`, and compares the result with uninterrupted runs.
 
-Run: python tools/kill_study.py --kills 50         (half a minute a kill on one core; the embedded models, no download)
+Run: python tools/kill_study.py --kills 50         (half a minute per kill on one core; the embedded models, no download)
      python tools/kill_study.py --kills 15 --devices 2 --strategy fsdp2
 
-Each method is trained once undisturbed. Then it is started again and again with `--ckpt_path last` and interrupted after a
-random time, up to four times, before it may live to the end: about half of the times it is killed (SIGKILL), the others it is
-stopped by SIGTERM, `max_time`, `max_steps` or a callback that sets `trainer.should_stop`. Weights, optimiser state and logged
-losses must be equal to the last bit. On several ranks a kill takes all processes, rank 0 alone or another rank alone; whatever
-it takes, no process may be left half a minute later. Processes are looked up in /proc, so this needs Linux.
+Each method is trained once without interruption. Then it is started repeatedly with `--ckpt_path last` and interrupted after a
+random time, up to four times, before it may finish. About half of the interruptions are kills (SIGKILL); the others are SIGTERM,
+`max_time`, `max_steps` or a callback that sets `trainer.should_stop`. Weights, optimiser state and logged losses must be bitwise
+equal. On several ranks a kill hits all processes, rank 0 alone or another rank alone; in each case no process may be left half a
+minute later. Processes are found in /proc, so this needs Linux.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback
 
-from lit_distill.parallel import read_checkpoint
-from lit_distill.runs import last_checkpoint
+from lit_distill.cli.runs import last_checkpoint
+from lit_distill.distributed import read_checkpoint
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 METHODS = ("quickstart", "minillm_quickstart", "dpkd_quickstart", "gkd_quickstart", "distillm_quickstart")
@@ -49,34 +49,34 @@ SMALL = {
 OF_METHOD = {"minillm_quickstart": {"model.source.mini_batch_size": 8, "trainer.val_check_interval": 1}}
 SOFT = ("SIGTERM", "max_time", "max_steps", "should_stop")
 NO_STOP = {"distillm_quickstart": {"max_steps"}}
-"""Where the length of the run is part of the method."""
+"""Stops that are not used for a method: its schedule depends on the length of the run."""
 PATIENCE = 30.0
-"""Seconds in which all processes have to be gone after one was killed; torch.distributed alone would wait 1800."""
+"""Seconds until all processes must have ended after one was killed; torch.distributed itself would wait 1800."""
 
 
 class StopAfter(Callback):
-    """Stops a run after so many batches."""
+    """Stops a run after ``batches`` batches."""
 
     def __init__(self, batches: int) -> None:
         self.batches = batches
 
     def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
-        """Count."""
+        """Count the batch, and stop if it was the last one."""
         self.batches -= 1
         trainer.should_stop = trainer.should_stop or self.batches <= 0
 
 
 class Plan(NamedTuple):
-    """What is run, and where."""
+    """Settings of one run."""
 
     method: str
     workers: int
-    """Of each rank's data loader."""
+    """Number of data-loader workers of each rank."""
     devices: int
     strategy: str
 
     def command(self, folder: Path, stop: dict[str, Any] | None = None) -> list[str]:
-        """`lit-distill fit` on a small share of the method's quickstart, with settings that may stop it."""
+        """The command `lit-distill fit` for a small version of the method's quickstart; ``stop`` are settings that end it early."""
         settings = {
             **SMALL,
             **OF_METHOD.get(self.method, {}),
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
 
 
 class Job:
-    """A command in a session of its own, so that its processes are known and no others are killed."""
+    """A command in its own session, so that exactly its processes can be found and killed."""
 
     def __init__(self, command: list[str], output: Any, **settings: Any) -> None:
         self.leader = subprocess.Popen(  # noqa: S603 - ours
@@ -100,17 +100,17 @@ class Job:
         )
 
     def living(self) -> dict[int, int]:
-        """Processes that have not ended, each with its parent."""
+        """Ids of the processes that have not ended, with the ids of their parents."""
         found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
-            with suppress(OSError):  # it has just ended
+            with suppress(OSError):  # the process has just ended
                 state, parent, _, session = stat.read_text().rpartition(")")[2].split()[:4]
                 if int(session) == self.leader.pid and state not in "ZX":
                     found[int(stat.parent.name)] = int(parent)
         return found
 
     def other_ranks(self) -> list[int]:
-        """The processes of rank 1 and up, as soon as rank 0 has started them."""
+        """The process ids of rank 1 and higher; empty until rank 0 has started them."""
         found = []
         for process, parent in self.living().items():
             with suppress(OSError):
@@ -119,13 +119,13 @@ class Job:
         return sorted(found)
 
     def terminate(self) -> str:
-        """SIGTERM to all processes, as a machine that shuts down sends it."""
+        """Send SIGTERM to all processes, as at the shutdown of a machine."""
         with suppress(ProcessLookupError):
             os.killpg(self.leader.pid, signal.SIGTERM)
         return "SIGTERM"
 
     def kill(self, who: str, moments: random.Random | None = None) -> str:
-        """SIGKILL to "all" processes, to "rank 0" or to "another rank"; returns who it was, all where there is no other yet."""
+        """Send SIGKILL to ``who``: "all", "rank 0" or "another rank". Returns who was killed: all, if no other rank runs yet."""
         others = self.other_ranks() if who == "another rank" else []
         with suppress(ProcessLookupError):
             if others:
@@ -138,7 +138,7 @@ class Job:
         return who
 
     def ended(self, patience: float = PATIENCE) -> float | None:
-        """Seconds until the last process was gone; None if there was one left, which is killed then."""
+        """Seconds until the last process ended; None if one was left after ``patience`` seconds (it is then killed)."""
         start = time.monotonic()
         while self.living() or self.leader.poll() is None:
             if time.monotonic() - start > patience:
@@ -152,9 +152,9 @@ class End(NamedTuple):
     """How a job ended."""
 
     killed: str | None
-    """Who was killed, or SIGTERM; None if it ended by itself."""
+    """Who was killed, or SIGTERM; None if it was not interrupted."""
     seconds: float
-    """That its last process lived on."""
+    """Time from the interruption to the end of the last process."""
 
 
 def run(
@@ -165,7 +165,7 @@ def run(
     terminate: bool = False,
     stop: dict[str, Any] | None = None,
 ) -> End:
-    """Start a job and, after ``seconds``, kill or terminate it; or let it stop by the settings ``stop``."""
+    """Run a job: kill or terminate it after ``seconds``, or let the settings ``stop`` end it."""
     log, killed = folder / "output.txt", None
     with log.open("ab") as output:
         job = Job(plan.command(folder, stop), output, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
@@ -181,20 +181,20 @@ def run(
         outlived = job.ended()
     if outlived is None:
         sys.exit(
-            f"{plan.method}: processes were left {PATIENCE:.0f} s after {killed or 'the run'} had ended; see {log}"
+            f"{plan.method}: processes still ran {PATIENCE:.0f} s after the end of {killed or 'the run'}; see {log}"
         )
     if job.leader.returncode and killed is None:
         sys.exit(f"{plan.method} ended with status {job.leader.returncode}; see {log}")
-    if not job.leader.returncode:  # a rank killed when there was nothing left to do
+    if not job.leader.returncode:  # the kill came when the run had finished
         killed = None
     return End(killed, outlived)
 
 
 def soft_stop(kind: str, moments: random.Random, folder: Path, method: str, seconds: float) -> dict[str, Any]:
-    """Settings that stop a run some time after it goes on from its last checkpoint, if it does not end before."""
+    """Settings that stop a run some time after it resumes from its last checkpoint, unless it finishes before."""
     last = last_checkpoint(folder, method)
     state = torch.load(last, map_location="meta", weights_only=True, mmap=True) if last else {}
-    if kind == "max_time":  # counts from the beginning, where the checkpoint has it
+    if kind == "max_time":  # includes the time before the checkpoint, if it is stored there
         spent = state.get("callbacks", {}).get("Timer", {}).get("time_elapsed", {}).get("train", 0.0)
         return {"trainer.max_time": f"00:00:00:{int(spent + moments.uniform(0.1, 0.5) * seconds) + 1:02}"}
     if kind == "max_steps":
@@ -204,7 +204,7 @@ def soft_stop(kind: str, moments: random.Random, folder: Path, method: str, seco
 
 
 def left(method: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """What the last checkpoint holds and what was logged of the loss."""
+    """The state in the last checkpoint, and the logged losses."""
     last = last_checkpoint(folder, method)  # a process killed before its first checkpoint leaves an empty version
     assert last is not None
     with (last.parent.parent / "metrics.csv").open(newline="") as file:
@@ -214,7 +214,7 @@ def left(method: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def same(a: object, b: object) -> bool:
-    """Equality to the last bit, through dictionaries and lists."""
+    """Whether two nested structures of tensors are bitwise equal."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
@@ -225,14 +225,16 @@ def same(a: object, b: object) -> bool:
 
 
 def main() -> None:
-    """Interrupt runs until that has happened often enough, and say how they ended."""
+    """Interrupt runs until ``--kills`` interruptions are done, and print how they ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="interruptions in all, soft stops among them")
+    parser.add_argument("--kills", type=int, default=50, help="total number of interruptions, including soft stops")
     parser.add_argument("--only_kills", action="store_true", help="no soft stops")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--devices", type=int, default=1, help="processes of a run")
+    parser.add_argument("--devices", type=int, default=1, help="number of processes of a run")
     parser.add_argument("--strategy", choices=("auto", "ddp", "fsdp2"), default="auto")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments, and of who is killed")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed for the moments of interruption and for who is killed"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/kills"))
     options = parser.parse_args()
     moments = random.Random(options.seed)
@@ -271,9 +273,9 @@ def main() -> None:
         print(f"{method} with {workers} workers: interrupted: {names}; {'equal' if equal else 'NOT EQUAL'}", flush=True)
         if not equal:
             sys.exit(f"{folder} differs from {options.folder / f'whole-{method}-{workers}'}")
-    print(f"{who.total()} interruptions in {runs} runs: every run ended like one that was never interrupted.")
+    print(f"{who.total()} interruptions in {runs} runs: every run has the same result as an uninterrupted run.")
     print(
-        f"{', '.join(f'{name}: {count}' for name, count in who.items())}; all gone {longest:.1f} s later at the latest."
+        f"{', '.join(f'{name}: {count}' for name, count in who.items())}; all processes ended within {longest:.1f} s."
     )
 
 

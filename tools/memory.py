@@ -1,32 +1,33 @@
-r"""What a GPU has to hold under `--trainer.strategy fsdp2`: on paper for real pairs, and measured against the same formula.
+r"""Memory per GPU with `--trainer.strategy fsdp2`: computed for real model pairs, and measured to verify the formula.
 
 python tools/memory.py
 python tools/memory.py --together 8
 python tools/memory.py --measure
 
 With N ranks, a student of P_s parameters trained by AdamW in float32 and gathered in c bytes each, and a teacher of P_t
-parameters stored and gathered in t bytes each, a rank holds for good
+parameters stored and gathered in t bytes each, a rank always holds
 
     shards = (4 + 4 + 8)·P_s / N  [weights, gradients, two moments]  +  t·P_t / N
 
-Models are gathered a group at a time: B is the largest decoder block, E the embeddings where the head is not tied to them, R the
-rest (last norm, head, embeddings tied to it). R stays gathered, with its gradient, during a backward; torch gathers the next
-block while one runs; the teacher's R stays gathered for its head. So at most there are on top, while learning,
+Models are gathered one group at a time: B is the largest decoder block, E the embeddings if the head is not tied to them, R the
+rest (last norm, head, embeddings tied to it). R stays gathered, with its gradient, during the backward pass; torch gathers the
+next block while one runs; the teacher's R stays gathered for its head. So in a training step a rank holds in addition at most
 
-    c·(2·R_s + max(3·B_s, 2·E_s)) + t·R_t        or, while the teacher reads,        t·(R_t + 2·max(B_t, E_t))
+    c·(2·R_s + max(3·B_s, 2·E_s)) + t·R_t        or, in the teacher's forward,       t·(R_t + 2·max(B_t, E_t))
 
-During rollouts the whole student is gathered once, and the teacher a block at a time:
+During rollouts the whole student is gathered once, and the teacher one block at a time:
 
     c·P_s + t·(R_t + 2·max(B_t, E_t))
 
-Where M ranks run each block together (``tensor_parallel_size``), each of them gathers an M-th of a block, so that B, and all
-blocks of P_s in the last line, are divided by M, as are a block's activations and caches; shards stay what they are. Where a
-single rank has all of a block, none is gathered ahead.
+With tensor parallelism over M ranks (``tensor_parallel_size``), each rank gathers 1/M of a block. So B, and the blocks of P_s in
+the last line, are divided by M, and so are the activations and caches of a block; the shards do not change. If a single rank
+holds a whole block, no block is gathered in advance.
 
-The shards and what learning gathers are what ``--measure`` counts, on one and on two CPU processes. On paper the rest is added,
-for b texts of T tokens in one forward pass: float32 sums of the head's gradient (4·R_s), the reduction of the largest group
-(4·max(R_s, B_s, E_s)), about 1 GB for chunks of logits, activations with gradient checkpointing (c·b·T·H_s for each layer, and
-about c·b·T·(12·H_s + 4·I_s) inside one); for rollouts both key-value caches, and t·b·T·H_t for the teacher's hidden rows.
+``--measure`` measures the shards and the parameters gathered in a training step, on one and on two CPU processes. The computed
+table adds the rest, for b sequences of T tokens per forward pass: float32 sums of the head's gradient (4·R_s), the reduction of the
+largest group (4·max(R_s, B_s, E_s)), about 1 GB for chunks of logits, activations with gradient checkpointing (c·b·T·H_s for
+each layer, and about c·b·T·(12·H_s + 4·I_s) inside one); for rollouts both KV caches, and t·b·T·H_t for the
+teacher's hidden states.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from lit_distill.models import CausalLM, FrozenTeacher, Measurement
-from lit_distill.models.sharding import blocks_of, shard
+from lit_distill.distributed import Sharding
+from lit_distill.losses import ObjectiveEvaluator
+from lit_distill.models import CausalLM
+from lit_distill.models.fsdp import apply_fsdp, blocks_of
 from lit_distill.models.spec import build_on_meta
-from lit_distill.models.tensor_parallel import split_blocks
+from lit_distill.models.tensor_parallel import apply_tensor_parallel
 from lit_distill.objectives import ForwardKL
-from lit_distill.parallel import Sharding
+from lit_distill.teachers import FrozenTeacher
 from lit_distill.types import Sequences
 
 GB = 10**9
@@ -76,7 +79,7 @@ TEACHER = LlamaConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers
 
 @dataclass(frozen=True)
 class Groups:
-    """Parameters of what is gathered together."""
+    """Number of parameters in each group that is gathered together."""
 
     total: int
     block: int
@@ -85,7 +88,7 @@ class Groups:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Groups:
-        """Those that `lit_distill.models.sharding` makes of a model of this shape."""
+        """The groups that `lit_distill.models.fsdp` makes from a model with this config."""
         model = build_on_meta(config)
         embeddings = model.get_input_embeddings()
         sizes = {block: sum(p.numel() for p in block.parameters()) for block in blocks_of(model)}
@@ -94,29 +97,29 @@ class Groups:
         return cls(total, max(sizes.values()), apart, total - apart - sum(sizes.values()))
 
     def among(self, together: int) -> Groups:
-        """What one of ``together`` ranks gathers that run each block together."""
+        """The share of one rank with tensor parallelism over ``together`` ranks."""
         ends = self.embeddings + self.rest
         return replace(self, total=ends + (self.total - ends) // together, block=self.block // together)
 
 
 def shards(student: Groups, teacher: Groups, ranks: int, t: int) -> float:
-    """Bytes that a rank holds for good."""
+    """Bytes that a rank always holds."""
     return (16 * student.total + t * teacher.total) / ranks
 
 
 def learning(student: Groups, teacher: Groups, c: int, t: int) -> int:
-    """Bytes that are gathered at most during a training step."""
+    """Maximum of gathered bytes during a training step."""
     backward = c * (2 * student.rest + max(3 * student.block, 2 * student.embeddings)) + t * teacher.rest
     return max(backward, t * (teacher.rest + 2 * max(teacher.block, teacher.embeddings)))
 
 
 def rollouts(student: Groups, teacher: Groups, c: int, t: int) -> int:
-    """Bytes that are gathered at most while student and teacher write."""
+    """Maximum of gathered bytes during mixed rollouts."""
     return c * student.total + t * (teacher.rest + 2 * max(teacher.block, teacher.embeddings))
 
 
 def on_paper(name: str, ranks: int, texts: int, length: int, together: int = 1) -> None:
-    """Print the calculation for a pair, in bfloat16 but for what is trained."""
+    """Print the computed memory for a pair: bfloat16, with float32 for the trained parameters."""
     shapes = PAIRS[name]
     sizes = [Groups.of(config) for config in shapes]
     teacher, student = (size.among(together) for size in sizes)
@@ -141,24 +144,24 @@ def on_paper(name: str, ranks: int, texts: int, length: int, together: int = 1) 
     write = rollouts(student, teacher, 2, 2) + caches + 2 * tokens * p.hidden_size
     teacher, student = sizes
     fixed = shards(student, teacher, ranks, 2)
-    how = f", {together} of them together" if together > 1 else ""
-    print(f"{name}, {ranks} GPUs{how}, {texts} texts of {length} tokens per forward pass, in GB per GPU:")
+    how = f", tensor parallel over {together}" if together > 1 else ""
+    print(f"{name}, {ranks} GPUs{how}, {texts} sequences of {length} tokens per forward pass, in GB per GPU:")
     print(f"  shards: student {16 * student.total / ranks / GB:.1f}, teacher {2 * teacher.total / ranks / GB:.1f}")
     print(f"  learning: {fixed / GB:.1f} + gathered and reduced {learn / GB:.1f} + activations {activations / GB:.1f}"
           f" = {(fixed + learn + activations) / GB:.1f}")  # fmt: skip
     print(
-        f"  rollouts: {fixed / GB:.1f} + gathered, caches and hidden rows {write / GB:.1f} = {(fixed + write) / GB:.1f}"
+        f"  rollouts: {fixed / GB:.1f} + gathered, caches and hidden states {write / GB:.1f} = {(fixed + write) / GB:.1f}"
     )
 
 
 def num_bytes(tensors: list[torch.Tensor]) -> int:
-    """Of the memory that they have on this rank, some of it perhaps together."""
+    """Bytes of the tensors' local memory on this rank; shared storage counts once."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in local}.values())
 
 
 class Gathered(TorchDispatchMode):
-    """Watches, at each operation, how many bytes of whole parameters, coming or there, and of their gradients there are."""
+    """Tracks the peak bytes of gathered parameters (also those being gathered) and of their gradients, at each operation."""
 
     def __init__(self, *models: nn.Module) -> None:
         super().__init__()
@@ -166,7 +169,7 @@ class Gathered(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look, and do it."""
+        """Update the peak, then run the operation."""
         there = [p for model in self.models for p in model.parameters()]
         whole = [p for p in there if not isinstance(p, DTensor) or p.device_mesh.mesh_dim_names == ("tensor",)]
         parts = [part for model in self.models for part in model.modules() if isinstance(part, FSDPModule)]
@@ -177,7 +180,7 @@ class Gathered(TorchDispatchMode):
 
 
 def measure(rank: int, ranks: int, together: int, meeting: str) -> None:
-    """A training step of a small pair on one of the ranks; the first prints what it held."""
+    """Do a training step of a small pair on one rank; rank 0 prints the memory it held."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
@@ -186,16 +189,16 @@ def measure(rank: int, ranks: int, together: int, meeting: str) -> None:
     student, teacher = (CausalLM(AutoModelForCausalLM.from_config(config)) for config in (STUDENT, TEACHER))
     if together > 1:
         plan = replace(plan, tensor_mesh=mesh["tensor"], world_mesh=mesh._flatten("world"))
-        split_blocks(student.model, mesh["tensor"], "model.student")
-        split_blocks(teacher.model, mesh["tensor"], "model.teacher")
-    shard(student, plan, frozen=False)
-    shard(teacher.requires_grad_(False), plan, frozen=True)
+        apply_tensor_parallel(student.model, mesh["tensor"], "model.student")
+        apply_tensor_parallel(teacher.model, mesh["tensor"], "model.teacher")
+    apply_fsdp(student, student.model, plan, frozen=False)
+    apply_fsdp(teacher.requires_grad_(False), teacher.model, plan, frozen=True)
     optimizer = torch.optim.AdamW(student.parameters())
     ids = torch.randint(0, STUDENT.vocab_size, (2, 32))
     targets = torch.ones_like(ids, dtype=torch.bool)
     targets[:, 0] = False
     text = Sequences(ids, torch.ones_like(ids), targets)
-    loss = Measurement({"kd": ForwardKL()}, student, FrozenTeacher(teacher), "model.objectives")
+    loss = ObjectiveEvaluator({"kd": ForwardKL()}, student, FrozenTeacher(teacher), "model.objectives")
     with Gathered(student, teacher) as watch:
         loss(text, {"kd": 1.0})[0].backward()
     optimizer.step()
@@ -209,7 +212,7 @@ def measure(rank: int, ranks: int, together: int, meeting: str) -> None:
     if rank == 0:
         sizes = Groups.of(STUDENT), Groups.of(TEACHER)
         expected = shards(*sizes, ranks, 4), learning(*(size.among(together) for size in sizes), 4, 4)
-        how = ", together" if together > 1 else ""
+        how = ", tensor parallel" if together > 1 else ""
         print(f"{ranks} rank(s){how}: shards {mine / 1e6:.1f} MB (formula {expected[0] / 1e6:.1f}), gathered at most "
               f"{watch.peak / 1e6:.1f} MB (formula {expected[1] / 1e6:.1f}), together {(mine + watch.peak) / 1e6:.1f} MB "
               f"(formula {sum(expected) / 1e6:.1f})")  # fmt: skip
@@ -221,12 +224,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--measure", type=int, nargs="*", metavar="RANKS", help="count on CPU processes instead; 1 and 2"
+        "--measure",
+        type=int,
+        nargs="*",
+        metavar="RANKS",
+        help="measure on so many CPU processes instead; 1 and 2 by default",
     )
-    parser.add_argument("--ranks", type=int, default=8, help="GPUs on paper")
-    parser.add_argument("--together", type=int, default=1, help="GPUs that run each block together, on paper")
-    parser.add_argument("--texts", type=int, default=8, help="of one forward pass")
-    parser.add_argument("--length", type=int, default=1024, help="of a text, in tokens")
+    parser.add_argument("--ranks", type=int, default=8, help="number of GPUs in the computed table")
+    parser.add_argument(
+        "--together", type=int, default=1, help="GPUs of one tensor-parallel group in the computed table"
+    )
+    parser.add_argument("--texts", type=int, default=8, help="sequences per forward pass")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
     given = parser.parse_args(arguments)
     if given.measure is None:
         for name in PAIRS:
@@ -235,7 +244,9 @@ def main(arguments: list[str] | None = None) -> None:
     for ranks in given.measure or (1, 2):
         for together in {1, ranks}:
             with tempfile.TemporaryDirectory() as folder:
-                start = "fork" if sys.platform == "linux" else "spawn"  # copies need not import everything again
+                start = (
+                    "fork" if sys.platform == "linux" else "spawn"
+                )  # forked processes need not import everything again
                 meeting = (ranks, together, f"{folder}/meeting")
                 torch.multiprocessing.start_processes(measure, meeting, nprocs=ranks, start_method=start)
 

@@ -1,12 +1,12 @@
-"""Instruction data, prompts and plain text: read, checked, tokenised once and put into batches."""
+"""Reads, checks and tokenises instruction data, prompts and plain text, and collates them into batches."""
 
 from lit_distill.data.corpus import Corpus, PackedText
 from lit_distill.data.instructions import InstructionData
-from lit_distill.data.loading import BatchDataset, ResumableLoader
-from lit_distill.data.overlong import Limits
-from lit_distill.data.procedural_data import GeneratedCorpus, ProceduralData
+from lit_distill.data.length_limits import LengthLimits
+from lit_distill.data.loader import BatchDataset, ResumableLoader
 from lit_distill.data.records import Records
-from lit_distill.data.sampling import BatchIndices, CorpusOrder, GlobalBatchSampler
+from lit_distill.data.sampler import BatchIndices, CorpusOrder, GlobalBatchSampler
+from lit_distill.data.synthetic.data import GeneratedCorpus, ProceduralData
 from lit_distill.data.templates import Template
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "GeneratedCorpus",
     "GlobalBatchSampler",
     "InstructionData",
-    "Limits",
+    "LengthLimits",
     "PackedText",
     "ProceduralData",
     "Records",

@@ -1,4 +1,7 @@
-"""Items become tensors: prompts padded on the left, prompt and response on the right; masks come from lengths."""
+"""Collates items into tensors: prompts are padded on the left, prompts with responses on the right.
+
+Masks are computed from lengths, never from the padding id, because the padding id may equal EOS.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from torch import Tensor
 from lit_distill.types import Batch, Prompts, Sequences
 
 
-class Item(NamedTuple):
-    """One item within the limits, as ids and text."""
+class Example(NamedTuple):
+    """One item after truncation, as token ids and text."""
 
     id: str
     prompt_ids: list[int]
@@ -22,25 +25,31 @@ class Item(NamedTuple):
 
 
 def collate(
-    items: Sequence[Item], pad_id: int, responses: bool, corpus: Sequence[Sequence[int]] | None = None
+    items: Sequence[Example],
+    pad_id: int,
+    responses: bool,
+    corpus: Sequence[Sequence[int]] | None = None,
+    prompts: bool = True,
 ) -> Batch:
     """A batch of the items, in their order.
 
-    A rank without items gets one row that counts nowhere: it has no target and no id, but takes part in the step.
+    A rank without items gets one dummy row without targets and without id, so that it can take part in the step. The row does not
+    change any loss or metric.
 
     Args:
         items: may be empty.
-        pad_id: fills up; it may equal EOS or any other id.
-        responses: whether there are sequences besides the prompts.
-        corpus: rows of one length, or None without a corpus.
+        pad_id: token id used for padding; it may equal EOS or any other id.
+        responses: whether the batch contains sequences (prompt and response) besides the prompts.
+        corpus: rows of equal length, or None without a corpus.
+        prompts: whether the batch contains the left-padded prompts, which generation needs.
     """
-    prompts = [item.prompt_ids for item in items] or [[pad_id]]
-    answers = [item.response_ids for item in items] or [[pad_id]]
     with_references = bool(items) and all(item.references for item in items)
     return Batch(
         ids=tuple(item.id for item in items),
-        prompts=_left_padded(prompts, pad_id),
-        sequences=_right_padded(prompts, answers, pad_id, counts=bool(items)) if responses else None,
+        prompts=_left_padded([item.prompt_ids for item in items] or [[pad_id]], pad_id) if prompts else None,
+        sequences=pad_sequences([(item.prompt_ids, item.response_ids) for item in items], pad_id)
+        if responses
+        else None,
         references=tuple(tuple(item.references) for item in items) if with_references else (),
         prompt_texts=tuple(item.prompt_text for item in items),
         corpus=None if corpus is None else _packed(corpus, pad_id),
@@ -48,7 +57,7 @@ def collate(
 
 
 def padding_id(tokenizer: Any) -> int:
-    """The tokenizer's padding id, or EOS where it has none."""
+    """The padding id of the tokenizer, or its EOS id if it has no padding token."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -62,8 +71,15 @@ def _left_padded(rows: Sequence[list[int]], pad_id: int) -> Prompts:
     )
 
 
-def _right_padded(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, counts: bool) -> Sequences:
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+def pad_sequences(texts: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Sequences:
+    """Prompts and responses as sequences ``[B, S]`` padded on the right; the targets are the response tokens.
+
+    Args:
+        texts: token ids of each prompt and response. If empty, the result is one row without targets.
+        pad_id: token id used for padding; it may equal EOS or any other id.
+    """
+    rows = [prompt + response for prompt, response in texts or [([pad_id], [pad_id])]]
+    prompts = [prompt for prompt, _ in texts] or [[pad_id]]
     width = max(map(len, rows))
     ids = [row + [pad_id] * (width - len(row)) for row in rows]
     columns = torch.arange(width)
@@ -71,7 +87,7 @@ def _right_padded(prompts: Sequence[list[int]], answers: Sequence[list[int]], pa
     return Sequences(
         input_ids=torch.tensor(ids, dtype=torch.int64),
         attention_mask=attended.to(torch.int64),
-        target_mask=attended & (columns >= _sizes(prompts)) & counts,
+        target_mask=attended & (columns >= _sizes(prompts)) & bool(texts),
     )
 
 
@@ -83,5 +99,5 @@ def _packed(rows: Sequence[Sequence[int]], pad_id: int) -> Sequences:
 
 
 def _sizes(rows: Sequence[list[int]]) -> Tensor:
-    """[rows, 1]."""
+    """``[rows, 1]`` number of tokens of each row."""
     return torch.tensor([[len(row)] for row in rows])

@@ -1,4 +1,4 @@
-"""Plain text packed to rows of one length, for the pre-training loss."""
+"""Plain text, packed into rows of equal length, for a pre-training loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_distill.data.files import content_hash, decode, read_objects
+from lit_distill.data.files import content_hash, decode_utf8, read_objects
 from lit_distill.data.records import RECORD_FILES, find_files, load_hub, refuse_hub_options
 from lit_distill.data.special_tokens import required_eos
 from lit_distill.data.tokenize import VERSION, cache_file, digest, encode, tokenizer_content
@@ -28,11 +28,11 @@ DOCUMENTS_AT_ONCE = 1_000
 
 @dataclass(kw_only=True)
 class PackedText:
-    """Plain text packed to rows of ``length`` tokens that ride along with the training batches.
+    """Plain text, packed into rows of ``length`` tokens, which are added to the training batches.
 
     Args:
         length: tokens of a row; every row has exactly this many.
-        batch_size: rows of one batch over all ranks.
+        batch_size: rows per batch over all ranks.
     """
 
     length: int = 256
@@ -41,24 +41,24 @@ class PackedText:
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(
-                f"{KEY}.length must be at least 2, got {self.length}: a token is predicted from those before it."
+                f"{KEY}.length must be at least 2, got {self.length}: a token is predicted from the tokens before it."
             )
         if self.batch_size < 1:
             raise ValueError(f"{KEY}.batch_size must be at least 1, got {self.batch_size}.")
 
     def documents(self) -> tuple[str, Iterator[str]]:
-        """A fingerprint of the content, and the texts. The one method to override for text from elsewhere."""
-        raise ValueError(f"{KEY}: {type(self).__name__} does not say where its text comes from.")
+        """A fingerprint of the content, and the texts. Override only this method to read text from another source."""
+        raise ValueError(f"{KEY}: {type(self).__name__} does not implement documents(), which returns the text.")
 
     def origin(self) -> str:
-        """Key and name of what the texts are from, for messages."""
+        """Key and name of the source of the texts, for error messages."""
         return f"{KEY}: {type(self).__name__}"
 
     def rows(self, tokenizer: Any) -> datasets.Dataset:
-        """``input_ids`` of ``length`` tokens each, EOS after every document; the tail that fills no row is left out.
+        """Rows of ``length`` token ids, with EOS after every document; the last tokens are left out if they do not fill a row.
 
         Raises:
-            ValueError: naming the file and the place, or if the text fills no row.
+            ValueError: if a file cannot be read (the message names file and line), or if the text does not fill one row.
         """
         source, texts = self.documents()
         cached = cache_file(digest("corpus", VERSION, source, tokenizer_content(tokenizer), self.length))
@@ -72,13 +72,13 @@ class Corpus(PackedText):
     """Packed text from files or the hub.
 
     Args:
-        path: .txt files (blank lines between documents), .jsonl, .json or .parquet files with a text field; a hub id.
-        text_field: the column with a document's text; .txt files need none.
+        path: .txt files (blank lines between documents), .jsonl, .json or .parquet files with a text field; or a hub id.
+        text_field: the column with the text of a document; not used for .txt files.
         split: which split of a hub dataset.
         config: which configuration of a hub dataset.
         revision: which revision of a hub dataset.
         length: tokens of a row; every row has exactly this many.
-        batch_size: rows of one batch over all ranks.
+        batch_size: rows per batch over all ranks.
     """
 
     path: str | list[str]
@@ -88,7 +88,7 @@ class Corpus(PackedText):
     revision: str | None = None
 
     def documents(self) -> tuple[str, Iterator[str]]:
-        """The texts of the files in their order, or of the hub dataset."""
+        """A fingerprint, and the texts of the files in their order or of the hub dataset."""
         files = find_files(self.path, (".txt", *RECORD_FILES), f"{KEY}.path")
         if files is None:
             hub = load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key=KEY)
@@ -98,7 +98,7 @@ class Corpus(PackedText):
         return digest(content_hash(files), self.text_field), texts
 
     def origin(self) -> str:
-        """Key and files."""
+        """Key and files, for error messages."""
         return f"{KEY}.path: {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
 
     def _from_file(self, file: Path) -> Iterator[str]:
@@ -137,7 +137,7 @@ class Corpus(PackedText):
         if not isinstance(value, str):
             problem = "is missing" if value is None else f"is {type(value).__name__}, not text"
             raise ValueError(
-                f"{where}: the field `{self.text_field}` {problem}. Correct it, or name another by {KEY}.text_field."
+                f"{where}: the field `{self.text_field}` {problem}. Correct it, or set {KEY}.text_field to another column."
             )
         return value
 
@@ -146,7 +146,7 @@ def _paragraphs(file: Path) -> Iterator[str]:
     lines: list[str] = []
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            text = decode(line, f"{file}, line {number}").rstrip("\r\n")
+            text = decode_utf8(line, f"{file}, line {number}").rstrip("\r\n")
             if text.strip():
                 lines.append(text)
             elif lines:
@@ -157,19 +157,19 @@ def _paragraphs(file: Path) -> Iterator[str]:
 
 
 def _pack(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
-    """Rows of ``length`` ids, and last the tail, which is shorter and may be empty."""
+    """Rows of ``length`` ids, then one shorter, possibly empty row with the remaining ids."""
     eos = required_eos(tokenizer)
-    waiting: list[int] = []
+    buffer: list[int] = []
     texts = iter(text for text in texts if text.strip())
     while documents := list(islice(texts, DOCUMENTS_AT_ONCE)):
         for ids in encode(tokenizer, documents):
-            waiting += ids
-            waiting.append(eos)
-        full = len(waiting) // length * length
+            buffer += ids
+            buffer.append(eos)
+        full = len(buffer) // length * length
         for start in range(0, full, length):
-            yield waiting[start : start + length]
-        waiting = waiting[full:]
-    yield waiting
+            yield buffer[start : start + length]
+        buffer = buffer[full:]
+    yield buffer
 
 
 def _write(target: Path, texts: Iterable[str], tokenizer: Any, length: int, origin: str) -> None:
@@ -187,11 +187,13 @@ def _write(target: Path, texts: Iterable[str], tokenizer: Any, length: int, orig
             if count:
                 writer.finalize()
         if not count:
-            said = f"has {tail} tokens, too few for one row of {length}" if tail else "is empty: there is no text in it"
-            raise ValueError(f"{origin} {said}. Give more text{f', or a smaller {KEY}.length' if tail else ''}.")
+            problem = (
+                f"has {tail} tokens, too few for one row of {length}" if tail else "is empty: there is no text in it"
+            )
+            raise ValueError(f"{origin} {problem}. Give more text{f', or a smaller {KEY}.length' if tail else ''}.")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     rank_zero_info(
-        f"corpus: packed {count} rows of {length} tokens; {tail} tokens at the end fill no row and are left out"
+        f"corpus: packed {count} rows of {length} tokens; {tail} tokens at the end do not fill a row and are left out"
     )

@@ -1,4 +1,4 @@
-"""Local JSONL, JSON and Parquet files become one Arrow table; what is broken is reported with file, line and reason."""
+"""Reads local JSONL, JSON and Parquet files into one Arrow table; errors name the file, the line and the reason."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ORIGIN = "__origin__"
-"""The column that says where a row was read: file and line, or file and row."""
+"""Name of the column with the origin of each row: file and line, or file and row."""
 
 ROWS_AT_ONCE = 10_000
 KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 def content_hash(paths: Sequence[Path]) -> str:
-    """A digest of the files' bytes in their order; names and dates do not enter."""
+    """A digest of the bytes of the files, in their order; it does not depend on file names or dates."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{path.suffix} {path.stat().st_size} ".encode())
@@ -31,24 +31,24 @@ def content_hash(paths: Sequence[Path]) -> str:
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The records of a JSONL or JSON file, each with the place where it stands.
+    """The records of a JSONL or JSON file, each with its origin: file and line, or file and item.
 
     Raises:
-        ValueError: naming file, line and reason, at the first line that is not a JSON object in UTF-8.
+        ValueError: at the first line that is not a JSON object in UTF-8; the message names file, line and reason.
     """
     yield from _read_json(path) if path.suffix == ".json" else _read_jsonl(path)
 
 
 def read_tables(paths: Sequence[Path], columns: Collection[str] | None = None) -> pa.Table:
-    """All records of the files, in order, with the column `ORIGIN`. A key that a record lacks is null there.
+    """All records of the files, in order, with the column `ORIGIN`. A key that is missing in a record becomes null.
 
     Args:
         paths: the files.
-        columns: those whose values are wanted, all by default; of the others nothing but the name is kept, so that it does not
-            matter what they hold.
+        columns: the columns to read, by default all. Other columns keep their name, but their values are null, so they may
+            contain anything.
 
     Raises:
-        ValueError: naming the file, and the line where there are lines.
+        ValueError: if a file cannot be read; the message names the file and, for JSON, the line.
     """
     kinds: dict[str, tuple[str, str]] = {}
     tables: list[pa.Table] = []
@@ -57,7 +57,7 @@ def read_tables(paths: Sequence[Path], columns: Collection[str] | None = None) -
             _read_parquet(path, columns) if path.suffix == ".parquet" else _object_tables(path, kinds, columns)
         )
         if not sum(table.num_rows for table in found):
-            raise ValueError(f"{path}: the file holds no records. Fill it, or take it out of the list.")
+            raise ValueError(f"{path}: the file holds no records. Add records, or remove the file from the list.")
         tables += found
     try:
         return pa.concat_tables(tables, promote_options="permissive")
@@ -82,13 +82,13 @@ def _object_tables(
     path: Path, kinds: dict[str, tuple[str, str]], columns: Collection[str] | None
 ) -> Iterator[pa.Table]:
     objects = read_objects(path)
-    while rows := [{**_wanted(row, columns), ORIGIN: origin} for origin, row in islice(objects, ROWS_AT_ONCE)]:
+    while rows := [{**_select_columns(row, columns), ORIGIN: origin} for origin, row in islice(objects, ROWS_AT_ONCE)]:
         for row in rows:
             _check_kinds(row, kinds)
         yield _to_table(rows)
 
 
-def _wanted(row: dict[str, Any], columns: Collection[str] | None) -> dict[str, Any]:
+def _select_columns(row: dict[str, Any], columns: Collection[str] | None) -> dict[str, Any]:
     return row if columns is None else {name: value if name in columns else None for name, value in row.items()}
 
 
@@ -122,7 +122,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
-            text = decode(line, where)
+            text = decode_utf8(line, where)
             if not text.strip():
                 continue
             try:
@@ -137,7 +137,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    text = decode(path.read_bytes(), str(path))
+    text = decode_utf8(path.read_bytes(), str(path))
     if not text.strip():
         return
     try:
@@ -161,16 +161,18 @@ def _as_object(value: object, where: str) -> dict[str, Any]:
     return value
 
 
-def decode(data: bytes, where: str) -> str:
-    """UTF-8 bytes as text, without a byte-order mark.
+def decode_utf8(data: bytes, where: str) -> str:
+    """Decode UTF-8 bytes, without a byte-order mark.
 
     Raises:
-        ValueError: naming the place, for compressed, binary or otherwise encoded files.
+        ValueError: for compressed or binary data or another encoding; the message begins with ``where``.
     """
     if data.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
         raise ValueError(f"{where}: the file is compressed. Unpack it first.")
     if b"\0" in data:
-        raise ValueError(f"{where}: a zero byte; this is binary data or UTF-16, not UTF-8 text. Convert the file.")
+        raise ValueError(
+            f"{where}: found a zero byte, so this is binary data or UTF-16, not UTF-8 text. Convert the file to UTF-8."
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

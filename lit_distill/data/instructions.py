@@ -1,4 +1,4 @@
-"""Instruction data for every stage, from the user's records to batches."""
+"""The data module for instruction data: from the user's records to batches, for every stage."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lit_distill.data.collate import padding_id
+from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.corpus import Corpus, PackedText
-from lit_distill.data.fields import Fields
-from lit_distill.data.loading import BatchDataset, ResumableLoader, make_loader
-from lit_distill.data.overlong import Limits, fit_lengths, longest_prompt
+from lit_distill.data.length_limits import LengthLimits, fit_lengths, longest_prompt
+from lit_distill.data.loader import BatchDataset, ResumableLoader, make_loader
 from lit_distill.data.records import Records
-from lit_distill.data.sampling import CorpusOrder, GlobalBatchSampler, validation_mask
+from lit_distill.data.sampler import CorpusOrder, GlobalBatchSampler, validation_mask
 from lit_distill.data.templates import Template
 from lit_distill.data.tokenize import check_ids, first_id_beyond, tokenize_records, unshared_token
 from lit_distill.types import Batch
 
 KEY = "data.init_args"
 SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
-STAND_INS = {"test": "validation", "predict": "train"}
+FALLBACK_SPLITS = {"test": "validation", "predict": "train"}
 
 
 class InstructionData(LightningDataModule):
-    r"""Prompts with their responses, tokenised once, in batches that do not depend on the number of ranks.
+    r"""Prompts with their responses, tokenised once; the batches do not depend on the number of ranks.
 
     Args:
-        train: records to train on.
-        validation: records to validate on.
-        test: records to test on; without them, the validation split.
-        predict: records whose prompts are answered; without them, the training split.
-        validation_size: without ``validation``, how many items (int) or what share (float) of ``train``, by ``seed``.
-        fields: instruction, input, output, id, references -> column; one not given is the column of that name.
+        train: training records.
+        validation: validation records.
+        test: test records; by default the validation split.
+        predict: records for whose prompts `predict` generates responses; by default the training split.
+        validation_size: without ``validation``, number (int) or share (float) of the ``train`` items to validate on; ``seed``
+            decides which.
+        fields: instruction, input, output, id, references -> column; by default the column of the same name.
         template: "alpaca", "chat", or a string with fields in braces, such as ``"Q: {question}\nA:"``.
-        responses: whether the records have responses; false yields prompts alone.
-        empty_responses: what happens to records whose response is empty: "error", or "drop", which counts them.
+        responses: whether the records have responses; false yields prompts only.
+        empty_responses: what to do with records whose response is empty: "error", or "drop" them and log their number.
         max_prompt_length: tokens of a prompt.
         max_length: tokens of prompt and response together.
-        overlong: what happens to longer items: "drop" or "truncate".
-        batch_size: items of a training batch over all ranks.
-        eval_batch_size: items of a batch of any other stage, over all ranks.
-        group_by_length: put items of like length into one batch.
-        corpus: plain text that rides along with the training batches.
-        num_workers: processes that load batches; 0 loads them in this one.
-        seed: decides the order and the validation split.
-        tokenizer: folder or hub id; without it, the tokenizer of the Lightning module.
+        overlong: what to do with longer items: "drop" or "truncate".
+        batch_size: items per training batch over all ranks.
+        eval_batch_size: items per batch of every other stage, over all ranks.
+        group_by_length: put items of similar length into one batch.
+        corpus: plain text that is added to the training batches.
+        num_workers: processes that load batches; 0 loads them in the main process.
+        seed: seed of the order and of the validation split.
+        tokenizer: folder or hub id; by default the tokenizer of the Lightning module.
 
     Raises:
-        ValueError: naming the key, for an argument that cannot be.
+        ValueError: if an argument is not allowed; the message names its key.
     """
 
     def __init__(
@@ -98,11 +99,11 @@ class InstructionData(LightningDataModule):
             )
         self.records = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.validation_size = validation_size
-        self.fields = Fields(fields)
+        self.fields = ColumnMapping(fields)
         self.template = Template(template)
         self.responses = responses
         self.empty_responses = empty_responses
-        self.limits = Limits(max_prompt_length, max_length, overlong)
+        self.limits = LengthLimits(max_prompt_length, max_length, overlong)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.group_by_length = group_by_length
@@ -110,28 +111,30 @@ class InstructionData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.tokenizer = tokenizer
+        self.training_prompts = True
+        """Whether training batches contain the left-padded prompts, which generation needs; set by the module."""
         self._datasets: dict[str, tuple[BatchDataset, np.ndarray]] = {}
-        self._standing_in: set[str] = set()  # splits without records of their own
-        self._dropped: dict[str, int] = {}  # records without a response, by the split they were read for
+        self._uses_fallback: set[str] = set()  # splits without their own records
+        self._dropped: dict[str, int] = {}  # number of dropped records without a response, by split
 
     @property
     def has_validation(self) -> bool:
-        """Whether `setup` found anything to validate on."""
+        """Whether `setup` found validation items."""
         return "validation" in self._datasets
 
     def num_items(self, split: str) -> int:
-        """How many items `setup` has found in "train", "validation", "test" or "predict"."""
+        """Number of items that `setup` found in "train", "validation", "test" or "predict"."""
         return len(self._datasets[split][1]) if split in self._datasets else 0
 
     def longest(self, split: str) -> tuple[int, int]:
-        """Tokens of the longest prompt and of the longest item, within the limits; 0 where there is no such split."""
+        """Tokens of the longest prompt and of the longest item, after truncation; 0 and 0 if there is no such split."""
         if not self.num_items(split):
             return 0, 0
         dataset, lengths = self._datasets[split]
         return longest_prompt(dataset.rows, self.limits), int(lengths.max())
 
     def content(self, split: str) -> dict[str, Any]:
-        """Plain values that tell the items of a split, in their order, from others, and so those of the corpus."""
+        """Plain values that identify the items of a split, in their order, and the corpus: numbers, lengths and a hash."""
         dataset, lengths = self._datasets[split]
         code = hashlib.sha256(np.ascontiguousarray(lengths, dtype="<i8").tobytes()).hexdigest()[:32]
         items = {"items": len(lengths), "tokens": int(lengths.sum()), "lengths": code}
@@ -140,15 +143,15 @@ class InstructionData(LightningDataModule):
         return {**items, "corpus": {"rows": len(dataset.corpus), "length": self.corpus.length}}
 
     def read_split(self, name: str) -> datasets.Dataset | None:
-        """The raw columns of "train", "validation", "test" or "predict"; None where there are no such records.
+        """The raw columns of "train", "validation", "test" or "predict"; None if there are no such records.
 
-        The one method to override for data from elsewhere. Its fingerprint must depend on the content.
+        Override only this method to read data from another source. The fingerprint of the dataset must depend on its content.
         """
         records = self.records[name]
         return None if records is None else records.read(f"{KEY}.{name}", self.fields.used(self.template.variables))
 
     def prepare_data(self) -> None:
-        """Tokenise into the cache, on one process of each machine."""
+        """Tokenise into the cache; Lightning calls this in one process per machine."""
         tokenizer = self._tokenizer()
         for name in self._splits(None):
             self._rows(name, tokenizer)
@@ -156,15 +159,14 @@ class InstructionData(LightningDataModule):
             self.corpus.rows(tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load what the stage needs and report what was dropped or cut."""
+        """Load the splits of the stage and log how many items were dropped or truncated."""
         tokenizer = self._tokenizer()
         for name in self._splits(stage):
             rows = self._rows(name, tokenizer)
             if rows is None:
                 continue
-            if name in self._standing_in:
-                what = STAND_INS[name]
-                rank_zero_info(f"{KEY}.{name}: no such records were given, so this is about those of {what}.")
+            if name in self._uses_fallback:
+                rank_zero_info(f"{KEY}.{name}: no records are given, using the {FALLBACK_SPLITS[name]} split.")
             if name == "predict":
                 check_ids(rows["id"])
             rows, lengths, report = fit_lengths(rows, name, self.limits)
@@ -178,15 +180,16 @@ class InstructionData(LightningDataModule):
             responses = self.responses and any(len(ids) for ids in rows[:1]["response_ids"])
             self._datasets[name] = BatchDataset(rows, self.limits, padding_id(tokenizer), responses, corpus), lengths
         if stage is not None:
-            self._dataset(SPLITS[getattr(stage, "value", stage)][0])  # without which there is nothing to do
-        # Lightning fits without validation where this method is missing; an empty loader earns a warning
+            self._dataset(SPLITS[getattr(stage, "value", stage)][0])  # raises if the stage has no data
+        # without this method, Lightning fits without validation; with an empty loader it would warn
         self.__dict__.pop("val_dataloader", None)
         if stage == "fit" and "validation" not in self._datasets:
             self.__dict__["val_dataloader"] = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches of ``batch_size``; a rest that fills no batch waits for another epoch."""
+        """Shuffled batches of ``batch_size`` items; the last items of an epoch are left out if they do not fill a batch."""
         dataset, lengths = self._dataset("train")
+        dataset.prompts = self.training_prompts
         rank, world_size = self._replica()
         if self.batch_size < world_size:
             raise ValueError(
@@ -209,15 +212,15 @@ class InstructionData(LightningDataModule):
         return make_loader(dataset, sampler, self.num_workers, ResumableLoader)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """All items, long ones first."""
+        """All items, from long to short."""
         return self._evaluation("validation")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """All items, long ones first."""
+        """All items, from long to short."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """All items, long ones first."""
+        """All items, from long to short."""
         return self._evaluation("predict")
 
     def _evaluation(self, name: str) -> DataLoader[Batch]:
@@ -232,7 +235,7 @@ class InstructionData(LightningDataModule):
         if name not in self._datasets:
             others = {"validation": " or validation_size", "test": " or validation", "predict": " or train"}
             raise ValueError(
-                f"{KEY}.{name}: this stage needs records, and there are none. Give {name}{others.get(name, '')}."
+                f"{KEY}.{name}: this stage needs records, but there are none. Give {name}{others.get(name, '')}."
             )
         return self._datasets[name]
 
@@ -245,7 +248,7 @@ class InstructionData(LightningDataModule):
         )
 
     def _rows(self, name: str, tokenizer: Any) -> datasets.Dataset | None:
-        """Tokenised rows of a split, or of what stands in for it."""
+        """Tokenised rows of a split, or of the split used instead of it."""
         if name in {"train", "validation"} and self.validation_size:
             rows = self._tokenized("train", tokenizer)
             if rows is None:
@@ -253,16 +256,16 @@ class InstructionData(LightningDataModule):
             taken = validation_mask(len(rows), self.validation_size, self.seed)
             return rows.select(np.flatnonzero(taken if name == "validation" else ~taken))
         rows = self._tokenized(name, tokenizer)
-        if rows is None and name in STAND_INS:
-            self._standing_in.add(name)
-            return self._rows(STAND_INS[name], tokenizer)
+        if rows is None and name in FALLBACK_SPLITS:
+            self._uses_fallback.add(name)
+            return self._rows(FALLBACK_SPLITS[name], tokenizer)
         return rows
 
     def _tokenized(self, name: str, tokenizer: Any) -> datasets.Dataset | None:
         records = self.read_split(name)
         if records is None:
             return None
-        # prompts that are to be answered need no output
+        # records for generation need no output
         responses = self.responses and (name != "predict" or self.fields.has("output", records.column_names))
         rows = tokenize_records(
             records,
@@ -279,13 +282,13 @@ class InstructionData(LightningDataModule):
         return rows
 
     def check_token_ids(self, size: int) -> None:
-        """Refuse tokens that only the student has.
+        """Raise if the data contain a token that the teacher does not have.
 
         Args:
-            size: how many of the first ids student and teacher share.
+            size: student and teacher share the ids below this number.
 
         Raises:
-            ValueError: naming split, item and token.
+            ValueError: if there is one; the message names split, item and token.
         """
         for name, (dataset, _) in self._datasets.items():
             for part in ("prompt", "response"):
@@ -297,7 +300,7 @@ class InstructionData(LightningDataModule):
                 raise ValueError(unshared_token(f"{KEY}.corpus: row {corpus[0]}", corpus[1], self._tokenizer()))
 
     def _replica(self) -> tuple[int, int]:
-        """This process's place among those that share the data, and their number; tensor-parallel ranks are one."""
+        """Rank of this process among those that share the data, and their number; a tensor-parallel group counts as one."""
         replicas = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"rank": 0, "num_replicas": 1}
         return replicas["rank"], replicas["num_replicas"]
 
@@ -306,7 +309,7 @@ class InstructionData(LightningDataModule):
             tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
             if tokenizer is None:
                 raise ValueError(
-                    f"{KEY}.tokenizer: there is no tokenizer, neither here nor from the model. Give a folder or hub id."
+                    f"{KEY}.tokenizer: there is no tokenizer, neither here nor in the model. Give a folder or hub id."
                 )
             return tokenizer
         from transformers import AutoTokenizer

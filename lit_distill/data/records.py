@@ -1,4 +1,4 @@
-"""Where records come from: files on disk, or one dataset of the Hugging Face hub."""
+"""Reads records from local files or from a dataset of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass
 class Records:
-    """Records with named fields, as raw columns.
+    """The location of a set of records with named fields.
 
     Args:
-        path: files or globs (.jsonl, .json, .parquet), one or a list; or one hub dataset's id, if no such file exists.
+        path: file or glob (.jsonl, .json, .parquet), or a list of them; or the id of a hub dataset, if no such file exists.
         split: which split of a hub dataset.
         config: which configuration of a hub dataset.
         revision: which commit, tag or branch of a hub dataset.
@@ -34,14 +34,14 @@ class Records:
     revision: str | None = None
 
     def read(self, key: str, columns: Collection[str] | None = None) -> datasets.Dataset:
-        """The raw columns; the fingerprint of local files is that of their content.
+        """The raw columns as a dataset; the fingerprint of local files is a hash of their content.
 
         Args:
             key: the YAML key of these records, for error messages.
-            columns: whose values are wanted, all by default; of the other columns of files only the names are kept.
+            columns: the columns to read, by default all. Other columns of files keep their name, but their values are null.
 
         Raises:
-            ValueError: if there is nothing at the path, or something broken, with the place.
+            ValueError: if the path does not exist or a file is broken; the message names the key, or the file and line.
         """
         files = find_files(self.path, RECORD_FILES, f"{key}.path")
         if files is None:
@@ -53,10 +53,10 @@ class Records:
 
 
 def find_files(path: str | list[str], suffixes: Sequence[str], key: str) -> list[Path] | None:
-    """The files that a path, a glob or a list of them names, globs in alphabetical order; None for a hub id.
+    """The files that match a path, a glob or a list of them, each glob in alphabetical order; None for a hub id.
 
     Raises:
-        ValueError: naming ``key``, if there is no such file or it is of another kind.
+        ValueError: if there is no such file or its suffix is not in ``suffixes``; the message names ``key``.
     """
     patterns = [path] if isinstance(path, str) else path
     if not patterns:
@@ -88,7 +88,7 @@ def _expand(pattern: str, suffixes: Sequence[str], key: str) -> list[Path]:
 
 
 def refuse_hub_options(config: str | None, revision: str | None, key: str) -> None:
-    """Files have neither a configuration nor a revision."""
+    """Raise if options of hub datasets are given for local files."""
     for name, value in (("config", config), ("revision", revision)):
         if value is not None:
             raise ValueError(
@@ -102,13 +102,13 @@ def load_hub(
     """One split of a dataset of the Hugging Face hub, or of its local cache.
 
     Raises:
-        ValueError: naming ``key``, with the hub's reason.
+        ValueError: if loading fails; the message names ``key`` and the reason.
     """
     name = path if isinstance(path, str) else path[0]
     try:
         return datasets.load_dataset(name, name=config, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{key}.path: {name!r} is no file here (looked in {Path.cwd()}), and as a dataset of the Hugging Face hub "
-            f"(split {split!r}, config {config!r}, revision {revision!r}) it failed: {error}"
+            f"{key}.path: {name!r} is not a file (looked in {Path.cwd()}), and loading it as a dataset of the Hugging Face hub "
+            f"(split {split!r}, config {config!r}, revision {revision!r}) failed: {error}"
         ) from error

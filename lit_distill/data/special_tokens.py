@@ -1,4 +1,4 @@
-"""The special tokens around prompts and responses: what a tokenizer puts before a text, and what ends a turn."""
+"""The special tokens around prompts and responses: those that a tokenizer adds before a text, and those that end a turn."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from lit_distill.data.templates import Template
 
 PROBE = "lorem ipsum 4711"
-"""A response that no chat template writes by itself; what follows it is the end of a turn."""
+"""A response that no chat template contains; the text after it in a rendered chat is the end of a turn."""
 
 
 def prompt_prefix(tokenizer: Any, template: Template) -> list[int]:
-    """The special tokens that the tokenizer puts before a text, such as BOS; chat templates write their own."""
+    """The special tokens that the tokenizer adds before a text, such as BOS; empty for chat templates, which add their own."""
     if template.is_chat:
         return []
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -23,17 +23,17 @@ def prompt_prefix(tokenizer: Any, template: Template) -> list[int]:
 
 
 def with_prefix(prefix: list[int], ids: list[int]) -> list[int]:
-    """``ids`` after ``prefix``, which is not put there twice if the text itself begins with it."""
+    """``prefix + ids``, or ``ids`` if they already begin with the prefix."""
     return ids if prefix and ids[: len(prefix)] == prefix else prefix + ids
 
 
 def adds_special_tokens(tokenizer: Any, text: str, ids: list[int]) -> bool:
-    """Whether ``ids`` are those of ``text`` after tokens that the tokenizer puts before it, and the text does not write.
+    """Whether ``ids`` begin with special tokens that the tokenizer added and that ``text`` itself does not contain.
 
     Args:
-        tokenizer: of the ids.
+        tokenizer: the tokenizer of the ids.
         text: a prompt.
-        ids: the same as a model reads it, perhaps without tokens that were too many.
+        ids: token ids of the prompt as the model gets them, possibly truncated.
     """
     prefix = prompt_prefix(tokenizer, Template("{prompt}"))
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -41,16 +41,16 @@ def adds_special_tokens(tokenizer: Any, text: str, ids: list[int]) -> bool:
 
 
 def turn_end(tokenizer: Any) -> list[int]:
-    """The ids with which the chat template ends a response, up to the first special token; empty if it writes none.
+    """The ids that the chat template adds after a response, up to the first special token; empty if it adds none.
 
-    ``<end_of_turn>`` for Gemma, ``<|end|>`` for Phi-3, ``<|im_end|>`` for ChatML, also where EOS is another token.
+    ``<end_of_turn>`` for Gemma, ``<|end|>`` for Phi-3, ``<|im_end|>`` for ChatML, also if EOS is another token.
     """
     if not getattr(tokenizer, "chat_template", None):
         return []
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # noqa: BLE001 - templates raise what they like, such as for a missing system message
+    except Exception:  # noqa: BLE001 - templates may raise any error, for example if there is no system message
         return []
     ids = tokenizer(text.rpartition(PROBE)[2], add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -59,16 +59,16 @@ def turn_end(tokenizer: Any) -> list[int]:
 
 
 def response_end(tokenizer: Any, template: Template) -> list[int]:
-    """The ids that end a response: as the chat template writes them, else EOS.
+    """The ids that end a response: those of the chat template or, without one, EOS.
 
     Raises:
-        ValueError: if the tokenizer has no EOS and the template writes no end.
+        ValueError: if the tokenizer has no EOS and the template does not end a response.
     """
     return (turn_end(tokenizer) if template.is_chat else []) or [required_eos(tokenizer)]
 
 
 def required_eos(tokenizer: Any) -> int:
-    """The id that ends a text.
+    """The EOS id of the tokenizer.
 
     Raises:
         ValueError: if the tokenizer has none.

@@ -1,4 +1,4 @@
-"""From fields to the prompt's text: Alpaca's words, the tokenizer's chat template, or the user's own string."""
+"""Renders the fields of a record as a prompt: Alpaca template, chat template of the tokenizer, or the user's own string."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ ALPACA_WITH_INPUT = (
 
 
 class Template:
-    r"""How a prompt is written.
+    r"""A prompt template.
 
     Args:
-        text: "alpaca", "chat", or a string with the names of fields in braces, such as ``"Q: {question}\nA:"``.
-            ``{{`` is a brace. Only names are filled in: no attributes, indices or formats.
+        text: "alpaca", "chat", or a string with field names in braces, such as ``"Q: {question}\nA:"``. ``{{`` is a literal
+            brace. Attributes, indices and formats are not allowed.
 
     Raises:
-        ValueError: if the string names no field or is not of this form.
+        ValueError: if the string contains no field or does not have this form.
 
-    Source: the Alpaca prompt as MiniLLM uses it, https://arxiv.org/abs/2306.08543; its short form for an empty input.
+    Source: the Alpaca prompt as MiniLLM uses it, https://arxiv.org/abs/2306.08543; the short form is used if the input is empty.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.is_chat = text == "chat"
-        # a chat template needs the same fields as Alpaca's short form; its text comes from the tokenizer
+        # a chat template needs the same fields as the short form of Alpaca; the tokenizer provides its text
         self._plain = _parse(ALPACA if text in {"alpaca", "chat"} else text)
         self._with_input = _parse(ALPACA_WITH_INPUT) if text == "alpaca" else self._plain
         self.variables = tuple(dict.fromkeys(name for _, name in self._plain if name is not None))
 
     def check(self, known: Collection[str]) -> None:
-        """Every variable is a field.
+        """Check that every variable is a field.
 
         Raises:
-            ValueError: naming the key, the variable and the fields there are.
+            ValueError: if one is not; the message names the key, the variable and the existing fields.
         """
         for name in self.variables:
             if name not in known:
                 raise ValueError(
-                    f"{KEY}: {self.text!r} needs the field {name!r}, which the data have not. "
-                    f"The fields are {', '.join(known)}. Name one of these, or map it by data.init_args.fields."
+                    f"{KEY}: {self.text!r} needs the field {name!r}, which the data do not have. "
+                    f"The fields are {', '.join(known)}. Use one of these, or map the field with data.init_args.fields."
                 )
 
     def render(self, field: Callable[[str], str], tokenizer: Any) -> str:
-        """The prompt's text.
+        """The text of the prompt.
 
         Args:
-            field: the text of a field, by its name.
-            tokenizer: whose chat template is used, if the template is "chat".
+            field: returns the text of a field, given its name.
+            tokenizer: provides the chat template, if the template is "chat".
         """
         if self.is_chat:
             parts = [field("instruction"), field("input")]
@@ -70,33 +70,33 @@ class Template:
 
 
 def check_chat_template(template: Template, tokenizer: Any) -> None:
-    """The tokenizer can do what the template asks of it.
+    """Check that the tokenizer has a chat template if the template is "chat".
 
     Raises:
-        ValueError: if the template is "chat" and the tokenizer has none.
+        ValueError: if it has none.
     """
     if template.is_chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{KEY}: 'chat' was asked for, but the tokenizer {tokenizer.name_or_path!r} has no chat template. "
-            "Use 'alpaca' or a string of your own."
+            f"{KEY}: the template is 'chat', but the tokenizer {tokenizer.name_or_path!r} has no chat template. "
+            "Use 'alpaca' or your own string."
         )
 
 
 def _parse(text: str) -> list[tuple[str, str | None]]:
-    """Pairs of a literal and the field that follows it."""
+    """Pairs of a literal text and the name of the field that follows it, None at the end."""
     try:
         parsed = list(Formatter().parse(text))
     except ValueError as error:
         raise ValueError(
-            f"{KEY}: {text!r} is not a template: {error}. Write a brace that is no field as {{{{ or }}}}."
+            f"{KEY}: {text!r} is not a template: {error}. Write a literal brace as {{{{ or }}}}."
         ) from error
     for _, name, spec, conversion in parsed:
         if name is not None and (not name.strip() or spec or conversion or name != name.strip()):
             raise ValueError(
-                f"{KEY}: {text!r} may hold names of fields only, as {{instruction}}; no {{}}, formats or conversions."
+                f"{KEY}: {text!r} may only contain field names in braces, as {{instruction}}; no {{}}, formats or conversions."
             )
     if not any(name is not None for _, name, _, _ in parsed):
         raise ValueError(
-            f"{KEY}: {text!r} is neither 'alpaca' nor 'chat', and as a string of your own it names no field in braces."
+            f"{KEY}: {text!r} is neither 'alpaca' nor 'chat', and contains no field in braces, such as {{instruction}}."
         )
     return [(literal, name) for literal, name, _, _ in parsed]

@@ -1,24 +1,24 @@
-"""What is measured on held-out data: token-level quality and generated text."""
+"""Metrics on held-out data: token-level metrics, metrics of generated text, calibration and exposure bias."""
 
 from lit_distill.evaluation.calibration import Calibration, CalibrationMetric
-from lit_distill.evaluation.exposure_bias import StepErrors, step_errors, written_text
-from lit_distill.evaluation.generation import ResponseScores
-from lit_distill.evaluation.held_out import HeldOut
-from lit_distill.evaluation.label_words import LabelWords, LabelWordTask
-from lit_distill.evaluation.quality import AgreementQuality, StudentQuality, TermMeans
-from lit_distill.evaluation.text import distinct_n, exact_match, repetition_rate, rouge_l
+from lit_distill.evaluation.exposure_bias import StepKLMetric, step_errors, written_text
+from lit_distill.evaluation.ngrams import distinct_n, exact_match, repetition_rate, rouge_l
+from lit_distill.evaluation.quality import AgreementTerms, PerplexityTerms, TermMeanMetric
+from lit_distill.evaluation.text_metrics import GenerationMetrics
+from lit_distill.evaluation.token_metrics import TokenMetrics
+from lit_distill.evaluation.verbalizer import Verbalizer, VerbalizerTask
 
 __all__ = [
-    "AgreementQuality",
+    "AgreementTerms",
     "Calibration",
     "CalibrationMetric",
-    "HeldOut",
-    "LabelWordTask",
-    "LabelWords",
-    "ResponseScores",
-    "StepErrors",
-    "StudentQuality",
-    "TermMeans",
+    "GenerationMetrics",
+    "PerplexityTerms",
+    "StepKLMetric",
+    "TermMeanMetric",
+    "TokenMetrics",
+    "Verbalizer",
+    "VerbalizerTask",
     "distinct_n",
     "exact_match",
     "repetition_rate",

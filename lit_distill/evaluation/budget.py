@@ -1,4 +1,4 @@
-"""What asking an endpoint may cost, and an account that never goes beyond it."""
+"""The budget for requests to an endpoint, and a tracker that never exceeds it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ KEY = "Judge.budget"
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend on questions; answers from the cache are free."""
+    """The limits of a run for requests to an endpoint; answers from the cache are free."""
 
     max_requests: int | None = None
-    """Most requests, repeated attempts included."""
+    """Maximum number of requests, including repeated attempts; null for no limit."""
     max_cost: float | None = None
-    """Most money, in the currency of the prices. It is kept if the endpoint keeps to the limit on an answer's tokens."""
+    """Maximum cost, in the currency of the prices; null for no limit.
+
+    It is not exceeded as long as the endpoint respects the maximum number of tokens of an answer.
+    """
     price_per_million_input_tokens: float = 0.0
-    """Of the endpoint."""
+    """Price of the endpoint for a million prompt tokens."""
     price_per_million_output_tokens: float = 0.0
-    """Of the endpoint."""
+    """Price of the endpoint for a million generated tokens."""
 
     def __post_init__(self) -> None:
         if self.max_requests is not None and self.max_requests < 0:
@@ -29,21 +32,21 @@ class Budget:
             raise ValueError(f"{KEY}: expected prices of 0 or more, got {prices}.")
         if self.max_cost is not None and not (self.max_cost >= 0 and max(prices) > 0):
             raise ValueError(
-                f"{KEY}.max_cost: {self.max_cost} with prices of {prices} per million tokens. Set "
+                f"{KEY}.max_cost: expected 0 or more and a price > 0, got {self.max_cost} and the prices {prices}. Set "
                 "price_per_million_input_tokens and price_per_million_output_tokens."
             )
 
     def price(self, input_tokens: int, output_tokens: int) -> float:
-        """What so many tokens cost."""
+        """The cost of the tokens, in the currency of the prices."""
         by_input = self.price_per_million_input_tokens * input_tokens
         return (by_input + self.price_per_million_output_tokens * output_tokens) / 1e6
 
 
-class Account:
-    """What has been spent of a budget; several threads may draw on it.
+class CostTracker:
+    """Tracks what has been spent of a budget; safe to use from several threads.
 
     Args:
-        budget: not to be exceeded.
+        budget: the limits.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -51,29 +54,29 @@ class Account:
         self.requests = self.input_tokens = self.output_tokens = 0
         self.cost = 0.0
         self.exhausted = False
-        self._under_way: list[float] = []
+        self._reserved: list[float] = []
         self._changed = threading.Condition()
 
     def spent(self) -> dict[str, float]:
-        """Requests, tokens as the endpoint counts them, and cost."""
+        """Number of requests, of tokens as counted by the endpoint, and the cost, by name."""
         names = ("requests", "input_tokens", "output_tokens", "cost")
         return {name: getattr(self, name) for name in names}
 
     def reserve(self, most: float) -> bool:
-        """Take leave for one request that costs ``most`` at most; False once that would be too much, and ever after.
+        """Reserve the cost of one request, at most ``most``; False if it would exceed the budget, then also for all later calls.
 
-        Waits while requests under way may turn out cheaper than feared.
+        Waits for pending requests if the budget may suffice after they have cost less than reserved.
         """
         limit = self.budget
         with self._changed:
             while not self.exhausted:
                 if limit.max_requests is not None and self.requests >= limit.max_requests:
                     self.exhausted = True
-                elif limit.max_cost is None or self.cost + sum(self._under_way) + most <= limit.max_cost:
+                elif limit.max_cost is None or self.cost + sum(self._reserved) + most <= limit.max_cost:
                     self.requests += 1
-                    self._under_way.append(most)
+                    self._reserved.append(most)
                     return True
-                elif self._under_way:
+                elif self._reserved:
                     self._changed.wait()
                 else:
                     self.exhausted = True
@@ -81,9 +84,9 @@ class Account:
             return False
 
     def settle(self, most: float, input_tokens: int, output_tokens: int, cost: float) -> None:
-        """Give back what was reserved, for what the request has really cost."""
+        """Replace the reserved ``most`` by the real tokens and cost of a finished request."""
         with self._changed:
-            self._under_way.remove(most)
+            self._reserved.remove(most)
             self.input_tokens += input_tokens
             self.output_tokens += output_tokens
             self.cost += cost

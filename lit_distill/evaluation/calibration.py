@@ -1,4 +1,4 @@
-"""Calibration over batches and ranks: is a model right as often as it is confident?"""
+"""Calibration metrics over batches and ranks: does the confidence of a model match its accuracy?"""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from lit_distill.objectives import LossTerm, Objective
 
 
 class Calibration(NamedTuple):
-    """What is known of a model's confidence."""
+    """The calibration of one model."""
 
-    figures: dict[str, Tensor]
-    """[] float32 each: ece, adaptive_ece, accuracy, and the means of what else was measured."""
+    metrics: dict[str, Tensor]
+    """``[]`` float32 each: ece, adaptive_ece, accuracy, and the means of the further values, such as brier."""
     bins: CalibrationBins
-    """Of equal width, for the reliability diagram."""
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
-    """[] how many predictions."""
+    """Bins of equal width, for the reliability diagram."""
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is not used
+    """``[]`` number of predictions."""
 
 
 class CalibrationMetric(Metric):
     """Calibration of the most probable prediction, exact over batches and ranks in any order.
 
-    All confidences are kept, at 5 bytes a prediction: bins of equal mass are known only at the end, and 5 MB for a million
-    tokens is less than it would take to argue about the error of a histogram.
+    All confidences are stored, because bins of equal mass can only be computed at the end. This takes 5 bytes per prediction,
+    5 MB per million tokens, and avoids the approximation error of a histogram.
 
     Args:
-        num_bins: of both kinds of calibration error.
-        means: names of what else `update` brings for every prediction, such as the Brier score.
+        num_bins: number of bins of both calibration errors.
+        means: names of further values per prediction to average, such as the Brier score; `update` gets them as keywords.
     """
 
     full_state_update = False
@@ -56,7 +56,7 @@ class CalibrationMetric(Metric):
         self.add_state("sums", torch.zeros(len(self.means), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, confidences: Tensor, correct: Tensor, **means: Tensor) -> None:
-        """Add predictions, ``[N]`` each; a rank without any adds none, but must add."""
+        """Add N predictions, ``[N]`` each. A rank without predictions must call this too, with N = 0."""
         assert isinstance(self.confidences, list)
         assert isinstance(self.correct, list)
         self.confidences.append(confidences.detach().float())
@@ -64,25 +64,25 @@ class CalibrationMetric(Metric):
         self.sums += torch.stack([means[name].detach().double().sum() for name in self.means]).to(self.sums.device)
 
     def compute(self) -> Calibration:
-        """The figures of all ranks' predictions, NaN where there are none."""
+        """The metrics over the predictions of all ranks; NaN if there are none."""
         confidences, correct = dim_zero_cat(self.confidences), dim_zero_cat(self.correct).bool()
         bins = equal_width_bins(confidences, correct, self.num_bins)
         adaptive = equal_mass_bins(confidences, correct, self.num_bins)
         count = bins.count.sum()
-        figures = {
+        metrics = {
             "ece": expected_calibration_error(bins),
             "adaptive_ece": expected_calibration_error(adaptive),
             "accuracy": correct.double().mean(),
             **dict(zip(self.means, self.sums / count, strict=True)),
         }
-        return Calibration({name: value.float() for name, value in figures.items()}, bins, count)
+        return Calibration({name: value.float() for name, value in metrics.items()}, bins, count)
 
 
 class StudentConfidence(Objective):
-    """Collects the student's next-token predictions, as an objective so that it runs on the same chunks as the others.
+    """Collects the next-token predictions of the student; an objective, so that it runs on the same chunks as the others.
 
     Args:
-        num_bins: of the calibration errors.
+        num_bins: number of bins of the calibration errors.
     """
 
     def __init__(self, num_bins: int = 15) -> None:
@@ -90,21 +90,21 @@ class StudentConfidence(Objective):
         self.student = CalibrationMetric(num_bins)
 
     @property
-    def speakers(self) -> dict[str, CalibrationMetric]:
-        """What was collected, by who predicts."""
+    def models(self) -> dict[str, CalibrationMetric]:
+        """The calibration metric of each model, by name."""
         return {"student": self.student}
 
     def forward(self, student_logits: Tensor, labels: Tensor) -> LossTerm:
-        """Adds the rows; its total is nothing to learn from."""
+        """Adds the predictions of the rows; the returned loss is 0."""
         collect(self.student, student_logits.detach().softmax(dim=-1), labels)
         return LossTerm(student_logits.new_zeros(()), len(labels))
 
 
 class PairConfidence(Objective):
-    """`StudentConfidence` with the same for the teacher.
+    """`StudentConfidence` for student and teacher.
 
     Args:
-        num_bins: of the calibration errors.
+        num_bins: number of bins of the calibration errors.
     """
 
     def __init__(self, num_bins: int = 15) -> None:
@@ -113,18 +113,18 @@ class PairConfidence(Objective):
         self.teacher = CalibrationMetric(num_bins)
 
     @property
-    def speakers(self) -> dict[str, CalibrationMetric]:
-        """What was collected, by who predicts."""
+    def models(self) -> dict[str, CalibrationMetric]:
+        """The calibration metric of each model, by name."""
         return {"student": self.student, "teacher": self.teacher}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> LossTerm:
-        """Adds the rows; its total is nothing to learn from."""
+        """Adds the predictions of the rows; the returned loss is 0."""
         collect(self.student, student_logits.detach().softmax(dim=-1), labels)
         collect(self.teacher, teacher_logits.softmax(dim=-1), labels)
         return LossTerm(student_logits.new_zeros(()), len(labels))
 
 
 def collect(metric: CalibrationMetric, probabilities: Tensor, labels: Tensor, **means: Tensor) -> None:
-    """Add the most probable prediction of each row of ``[N, V]`` probabilities, with the Brier score over all V."""
+    """Add the most probable class of each row of ``[N, V]`` probabilities, with the Brier score over all V classes."""
     confidences, predicted = probabilities.max(dim=-1)
     metric.update(confidences, predicted == labels, brier=brier_score(probabilities, labels), **means)

@@ -1,4 +1,4 @@
-"""How far student and teacher are apart, token by token, along texts that either of them wrote."""
+"""KL divergence of student and teacher at each step of responses that the student or the teacher generated."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lit_distill.functional import ExposureBias, exposure_bias, forward_kl
-from lit_distill.models.chunked_head import chunk_rows_for
+from lit_distill.models.lm_head import chunk_rows_for
 from lit_distill.types import Sequences
 
 if TYPE_CHECKING:
-    from lit_distill.models import CausalLM, FrozenTeacher
-    from lit_distill.rollouts import Responses
-    from lit_distill.types import Prompts
+    from lit_distill.models import CausalLM
+    from lit_distill.teachers import FrozenTeacher
+    from lit_distill.types import Prompts, Responses
 
-WRITERS = ("student", "teacher")
+GENERATORS = ("student", "teacher")
 STEP = "step"
 
 
 def written_text(prompts: Prompts, responses: Responses) -> Sequences:
-    """Prompts ``[B, P]`` and responses ``[B, T]`` as one text; its signal ``step`` counts a response's tokens from 0."""
+    """Prompts ``[B, P]`` and responses ``[B, T]``, concatenated; the signal ``step`` counts the response tokens from 0."""
     width, mask = prompts.input_ids.shape[1], responses.mask
     steps = torch.arange(mask.shape[1], device=mask.device, dtype=torch.float32).expand(mask.shape)
     return Sequences(
@@ -36,7 +36,7 @@ def written_text(prompts: Prompts, responses: Responses) -> Sequences:
 
 @torch.no_grad()
 def step_errors(student: CausalLM, teacher: FrozenTeacher, text: Sequences, chunk_rows: int | None = None) -> Tensor:
-    """``[N]`` nats: e_t = KL(teacher || student) of the next token at each of the text's N targets, some rows at a time."""
+    """``[N]`` nats: e_t = KL(teacher || student) of the next token at each of the N targets, a chunk of rows at a time."""
     heads = student.decoding_head(), teacher.decoding_head()
     rows = student.target_rows(text), teacher.target_rows(text)
     size = chunk_rows or chunk_rows_for(heads[0])
@@ -48,26 +48,26 @@ def step_errors(student: CausalLM, teacher: FrozenTeacher, text: Sequences, chun
 
 
 class AccumulatedErrors(NamedTuple):
-    """What was found over all texts of both writers."""
+    """The result of `StepKLMetric` over all texts of both generators."""
 
     curves: ExposureBias
-    """[T] each."""
+    """``[T]`` each."""
     longest: int
-    """Tokens of the longest text; all curves are flat beyond it."""
+    """Tokens of the longest text; all curves are constant beyond it."""
     num_texts: int
-    """How many texts the student wrote; the teacher wrote as many."""
+    """Number of texts that the student generated; the teacher generated the same number."""
 
 
-class StepErrors(Metric):
-    r"""Mean e_t at each step t over the texts of each writer, exact over batches and ranks.
+class StepKLMetric(Metric):
+    r"""Mean e_t at each step t over the texts of each generator, exact over batches and ranks.
 
-    A text that has ended before t counts with e_t = 0, as one on which both models agree to say nothing more. So the sum to
-    l is an unbiased estimate of what the texts' laws define: over texts of the teacher it is KL(p‖q) between the laws of
-    the first l tokens, by the chain rule. A mean over the texts still alive at t would be conditioned on surviving, under
-    another law for each writer, so that R(l) and l·ε(l) would speak of different prompts.
+    A text that ends before step t counts with e_t = 0, because both models agree that nothing follows. So the sum of the means
+    up to step l is an unbiased estimate of an expectation over complete texts: for texts of the teacher it is KL(p‖q) of the
+    distributions of the first l tokens, by the chain rule. A mean over only the texts that are still running at t would be
+    conditioned on that, differently for each generator, so that R(l) and l·ε(l) would be about different prompts.
 
     Args:
-        length: T, the largest number of tokens of a text.
+        length: T, the maximum number of tokens of a text.
     """
 
     full_state_update = False
@@ -81,22 +81,22 @@ class StepErrors(Metric):
         self.add_state("tokens", torch.zeros(2, length, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("texts", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, writer: str, errors: Tensor, steps: Tensor, num_texts: int) -> None:
-        """Add texts of one writer.
+    def update(self, generator: str, errors: Tensor, steps: Tensor, num_texts: int) -> None:
+        """Add texts of one generator.
 
         Args:
-            writer: who wrote them, student or teacher.
-            errors: ``[N]`` nats at their tokens.
-            steps: ``[N]`` which token of its text each is, from 0.
-            num_texts: how many texts they are of, those without a token included.
+            generator: the model that generated them, "student" or "teacher".
+            errors: ``[N]`` nats, e_t at each of their tokens.
+            steps: ``[N]`` index t of each token in its text, from 0.
+            num_texts: number of texts, including those without tokens.
         """
-        row, at = WRITERS.index(writer), steps.long()
+        row, at = GENERATORS.index(generator), steps.long()
         self.sums[row].index_add_(0, at, errors.double())
         self.tokens[row].index_add_(0, at, torch.ones_like(errors, dtype=torch.float64))
         self.texts[row] += num_texts
 
     def compute(self) -> AccumulatedErrors | None:
-        """The curves; None where a writer has no text."""
+        """The curves; None if a generator has no texts."""
         if not bool((self.texts > 0).all()):
             return None
         student, teacher = self.sums / self.texts[:, None]

@@ -1,11 +1,11 @@
-"""A strong model as judge: both the student's response and the reference get 1 to 10, and the figure is the ratio of sums.
+"""LLM as judge: a strong model scores response and reference from 1 to 10; the metric is the ratio of the sums of scores.
 
 | | MiniLLM (section 3, "GPT-4 feedback") | ours |
 |---|---|---|
-| scored for | helpfulness, relevance, accuracy, level of detail | the same |
-| figure | sum of the student's scores / sum of the references' | the same, in percent; mean over seeds |
-| order of the two | fixed | fixed, the reference first; ``swap`` asks both orders and takes the mean |
-| unreadable answers | unsaid | counted and reported, not scored |
+| criteria | helpfulness, relevance, accuracy, level of detail | the same |
+| metric | sum of the student's scores / sum of the references' | the same, in percent; mean over seeds |
+| order of the two | fixed | fixed, the reference first; ``swap`` requests both orders and takes the mean |
+| answers without two scores | not described | counted and reported, not scored |
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_distill.evaluation.budget import Account
+from lit_distill.evaluation.budget import CostTracker
 from lit_distill.evaluation.chat import ChatEndpoint, EndpointError, RequestRefusedError, ask
 
 INSTRUCTIONS = (
@@ -39,21 +39,21 @@ _SCORES = re.compile(rf"[\W_]*{_NUMBER}[\s,;|*]+{_NUMBER}[\W_]*")
 
 @dataclass(frozen=True)
 class Question:
-    """What the judge is to compare."""
+    """A response of the student and the reference that the judge compares it with."""
 
     id: str
-    """Of the item."""
+    """Id of the item."""
     seed: int
-    """Of the response."""
+    """Seed with which the response was generated."""
     prompt: str
-    """As the model read it."""
+    """The prompt as given to the student."""
     response: str
-    """The student's."""
+    """The response of the student."""
     reference: str
-    """What it is compared with."""
+    """The reference response."""
 
     def messages(self, *, reference_first: bool = True) -> list[dict[str, str]]:
-        """The question in the form of chat completions."""
+        """The chat messages that ask the judge for both scores."""
         answers = (self.reference, self.response) if reference_first else (self.response, self.reference)
         parts = [f"<{tag}>\n{text}\n</{tag}>" for tag, text in zip(("answer_1", "answer_2"), answers, strict=True)]
         content = "\n\n".join([f"<request>\n{self.prompt}\n</request>", *parts])
@@ -61,7 +61,7 @@ class Question:
 
 
 def parse_scores(answer: str) -> tuple[float, float] | None:
-    """Both scores from the first line of an answer, such as ``8 6.5`` or ``8/10, 6/10``; None if it says anything else."""
+    """Both scores from the first line of an answer, such as ``8 6.5`` or ``8/10, 6/10``; None for any other line."""
     lines = _THOUGHTS.sub("", answer).strip().splitlines()
     found = _SCORES.fullmatch(lines[0].strip()) if lines else None
     if found is None:
@@ -71,10 +71,10 @@ def parse_scores(answer: str) -> tuple[float, float] | None:
 
 
 class AnswerCache:
-    """Answers by request on disk, so that no question is asked twice; several processes may share the file.
+    """Answers by request, stored on disk, so that no request is sent twice; several processes may share the file.
 
     Args:
-        path: JSONL; is made with its folder.
+        path: a JSONL file; it and its folder are created if needed.
 
     Raises:
         ValueError: if it cannot be read or written.
@@ -88,7 +88,7 @@ class AnswerCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             content = path.read_bytes()
-            if content and not content.endswith(b"\n"):  # a kill cut the last line in two: the next must not join it
+            if content and not content.endswith(b"\n"):  # a killed process left an incomplete line: do not append to it
                 os.write(self._file, b"\n")
         except OSError as error:
             raise ValueError(f"Judge.cache: {path} cannot be used ({error.strerror}). Give another path.") from error
@@ -103,15 +103,15 @@ class AnswerCache:
             self.unreadable_lines += bool(line.strip())
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         os.close(self._file)
 
     def get(self, request: str) -> str | None:
-        """The answer to a request, if it is known."""
+        """The answer to a request; None if it is not in the cache."""
         return self._answers.get(request)
 
     def put(self, request: str, answer: str) -> None:
-        """Keep an answer; one without scores only until `close`, since it may be an accident of the endpoint."""
+        """Store an answer. One without scores is not written to disk, because it may be a temporary error of the endpoint."""
         with self._lock:
             self._answers[request] = answer
             if parse_scores(answer) is not None:
@@ -122,36 +122,36 @@ class AnswerCache:
 
 
 def request_hash(endpoint: ChatEndpoint, body: dict[str, Any]) -> str:
-    """A name for everything on which an answer depends: address, model, messages and parameters."""
+    """A hash of everything that the answer depends on: address, model, messages and parameters."""
     text = json.dumps([endpoint.base_url, body], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the judge said of a set of questions."""
+class JudgeResult:
+    """The scores of a set of questions, and the number of questions without scores."""
 
     scores: tuple[tuple[Question, float, float], ...]
-    """Question, score of the student and score of the reference, where both could be read."""
+    """Question, score of the student and score of the reference, if both could be parsed."""
     unparsable: int
-    """Questions whose answer holds no two scores."""
+    """Number of questions whose answer does not contain two scores."""
     refused: int
-    """Questions that the endpoint did not take."""
+    """Number of questions that the endpoint rejected."""
     not_asked: int
-    """Questions for which the budget did not suffice."""
+    """Number of questions that were not sent because the budget was spent."""
     cached: int
-    """Requests that were answered from the cache."""
+    """Number of requests answered from the cache."""
     reason: str = ""
-    """What the endpoint said when it refused, or the beginning of an answer that could not be read."""
+    """The error of the first rejected request, or the beginning of the first answer that could not be parsed."""
 
     def ratios(self) -> list[float]:
-        """100 · Σ student / Σ reference, one for each seed."""
+        """100 · Σ student / Σ reference, for each seed."""
         seeds = sorted({question.seed for question, _, _ in self.scores})
         rows = [[(s, r) for question, s, r in self.scores if question.seed == seed] for seed in seeds]
         return [100.0 * sum(s for s, _ in row) / sum(r for _, r in row) for row in rows]
 
-    def figures(self) -> dict[str, float]:
-        """Ratio in percent (mean over seeds), mean scores, and over how many questions."""
+    def metrics(self) -> dict[str, float]:
+        """Ratio in percent (mean over seeds), mean scores, and number of questions with scores."""
         return {
             "judge_ratio": statistics.fmean(self.ratios()),
             "judge_student": statistics.fmean(student for _, student, _ in self.scores),
@@ -160,41 +160,41 @@ class Verdict:
         }
 
 
-class Session:
-    """Questions that are being asked in the background, each request once.
+class JudgeRun:
+    """Sends questions to the judge in background threads, each different request once.
 
     Args:
-        questions: in the order in which to spend the budget.
+        questions: the questions; the budget is spent in their order.
         endpoint: the judge.
-        account: who pays.
-        cache: of earlier answers.
-        swap: ask both orders of the two answers, and take the mean.
-        num_workers: requests under way at a time.
+        tracker: tracks the cost and enforces the budget.
+        cache: earlier answers.
+        swap: request both orders of the two answers, and take the mean.
+        num_workers: number of simultaneous requests.
 
     Raises:
-        EndpointError: if there is no key.
+        EndpointError: if the API key is missing or not valid.
     """
 
     def __init__(
         self,
         questions: Sequence[Question],
         endpoint: ChatEndpoint,
-        account: Account,
+        tracker: CostTracker,
         cache: AnswerCache,
         *,
         swap: bool = False,
         num_workers: int = 4,
     ) -> None:
-        self._endpoint, self._account, self._cache = endpoint, account, cache
+        self._endpoint, self._tracker, self._cache = endpoint, tracker, cache
         key = endpoint.key()
-        self._asked: list[tuple[Question, list[str]]] = []
+        self._requests: list[tuple[Question, list[str]]] = []
         bodies: dict[str, dict[str, Any]] = {}
         for question in questions:
             orders = (True, False) if swap else (True,)
             both = [endpoint.body(question.messages(reference_first=order)) for order in orders]
             requests = [request_hash(endpoint, body) for body in both]
             bodies |= dict(zip(requests, both, strict=True))
-            self._asked.append((question, requests))
+            self._requests.append((question, requests))
         new = {request: body for request, body in bodies.items() if cache.get(request) is None}
         self.cached = len(bodies) - len(new)
         self._refused: dict[str, str] = {}
@@ -207,21 +207,21 @@ class Session:
 
     def _ask(self, request: str, body: dict[str, Any], key: str | None) -> None:
         try:
-            answer = ask(self._endpoint, self._account, body, key, self._stop)
+            answer = ask(self._endpoint, self._tracker, body, key, self._stop)
         except RequestRefusedError as error:
             self._refused[request] = str(error)
         except EndpointError as error:
             self._error = self._error or error
-            self._stop.set()  # the others would only learn the same
+            self._stop.set()  # the other requests would fail in the same way
         else:
             if answer is not None:
                 self._cache.put(request, answer)
 
     def wait(self, seconds: float) -> bool:
-        """Whether all is answered, after at most ``seconds``.
+        """Wait at most ``seconds``; True if all requests are finished.
 
         Raises:
-            EndpointError: if the endpoint cannot be used. What was answered before is in the cache.
+            EndpointError: if the endpoint cannot be used. Earlier answers are in the cache.
         """
         done, self._pending = wait(self._pending, timeout=seconds)
         for future in done:
@@ -231,16 +231,16 @@ class Session:
         return not self._pending
 
     def close(self) -> None:
-        """Ask no more."""
+        """Stop sending requests, and wait for the running ones."""
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def verdict(self) -> Verdict:
-        """What all answers say together."""
+    def result(self) -> JudgeResult:
+        """The scores over all answers."""
         scores: list[tuple[Question, float, float]] = []
         counts = {"unparsable": 0, "refused": 0, "not_asked": 0}
         reason = ""
-        for question, requests in self._asked:
+        for question, requests in self._requests:
             refusals = [self._refused[request] for request in requests if request in self._refused]
             answers = [answer for request in requests if (answer := self._cache.get(request)) is not None]
             pairs = [pair for answer in answers if (pair := parse_scores(answer)) is not None]
@@ -253,8 +253,8 @@ class Session:
                 reason = reason or refusals[0]
             elif len(answers) == len(requests):
                 counts["unparsable"] += 1
-                unread = next(answer for answer in answers if parse_scores(answer) is None)
-                reason = reason or f"The judge said {unread[:80]!r}, and two scores on the first line were asked for."
+                unparsed = next(answer for answer in answers if parse_scores(answer) is None)
+                reason = reason or f"The judge answered {unparsed[:80]!r}, but the first line must be two scores."
             else:
                 counts["not_asked"] += 1
-        return Verdict(tuple(scores), cached=self.cached, reason=reason, **counts)
+        return JudgeResult(tuple(scores), cached=self.cached, reason=reason, **counts)

@@ -1,4 +1,4 @@
-"""The tokens of a few words as a tree: the probability of each word from as few rows of logits as there are branchings."""
+"""A prefix tree of the tokens of a few words: words with a common prefix share its rows of logits."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from lit_distill.models.chunked_head import chunk_rows_for
-from lit_distill.models.head import Head
+from lit_distill.models import LMHead
+from lit_distill.models.lm_head import chunk_rows_for
 
 
 class WordTree:
-    """Words that may follow a prompt; a node is a beginning of a word, and its row of logits says what comes next.
+    """A prefix tree of the words that may follow a prompt; a node is a prefix, its row of logits predicts the next token.
 
-    Words of one token all hang on one node, the end of the prompt. A longer word adds a node for each of its own
-    beginnings, and one more text to read unless another word begins as it does.
+    All words of one token use only the root, the end of the prompt. A longer word adds a node for each prefix that is new, and
+    one more sequence for the model unless all these prefixes are nodes already.
 
     Args:
-        words: the tokens of each.
-        texts: the same as text, for messages.
-        key: where they stand in the YAML.
+        words: token ids of each word.
+        texts: the words as text, for error messages.
+        key: the YAML key of the words.
 
     Raises:
-        ValueError: naming the key, for a word without tokens, or one that is the beginning of another.
+        ValueError: if a word has no tokens or is a prefix of another; the message names the key.
     """
 
     def __init__(self, words: Sequence[list[int]], texts: Sequence[str], key: str) -> None:
@@ -32,8 +32,8 @@ class WordTree:
         self.key = key
         self.words = words
         self.rows: list[list[int]] = []
-        """The words that a model has to read to pass every node."""
-        places: dict[tuple[int, ...], int] = {}  # node -> which of the tokens of all rows it predicts
+        """The words that the model has to process so that every node is computed."""
+        places: dict[tuple[int, ...], int] = {}  # node -> index of its prediction among the tokens of all rows
         for word in sorted(words, key=len, reverse=True):
             new = {tuple(word[:end]): self.num_targets + end for end in range(len(word))}
             if not new.keys() <= places.keys():
@@ -45,26 +45,26 @@ class WordTree:
         self.steps = [
             [(nodes[tuple(word[:end])], self.tokens.index(token)) for end, token in enumerate(word)] for word in words
         ]
-        """Of each word, the node and the token (as an index of `tokens`) of each step."""
+        """For each word and each of its tokens: the node that predicts it, and the index of the token in `tokens`."""
 
     @property
     def num_targets(self) -> int:
-        """T, the tokens of all rows."""
+        """T, the number of tokens of all rows."""
         return sum(map(len, self.rows))
 
-    def logprobs(self, hidden: Tensor, head: Head) -> Tensor:
+    def logprobs(self, hidden: Tensor, head: LMHead) -> Tensor:
         """Log-probability ``[B, W]`` float32 of each word: the sum over its tokens.
 
         Args:
-            hidden: ``[B, T, H]``: after each of B prompts, what predicts the T tokens of `rows`.
-            head: of the model; applied to the nodes alone, a few at a time.
+            hidden: ``[B, T, H]`` hidden states that predict the T tokens of `rows` after each of B prompts.
+            head: LM head of the model; applied only to the nodes, a chunk of rows at a time.
 
         Raises:
-            ValueError: if a token is none that student and teacher share.
+            ValueError: if student and teacher do not share a token of the words.
         """
         if self.tokens[-1] >= len(head.weight):
             raise ValueError(
-                f"{self.key}: their tokens go up to {self.tokens[-1]}, but student and teacher share only the first "
+                f"{self.key}: the words have token ids up to {self.tokens[-1]}, but student and teacher share only the first "
                 f"{len(head.weight)}. Choose other words."
             )
         nodes = hidden[:, self.places].flatten(0, 1)
@@ -81,7 +81,7 @@ class WordTree:
 def _check(words: Sequence[list[int]], texts: Sequence[str], key: str) -> None:
     for word, text in zip(words, texts, strict=True):
         if not word:
-            raise ValueError(f"{key}: the tokenizer makes nothing of {text!r}. Choose another word.")
+            raise ValueError(f"{key}: the tokenizer gives no tokens for {text!r}. Choose another word.")
     for i, j in permutations(range(len(words)), 2):
         if words[i] == words[j]:
             raise ValueError(
@@ -90,6 +90,6 @@ def _check(words: Sequence[list[int]], texts: Sequence[str], key: str) -> None:
         if words[j][: len(words[i])] == words[i]:
             raise ValueError(
                 f"{key}: the tokens of {texts[i]!r} {words[i]} are the beginning of those of {texts[j]!r} {words[j]}: "
-                "whoever says the second has said the first, so their probabilities overlap and cannot be compared. "
-                "Change one of them, or let both end in a mark, as a full stop."
+                "every response with the second begins with the first, so their probabilities overlap and cannot be compared. "
+                "Change one of them, or let both end with a full stop."
             )

@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the mathematics of distillation as pure functions that import torch alone."""
+"""The mathematics of distillation as pure functions on tensors; the only import is torch."""
 
 from lit_distill.functional.calibration import (
     CalibrationBins,

@@ -1,4 +1,4 @@
-"""How far confidence can be trusted: reliability bins, calibration error and the Brier score."""
+"""Calibration of confidences: reliability bins, expected calibration error and the Brier score."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class CalibrationBins(NamedTuple):
     """Predictions grouped by confidence, ``[K]`` float64 each; a bin without predictions has NaN means."""
 
     low: Tensor
-    """Least confidence of the bin: its edge, or its least member where bins hold equally many."""
+    """Lowest confidence of the bin: its edge (equal width) or its lowest member (equal mass)."""
     high: Tensor
-    """Greatest confidence of the bin, likewise."""
+    """Highest confidence of the bin: its edge (equal width) or its highest member (equal mass)."""
     confidence: Tensor
     """Mean confidence of its predictions."""
     accuracy: Tensor
     """Share of its predictions that are correct."""
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
-    """How many predictions it has."""
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is not used
+    """Number of its predictions."""
 
 
 def equal_width_bins(confidences: Tensor, correct: Tensor, num_bins: int = 15) -> CalibrationBins:
@@ -31,7 +31,7 @@ def equal_width_bins(confidences: Tensor, correct: Tensor, num_bins: int = 15) -
 
     Args:
         confidences: ``[N]`` probabilities of the predictions.
-        correct: ``[N]`` bool, whether each came true.
+        correct: ``[N]`` bool, whether each prediction is correct.
         num_bins: K, >= 1.
 
     Raises:
@@ -52,7 +52,7 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, num_bins: int = 15) ->
 
     Args:
         confidences: ``[N]`` probabilities of the predictions.
-        correct: ``[N]`` bool, whether each came true.
+        correct: ``[N]`` bool, whether each prediction is correct.
         num_bins: K, >= 1.
 
     Raises:
@@ -63,7 +63,7 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, num_bins: int = 15) ->
     _check(confidences, correct, num_bins)
     ordered, order = confidences.double().sort()
     rank_of_tie = torch.searchsorted(ordered, ordered)
-    members = (rank_of_tie * num_bins // max(1, len(ordered))).clamp(max=num_bins - 1)  # NaN ranks behind the last
+    members = (rank_of_tie * num_bins // max(1, len(ordered))).clamp(max=num_bins - 1)  # NaN is sorted last
     low, high = (
         torch.full((num_bins,), float("nan"), dtype=torch.float64, device=ordered.device).scatter_reduce(
             0, members, ordered, reduce, include_self=False
@@ -74,9 +74,9 @@ def equal_mass_bins(confidences: Tensor, correct: Tensor, num_bins: int = 15) ->
 
 
 def expected_calibration_error(bins: CalibrationBins) -> Tensor:
-    """Mean over predictions of |accuracy − confidence| of their bin: 0 for a model that is as often right as it says.
+    """Mean over predictions of |accuracy − confidence| of their bin: 0 for a perfectly calibrated model.
 
-    On N predictions of a perfectly calibrated model it is above 0, of order sqrt(K / N): compare at equal N and K.
+    On a finite number N of predictions it is above 0 even then, of order sqrt(K / N): compare at equal N and K.
 
     Args:
         bins: of `equal_width_bins` for the usual ECE, of `equal_mass_bins` for the adaptive one.
@@ -91,13 +91,13 @@ def expected_calibration_error(bins: CalibrationBins) -> Tensor:
 
 
 def brier_score(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Squared distance of each predicted distribution from what came true: sum over v of (p_v − 1[v = label])².
+    """Squared distance of each predicted distribution from the label: sum over v of (p_v − 1[v = label])².
 
-    The multiclass form of Brier's paper; with two classes it is twice the square of 1 − p_label that others report.
+    This is the multiclass form of Brier's paper. With two classes it is twice (1 − p_label)², the form that others report.
 
     Args:
         probabilities: ``[..., V]``, each row sums to 1.
-        labels: ``[...]`` int64, what came true.
+        labels: ``[...]`` int64, the correct classes.
 
     Returns:
         ``[...]``, 0 to 2.

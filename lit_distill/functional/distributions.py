@@ -1,4 +1,4 @@
-"""Distributions over the vocabulary as finite float32 log-probabilities: what the divergences are made of."""
+"""Distributions over the vocabulary as finite float32 log-probabilities; the basis of the divergences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IMPOSSIBLE = -1e4  # log-probability of a token with logit -inf: its exp() is 0 in float32, and 0 times it is 0, not NaN
-NO_MASS = -100.0  # exp() of less is below what float32 holds
+NO_MASS = -100.0  # exp() of less is 0 in float32
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -54,7 +54,7 @@ def log_mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
 
 
 def with_gradient(value: Tensor, log_q: Tensor, gradient: Tensor) -> Tensor:
-    """``value`` [...], whose derivative by ``log_q`` is ``gradient`` [..., V]."""
+    """``value`` [...] in the graph, with ``gradient`` [..., V] as its derivative by ``log_q``."""
     attached: Tensor = _WithGradient.apply(value, log_q, gradient)
     return attached
 
@@ -73,13 +73,13 @@ class _WithGradient(torch.autograd.Function):
 
 
 @torch.no_grad()
-def escapes(log_p: Tensor, log_q: Tensor) -> Tensor:
+def has_support_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
     """[...] bool: p has mass on a token that is impossible under q."""
     return ((log_q <= IMPOSSIBLE) & (log_p > NO_MASS)).any(-1)
 
 
 def infinite_where(condition: Tensor) -> Tensor:
-    """+inf where the condition holds, else 0: added to a value it leaves the gradient alone."""
+    """+inf where the condition holds, else 0. Adding it to a value does not change the gradient."""
     return torch.zeros_like(condition, dtype=torch.float32).masked_fill_(condition, torch.inf)
 
 
@@ -89,7 +89,7 @@ def _check_temperature(temperature: float) -> None:
 
 
 def check_same_vocabulary(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Refuses logits that do not line up, and says which way they differ.
+    """Reject logits of different shapes, with a message about how they differ.
 
     Raises:
         ValueError: if the shapes differ.
@@ -100,7 +100,7 @@ def check_same_vocabulary(student_logits: Tensor, teacher_logits: Tensor) -> Non
     if student and teacher and student[:-1] == teacher[:-1]:
         common = min(student[-1], teacher[-1])
         raise ValueError(
-            f"The student scores {student[-1]} tokens and the teacher {teacher[-1]}. If the tokenizers agree and "
+            f"The student scores {student[-1]} tokens and the teacher {teacher[-1]}. If the tokenizers are equal and "
             "only the padding of the vocabularies differs, slice both to the common tokens, "
             f"logits[..., :{common}]; otherwise choose a student and a teacher with the same tokenizer."
         )

@@ -7,13 +7,13 @@ rules:
 - the teacher is a constant: no gradient reaches ``teacher_logits``;
 - a logit of -inf (or any log-probability below -10,000) is an impossible token. Impossible for both: it contributes
   exactly 0 and gets no gradient. Impossible for one: the value is what theory says, +inf where the divergence is
-  unbounded (forward KL and soft cross-entropy if the student cannot say what the teacher does, reverse KL if it is the
-  other way round); the gradient reads log 0 as -10,000, so it is finite and points away from the gap;
+  unbounded (forward KL and soft cross-entropy if the token is impossible for the student only, reverse KL if it is
+  impossible for the teacher only); the gradient uses -10,000 for log 0, so it is finite and points away from the gap;
 - p = q gives 0 with zero gradient, up to rounding: a sum of signed terms may end a few float32 ulps below 0.
 
-Every gradient is written out, as the derivative by log q, which log-softmax turns into one by the logits: besides the
-student's log-probabilities a single ``[..., V]`` is kept for the backward pass. Terms proportional to q alone are left
-out of it, because log-softmax cancels them. Differentiable once.
+Every gradient is computed in closed form, as the derivative by log q; autograd applies that of log-softmax. So besides the
+student's log-probabilities, a single ``[..., V]`` is stored for the backward pass. Terms proportional to q alone are left
+out of it, because log-softmax cancels them. The functions are differentiable once.
 
 | function | formula | source |
 |---|---|---|
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.functional.distributions import (
-    escapes,
+    has_support_gap,
     infinite_where,
     log_mixture,
     student_and_teacher_log_probs,
@@ -42,7 +42,7 @@ from lit_distill.functional.distributions import (
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""Per-token KL(teacher || student): punishes the student for missing what the teacher would say.
+    r"""Per-token KL(teacher || student): punishes the student for giving low probability to the teacher's tokens.
 
     Args:
         student_logits: ``[..., V]`` scores of the student; receives the gradient.
@@ -50,7 +50,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
         temperature: divides both, > 0. The result is not multiplied by its square.
 
     Returns:
-        ``[...]`` float32, nats, >= 0; +inf where the student cannot say what the teacher does.
+        ``[...]`` float32, nats, >= 0; +inf where a token of the teacher is impossible for the student.
 
     Raises:
         ValueError: if the shapes differ, as with vocabularies padded to different sizes, or the temperature is not > 0.
@@ -60,12 +60,12 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
     with torch.no_grad():
         p = log_p.exp()
-        value = (p * (log_p - log_q)).sum(-1) + infinite_where(escapes(log_p, log_q))
+        value = (p * (log_p - log_q)).sum(-1) + infinite_where(has_support_gap(log_p, log_q))
     return with_gradient(value, log_q, p.neg_())
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""Per-token KL(student || teacher): punishes the student for saying what the teacher would not.
+    r"""Per-token KL(student || teacher): punishes the student for tokens that the teacher finds improbable.
 
     Over prefixes sampled from the student its mean gradient is MiniLLM's Single term.
 
@@ -75,7 +75,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
         temperature: divides both, > 0.
 
     Returns:
-        ``[...]`` float32, nats, >= 0; +inf where the teacher cannot say what the student does.
+        ``[...]`` float32, nats, >= 0; +inf where a token of the student is impossible for the teacher.
 
     Raises:
         ValueError: if the shapes differ, as with vocabularies padded to different sizes, or the temperature is not > 0.
@@ -85,7 +85,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
     with torch.no_grad():
         terms = log_q.exp() * (log_q - log_p)
-        value = terms.sum(-1) + infinite_where(escapes(log_q, log_p))
+        value = terms.sum(-1) + infinite_where(has_support_gap(log_q, log_p))
     return with_gradient(value, log_q, terms)
 
 
@@ -239,7 +239,7 @@ def adaptive_kl(
     with torch.no_grad():
         p, q = log_p.exp(), log_q.exp()
         weight = _share_of_gap_in_head(p, q, head_mass)
-        infinite = ((weight > 0) & escapes(log_p, log_q)) | ((weight < 1) & escapes(log_q, log_p))
+        infinite = ((weight > 0) & has_support_gap(log_p, log_q)) | ((weight < 1) & has_support_gap(log_q, log_p))
         forward, reverse = p.mul_(weight.unsqueeze(-1)), q.mul_(1 - weight.unsqueeze(-1))
         log_ratio = log_q - log_p
         reverse_terms = reverse.mul_(log_ratio)
@@ -256,7 +256,7 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperatu
         temperature: divides both, > 0. The result is not multiplied by its square.
 
     Returns:
-        ``[...]`` float32, nats, >= 0; +inf where the student cannot say what the teacher does.
+        ``[...]`` float32, nats, >= 0; +inf where a token of the teacher is impossible for the student.
 
     Raises:
         ValueError: if the shapes differ, as with vocabularies padded to different sizes, or the temperature is not > 0.
@@ -266,15 +266,17 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperatu
     log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
     with torch.no_grad():
         p = log_p.exp()
-        value = -(p * log_q).sum(-1) + infinite_where(escapes(log_p, log_q))
+        value = -(p * log_q).sum(-1) + infinite_where(has_support_gap(log_p, log_q))
     return with_gradient(value, log_q, p.neg_())
 
 
 def _share_of_gap_in_head(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
-    """[...]: how much of sum(abs(p - q)) lies on the fewest tokens that hold ``head_mass`` of p; 0 for p = q."""
+    """[...]: share of sum(abs(p - q)) on the smallest set of tokens with ``head_mass`` of p; 0 for p = q."""
     sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
     gap = (sorted_p - q.gather(-1, order)).abs_()
-    in_head = sorted_p.cumsum(-1).sub_(sorted_p) < head_mass  # mass of the tokens before: the one that crosses is in
+    in_head = (
+        sorted_p.cumsum(-1).sub_(sorted_p) < head_mass
+    )  # compares the mass before a token, so the one that crosses head_mass is in the head
     return (gap * in_head).sum(-1) / gap.sum(-1).clamp(min=torch.finfo(gap.dtype).tiny)
 
 

@@ -1,4 +1,4 @@
-"""Exposure bias: how much a student errs for walking its own way rather than its teacher's."""
+"""Exposure bias: excess accumulated error of a student on its own prefixes over the teacher's prefixes."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_distill.functional.masked import check_shapes, widen
+from lit_distill.functional.masking import check_shapes, upcast
 
 RESOLUTION = 1e-6
-"""Nats per token below which a sum of float32 divergences is rounding."""
+"""Nats per token; a sum of float32 divergences below it is considered rounding error."""
 
 
 class ExposureBias(NamedTuple):
-    """Three curves over the length l; entry l − 1 is that of the first l tokens."""
+    """Three curves over the length l; entry l − 1 is the value for the first l tokens."""
 
     regret: Tensor
-    """[T] nats: R(l), errors summed along texts that the student wrote."""
+    """[T] nats: R(l), errors accumulated along sequences that the student generated."""
     baseline: Tensor
-    """[T] nats: l·ε(l), errors summed along texts that the teacher wrote."""
+    """[T] nats: l·ε(l), errors accumulated along sequences that the teacher generated."""
     excess: Tensor
-    """[T] percent: ExAccErr(l), how much larger R(l) is than l·ε(l), in percent of it."""
+    """[T] percent: ExAccErr(l), by how many percent R(l) is larger than l·ε(l)."""
 
 
 def exposure_bias(student_errors: Tensor, teacher_errors: Tensor) -> ExposureBias:
-    r"""Excess accumulated error of a student over all lengths: 0 for one that errs on its own texts as on its teacher's.
+    r"""Excess accumulated error of a student at every length: 0 if its error is the same on its own and the teacher's prefixes.
 
-    Where both sums are below 1e-6 nats per token, student and teacher are one up to rounding, and the excess is 0 rather
-    than 0/0. If the student errs on its own texts alone it is +inf. A ratio of two estimates is biased by about one over
-    the number of texts.
+    Where both sums are below 1e-6 nats per token, student and teacher are equal up to rounding, and the excess is 0 rather
+    than 0/0. If the student has errors on its own prefixes only, it is +inf. As a ratio of two estimates it is biased, by about
+    one over the number of sequences.
 
     Args:
-        student_errors: ``[T]`` nats: the mean of e_t = KL(teacher || student) over prefixes that the student wrote.
-        teacher_errors: ``[T]`` nats: the same over prefixes that the teacher wrote.
+        student_errors: ``[T]`` nats: the mean of e_t = KL(teacher || student) over prefixes that the student generated.
+        teacher_errors: ``[T]`` nats: the same over prefixes that the teacher generated.
 
     Returns:
         Curves ``[T]``.
@@ -44,7 +44,7 @@ def exposure_bias(student_errors: Tensor, teacher_errors: Tensor) -> ExposureBia
     Source: Arora et al. 2022, https://arxiv.org/abs/2204.01171; MiniLLM, https://arxiv.org/abs/2306.08543, section 3.3.
     """
     check_shapes(student_errors=student_errors, teacher_errors=teacher_errors)
-    regret, baseline = widen(student_errors).cumsum(dim=-1), widen(teacher_errors).cumsum(dim=-1)
+    regret, baseline = upcast(student_errors).cumsum(dim=-1), upcast(teacher_errors).cumsum(dim=-1)
     rounding = RESOLUTION * torch.arange(1, regret.shape[-1] + 1, device=regret.device)
     equal = (regret < rounding) & (baseline < rounding)
     return ExposureBias(regret, baseline, torch.where(equal, 0.0, 100 * (regret - baseline) / baseline))

@@ -1,8 +1,8 @@
-r"""Importance weights that undo the teacher's share of a teacher-mixed sampler, p̃ = αp + (1−α)q.
+r"""Importance weights that correct for the teacher's share of a teacher-mixed sampler, p̃ = αp + (1−α)q.
 
-MiniLLM's equation has Π_{≤t} q/p̃, its practice the one-token w_t; neither makes the Long term unbiased, because R_{t+1}
-holds rewards of tokens drawn from p̃ after t. Per-decision weights do, and are ours: Π_{≤t'} w on every reward r_t', and
-Π_{<t} w on the Single term of position t. `decision_weights` says which weight goes where.
+MiniLLM's equation has Π_{≤t} q/p̃; in practice it uses w_t of one token. Neither makes the Long term unbiased, because R_{t+1}
+contains rewards of tokens sampled from p̃ after t. Our per-decision weights (`exact`) do: Π_{≤t'} w on every reward r_t', and
+Π_{<t} w on the Single term of position t. `decision_weights` returns all of them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_distill.functional.masked import check_shapes, keep
+from lit_distill.functional.masking import check_shapes, masked_fill_outside
 
 WeightKind = Literal["token", "prefix", "exact"]
 
-MAX_LOG_WEIGHT = 80.0  # products of weights stop at e^80, where float32 still holds them
+MAX_LOG_WEIGHT = 80.0  # products of weights are limited to e^80, which float32 can represent
 
 
 class DecisionWeights(NamedTuple):
-    """Where the importance weights of one kind go; three ``[B, T]``, no gradient."""
+    """The importance weights of one kind for each place where they are used; three ``[B, T]``, without gradient."""
 
     rewards: Tensor
     """Multiply every reward before `reward_to_go`."""
@@ -36,21 +36,21 @@ class DecisionWeights(NamedTuple):
 def importance_weights(
     student_logprobs: Tensor, teacher_logprobs: Tensor, alpha: float, mask: Tensor, kind: WeightKind = "token"
 ) -> Tensor:
-    r"""Weights that undo the teacher's share of the sampler, from w_t = q(y_t)/p̃(y_t), 0 <= w_t <= 1/(1 - alpha).
+    r"""Weights that correct for the teacher's share of the sampler, from w_t = q(y_t)/p̃(y_t), 0 <= w_t <= 1/(1 - alpha).
 
-    - ``token``: w_t. Mean 1 after every prefix and little variance; biased, since prefixes still come from p̃.
-    - ``prefix``: Π_{s<=t} w_s. Unbiased for what token t and its prefix decide (Single); biased for Long.
-    - ``exact``: Π_{s<t} w_s. Unbiased for what the prefix alone decides: Single, with less variance than ``prefix``.
+    - ``token``: w_t. Mean 1 after every prefix and low variance; biased, since prefixes still come from p̃.
+    - ``prefix``: Π_{s<=t} w_s. Unbiased for terms that depend on token t and its prefix (Single); biased for Long.
+    - ``exact``: Π_{s<t} w_s. Unbiased for terms that depend on the prefix alone: Single, with less variance than ``prefix``.
       The exact Long term needs weights on its rewards instead: see `decision_weights`.
 
     With alpha = 0 every weight is exactly 1.
 
     Args:
-        student_logprobs: ``[B, T]`` log q of the sampled tokens, when and at the temperature they were sampled.
+        student_logprobs: ``[B, T]`` log q of the sampled tokens at sampling time, at the sampling temperature.
         teacher_logprobs: ``[B, T]`` log p of the same tokens at the same temperature.
         alpha: share of the teacher in the sampler, in [0, 1].
         mask: ``[B, T]`` 1 for the tokens of the response, first EOS included.
-        kind: which product.
+        kind: ``token``, ``prefix`` or ``exact``.
 
     Returns:
         ``[B, T]`` >= 0; 0 where the mask is 0.
@@ -66,7 +66,7 @@ def importance_weights(
     if kind not in ("token", "prefix", "exact"):
         raise ValueError(f"importance_weight: expected token, prefix or exact, got {kind!r}.")
     kept = mask.bool()
-    student, teacher = keep(student_logprobs, kept), keep(teacher_logprobs, kept)
+    student, teacher = masked_fill_outside(student_logprobs, kept), masked_fill_outside(teacher_logprobs, kept)
     if alpha == 0:
         log_weights = torch.zeros_like(student)
     elif alpha == 1:
@@ -77,19 +77,19 @@ def importance_weights(
         log_weights = log_weights.cumsum(1)
     elif kind == "exact":
         log_weights = F.pad(log_weights.cumsum(1), (1, 0))[:, :-1]
-    return keep(log_weights.clamp(max=MAX_LOG_WEIGHT).exp(), kept)
+    return masked_fill_outside(log_weights.clamp(max=MAX_LOG_WEIGHT).exp(), kept)
 
 
 def decision_weights(
     student_logprobs: Tensor, teacher_logprobs: Tensor, alpha: float, mask: Tensor, kind: WeightKind = "token"
 ) -> DecisionWeights:
-    r"""Every place where MiniLLM's gradient needs an importance weight, filled for one choice of weight.
+    r"""All importance weights of MiniLLM's gradient for one kind of weight.
 
     | kind | each reward | Long | Single | mean gradient |
     |---|---|---|---|---|
     | `token` (paper's practice) | 1 | w_t | w_t | biased |
     | `prefix` (paper's equation) | 1 | Π_{<=t} | Π_{<=t} | Single exact, Long biased |
-    | `exact` | Π_{<=t} | 1 | Π_{<t} | exact, at the price of variance |
+    | `exact` | Π_{<=t} | 1 | Π_{<t} | exact, but higher variance |
 
     Since `exact` leaves the ratio at 1, clipping does not touch the first inner epoch.
 
@@ -129,6 +129,6 @@ def effective_sample_size(weights: Tensor, mask: Tensor) -> Tensor:
         ValueError: if the shapes differ.
     """
     check_shapes(weights=weights, mask=mask)
-    counted = keep(weights, mask.bool()).double()
+    counted = masked_fill_outside(weights, mask.bool()).double()
     squares = counted.square().sum()
     return torch.where(squares > 0, counted.sum().square() / squares, squares).float()

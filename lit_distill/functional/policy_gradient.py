@@ -1,16 +1,16 @@
-r"""MiniLLM's policy gradient: returns, importance weights, the clipped surrogate, and what to watch while they work.
+r"""MiniLLM's policy gradient: returns, importance weights, the clipped surrogate, and estimators to monitor.
 
 Student q, teacher p, sampler p̃ = αp + (1−α)q, reward r_t = log p(y_t) − log q(y_t), and the exact gradient
 ∇KL(q‖p) = Single + Long, Long = −E Σ_t R_{t+1} ∇log q(y_t), R_{t+1} = Σ_{t'>t} r_t'.
 
-Everything is ``[B, T]`` over the tokens of responses. Positions with mask 0 come out as 0; what stood there, and how
-many there are, changes no bit of any other value. Rewards, returns and weights are constants: no gradient leaves them.
+Everything is ``[B, T]`` over the tokens of responses. Results at positions with mask 0 are 0. The inputs there, and
+their number, do not change any bit of the other results. Rewards, returns and weights are constants, without gradient.
 float64 stays float64, everything else is computed in float32.
 
 | | MiniLLM (paper) | reference code | here |
 |---|---|---|---|
-| return | R_{t+1} | R_t: r_t counts twice beside Single | `include_current`; False is the paper |
-| discount | 1 | 0.95 | `gamma`, counted from the first reward of the sum, over kept tokens only |
+| return | R_{t+1} | R_t: r_t is counted twice, here and in Single | `include_current`; False is the paper |
+| discount | 1 | 0.95 | `gamma`, counted from the first reward of the sum, over tokens inside the mask only |
 | length norm | divisor T−t−1, off by one | tokens from t on | number of rewards in the sum; the empty sum is 0 |
 | advantages | as they are | whitened over the padded batch | `standardize`; `include_padding` is the code |
 | weight | exact Π_{≤t} w, used: w_t | w_t, on Long alone | `decision_weights`: `token`, `prefix`, `exact` |
@@ -34,7 +34,7 @@ from lit_distill.functional.importance import (
     effective_sample_size,
     importance_weights,
 )
-from lit_distill.functional.masked import check_shapes, keep, widen
+from lit_distill.functional.masking import check_shapes, masked_fill_outside, upcast
 
 __all__ = [
     "DecisionWeights",
@@ -63,14 +63,14 @@ def reward_to_go(
 ) -> Tensor:
     r"""Discounted sum, or mean, of the rewards that follow each token: the advantage of the Long term.
 
-    Unbiased for Long with gamma 1, without length normalisation and current reward, if tokens are drawn from the
+    Unbiased for Long with gamma 1, without length normalisation and current reward, if tokens are sampled from the
     student or the rewards carry `exact` weights. ``gamma`` < 1 and ``length_normalize`` trade bias for variance;
     ``include_current`` counts r_t a second time beside the Single term, so the sum of both has mean ∇KL + Single.
 
     Args:
         rewards: ``[B, T]`` nats, one per token.
         mask: ``[B, T]`` 1 for the tokens of the response, first EOS included.
-        gamma: discount per kept token, in [0, 1]; the first reward of each sum is not discounted.
+        gamma: discount per token inside the mask, in [0, 1]; the first reward of each sum is not discounted.
         include_current: sum from t (reference code) rather than from t + 1 (paper).
         length_normalize: divide by the number of rewards in the sum.
 
@@ -84,7 +84,7 @@ def reward_to_go(
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma: expected a discount in [0, 1], got {gamma}.")
     kept = mask.bool()
-    rewards = keep(rewards, kept)
+    rewards = masked_fill_outside(rewards, kept)
     running = torch.zeros_like(rewards[:, 0]) if rewards.shape[1] else rewards.new_zeros(len(rewards))
     columns = []
     # From the right, one column at a time: the order of additions is the same for every amount of padding.
@@ -96,7 +96,7 @@ def reward_to_go(
     if length_normalize:
         num_rewards = kept.flip(1).cumsum(1).flip(1) - (0 if include_current else kept.long())
         returns = returns / num_rewards.clamp(min=1)
-    return keep(returns, kept)
+    return masked_fill_outside(returns, kept)
 
 
 def clipped_surrogate(
@@ -108,24 +108,24 @@ def clipped_surrogate(
 ) -> Tensor:
     r"""Per-token loss -min(A ρ, A clip(ρ, 1 - ε, 1 + ε)) with ρ = exp(log q_new - log q_old) w: the Long term.
 
-    Its gradient is -A ρ ∇log q_new, hence -A w ∇log q at the first inner epoch, and 0 where clipping is active. That is
-    a bias, which `token` and `prefix` weights outside 1 ± ε cause already at the first inner epoch.
+    Its gradient is -A ρ ∇log q_new, hence -A w ∇log q at the first inner epoch, and 0 where clipping is active.
+    Clipping biases it; `token` and `prefix` weights outside 1 ± ε are clipped already at the first inner epoch.
 
     Args:
         logprobs: ``[...]`` log q of the sampled tokens now; receives the gradient.
-        old_logprobs: ``[...]`` the same when they were sampled.
+        old_logprobs: ``[...]`` the same at sampling time.
         advantages: ``[...]`` treated as constants.
         importance_weights: ``[...]`` ``long`` of `decision_weights`; treated as constants.
         clip_range: ε > 0, or None for no clipping.
 
     Returns:
-        ``[...]`` loss to minimise. Positions outside the mask are the caller's to drop.
+        ``[...]`` loss to minimise. The caller has to drop positions outside the mask.
 
     Raises:
         ValueError: if clip_range is not > 0 or the shapes differ.
     """
     ratio = _ratio(logprobs, old_logprobs, advantages, importance_weights, clip_range)
-    advantages = widen(advantages).detach()
+    advantages = upcast(advantages).detach()
     if clip_range is None:
         return -advantages * ratio
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
@@ -139,7 +139,7 @@ def is_clipped(
     importance_weights: Tensor,
     clip_range: float | None = 0.2,
 ) -> Tensor:
-    """``[...]`` bool: the tokens whose gradient `clipped_surrogate` cuts off; arguments and errors as there."""
+    """``[...]`` bool: the tokens whose gradient is 0 by clipping in `clipped_surrogate`; same arguments and errors."""
     ratio = _ratio(logprobs, old_logprobs, advantages, importance_weights, clip_range)
     if clip_range is None:
         return torch.zeros_like(ratio, dtype=torch.bool)
@@ -150,12 +150,12 @@ def is_clipped(
 def scale_and_clip_rewards(rewards: Tensor, scale: float = 1.0, clip: float | None = None) -> Tensor:
     r"""Rewards divided by ``scale``, then limited to ± ``clip``.
 
-    The scale changes the weight of Long against Single; clipping biases the gradient wherever it bites.
+    The scale changes the weight of Long against Single; clipping biases the gradient where it is active.
 
     Args:
         rewards: ``[...]`` nats.
-        scale: divisor > 0; the reference code takes 0.5.
-        clip: limit > 0 after scaling, or None; the reference code takes 100.
+        scale: divisor > 0; the reference code uses 0.5.
+        clip: limit > 0 after scaling, or None; the reference code uses 100.
 
     Returns:
         ``[...]``.
@@ -167,7 +167,7 @@ def scale_and_clip_rewards(rewards: Tensor, scale: float = 1.0, clip: float | No
         raise ValueError(f"reward_scale: expected a divisor > 0, got {scale}.")
     if clip is not None and not clip > 0:
         raise ValueError(f"reward_clip: expected a limit > 0 or null, got {clip}.")
-    scaled = widen(rewards) / scale
+    scaled = upcast(rewards) / scale
     return scaled if clip is None else scaled.clamp(-clip, clip)
 
 
@@ -190,8 +190,8 @@ def standardize(
         include_padding: take the mean and the variance over all B·T positions with zeros in the padding, as the
             reference code does; then the amount of padding changes the result.
         eps: added to the variance.
-        sum_over_ranks: adds up ``[n]`` sums of all ranks, so that mean and variance are those of all; without it, this
-            rank's.
+        sum_over_ranks: sums a ``[n]`` tensor over all ranks, for mean and variance over all ranks; by default over this
+            rank only.
 
     Returns:
         ``[B, T]``; 0 where the mask is 0, and everywhere if fewer than two values count.
@@ -201,8 +201,10 @@ def standardize(
     """
     check_shapes(values=values, mask=mask)
     kept = mask.bool()
-    values = keep(values, kept)
-    counted = values.flatten() if include_padding else values[kept]  # flat: padding cannot reorder the sum
+    values = masked_fill_outside(values, kept)
+    counted = (
+        values.flatten() if include_padding else values[kept]
+    )  # flat: padding does not change the order of the sum
     total = sum_over_ranks or (lambda sums: sums)
     wide = counted.double()
     count, first = total(torch.stack([wide.new_tensor(float(wide.numel())), wide.sum()]))
@@ -210,15 +212,15 @@ def standardize(
     (squares,) = total((wide - mean).square().sum()[None])
     variance = squares / (count - 1).clamp(min=1)
     standardized = (values - mean.to(values.dtype)) * torch.rsqrt(variance + eps).to(values.dtype)
-    return keep(torch.where(count >= 2, standardized, torch.zeros_like(values)), kept)
+    return masked_fill_outside(torch.where(count >= 2, standardized, torch.zeros_like(values)), kept)
 
 
 @torch.no_grad()
 def reverse_kl_k1(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    r"""Per-token estimate log q(y_t) - log p(y_t) of KL(q‖p); minus it is MiniLLM's reward.
+    r"""Per-token estimate log q(y_t) - log p(y_t) of KL(q‖p); its negative is MiniLLM's reward.
 
-    Unbiased for tokens drawn from the student, of either sign. With a teacher-mixed sampler biased unless weighted by
-    ``prefix`` importance weights.
+    Unbiased for tokens sampled from the student; may be negative. With a teacher-mixed sampler it is biased unless weighted
+    by ``prefix`` importance weights.
 
     Args:
         student_logprobs: ``[...]`` log q of the sampled tokens.
@@ -229,14 +231,14 @@ def reverse_kl_k1(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 
     Source: http://joschu.net/blog/kl-approx.html.
     """
-    return widen(student_logprobs) - widen(teacher_logprobs)
+    return upcast(student_logprobs) - upcast(teacher_logprobs)
 
 
 @torch.no_grad()
 def reverse_kl_k3(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
     r"""Per-token estimate p/q - 1 - log(p/q) of KL(q‖p): never negative, and usually of lower variance than k1.
 
-    Unbiased for tokens drawn from the student wherever q > 0 covers p, biased as `reverse_kl_k1` otherwise.
+    Unbiased for tokens sampled from the student if q > 0 wherever p > 0; otherwise biased like `reverse_kl_k1`.
 
     Args:
         student_logprobs: ``[...]`` log q of the sampled tokens.
@@ -247,17 +249,17 @@ def reverse_kl_k3(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 
     Source: http://joschu.net/blog/kl-approx.html.
     """
-    log_ratio = widen(teacher_logprobs) - widen(student_logprobs)
+    log_ratio = upcast(teacher_logprobs) - upcast(student_logprobs)
     return (torch.expm1(log_ratio) - log_ratio).clamp(min=0)
 
 
 def _ratio(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, importance_weights: Tensor, clip_range: float | None
 ) -> Tensor:
-    """ρ with the graph of ``logprobs``."""
+    """ρ, differentiable by ``logprobs``."""
     check_shapes(
         logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, importance_weights=importance_weights
     )
     if clip_range is not None and not clip_range > 0:
         raise ValueError(f"clip_range: expected a number > 0, or null for no clipping, got {clip_range}.")
-    return torch.exp(widen(logprobs) - widen(old_logprobs).detach()) * widen(importance_weights).detach()
+    return torch.exp(upcast(logprobs) - upcast(old_logprobs).detach()) * upcast(importance_weights).detach()

@@ -1,12 +1,12 @@
-r"""Preference losses: the teacher's text y_t ("chosen") over the student's y_s ("rejected").
+r"""Preference losses: the teacher's response y_t ("chosen") over the student's y_s ("rejected").
 
-Student q, teacher p, h = log q(y_t)/p(y_t) − log q(y_s)/p(y_s), each part divided by its length where normalised. Signs
-are derived: the student's implicit reward is β log(q/p) + const, so the loss must fall as h grows, and the gradient of
+Student q, teacher p, h = log q(y_t)/p(y_t) − log q(y_s)/p(y_s), each part divided by its length if normalised. The signs
+are derived here: the student's implicit reward is β log(q/p) + const, so the loss must fall as h grows, and the gradient of
 −log σ(βh) carries the weight σ(−βh) = σ(r̂_s − r̂_t). Two methods share the name DPKD:
 
 | | DPKD (paper) | released code | here |
 |---|---|---|---|
-| y_t, y_s | whole texts of teacher and student | argmax of teacher and student at every position of the data | both |
+| y_t, y_s | whole responses of teacher and student | argmax of teacher and student at every position of the data | both |
 | function | | | `direct_preference_loss` [B] · `token_preference_loss` [..., V] |
 | gradient weight | printed with the wrong sign | right | right, by derivation |
 | `dpkd` | −log σ(βh), lengths divided out | −log σ(βh) | the same; `dpo` is another name of the token form |
@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_distill.functional.distributions import check_same_vocabulary, finite_log_softmax
-from lit_distill.functional.masked import check_shapes, widen
+from lit_distill.functional.masking import check_shapes, upcast
 
 PreferenceVariant = Literal["dpkd", "ipo", "cpo", "simpo", "dpop", "reference_free"]
 TokenPreferenceVariant = Literal["dpkd", "dpo", "ipo", "dpop", "reference_free", "simpo"]
 
 WITHOUT_TEACHER = ("cpo", "simpo", "reference_free")
-SIMPO_LENGTH = 256  # the released code's unit of length
+SIMPO_LENGTH = 256  # length unit of the released code
 
 
 def direct_preference_loss(
@@ -54,9 +54,9 @@ def direct_preference_loss(
     dpop_lambda: float = 50.0,
     cpo_nll_weight: float = 1.0,
 ) -> Tensor:
-    r"""Per-pair loss that prefers the teacher's text over the student's: DPKD and its relatives.
+    r"""Per-pair loss that prefers the teacher's response over the student's: DPKD and its variants.
 
-    The bare preference pushes log q(y_s) down without bound: log it, and add `NextToken` on y_t and the corpus loss.
+    The preference alone lowers log q(y_s) without bound: log it, and add `NextToken` on y_t and the corpus loss.
 
     Args:
         student_chosen: ``[B]`` log q(y_t), summed over the response; receives the gradient.
@@ -66,12 +66,12 @@ def direct_preference_loss(
         chosen_lengths: ``[B]`` tokens of y_t, > 0.
         rejected_lengths: ``[B]`` tokens of y_s, > 0.
         beta: preference temperature, > 0.
-        variant: ``cpo``, ``simpo`` and ``reference_free`` do not read the teacher.
-        length_normalize: divide every log-probability by its text's length. SimPO is defined with it.
+        variant: ``cpo``, ``simpo`` and ``reference_free`` do not use the teacher.
+        length_normalize: divide every log-probability by the length of its response. SimPO requires it.
         label_smoothing: probability in [0, 0.5] that the labels are swapped; 0 for ``ipo``, which has none.
-        target_margin: SimPO's γ, in units of reward; read by ``simpo`` alone.
-        dpop_lambda: weight of the penalty for losing log q(y_t); read by ``dpop`` alone.
-        cpo_nll_weight: weight of −log q(y_t); read by ``cpo`` alone. 0 where `NextToken` on y_t is an objective too.
+        target_margin: SimPO's γ, in units of reward; used by ``simpo`` only.
+        dpop_lambda: weight of the penalty if log q(y_t) is below log p(y_t); used by ``dpop`` only.
+        cpo_nll_weight: weight of −log q(y_t); used by ``cpo`` only. Set 0 if `NextToken` on y_t is an objective too.
 
     Returns:
         ``[B]`` nats (``ipo``: squared nats); log 2 at q = p for ``dpkd`` and ``dpop``.
@@ -83,7 +83,7 @@ def direct_preference_loss(
     """
     _check(variant, PreferenceVariant, beta, label_smoothing)
     if variant == "simpo" and not length_normalize:
-        raise ValueError("length_normalize: simpo is defined on per-token means; set true, or choose reference_free.")
+        raise ValueError("length_normalize: simpo needs per-token means. Set true, or choose variant reference_free.")
     check_shapes(
         student_chosen=student_chosen,
         student_rejected=student_rejected,
@@ -95,11 +95,11 @@ def direct_preference_loss(
     per_chosen, per_rejected = (
         n.clamp(min=1) if length_normalize else torch.ones_like(n) for n in (chosen_lengths, rejected_lengths)
     )
-    chosen, rejected = widen(student_chosen) / per_chosen, widen(student_rejected) / per_rejected
+    chosen, rejected = upcast(student_chosen) / per_chosen, upcast(student_rejected) / per_rejected
     chosen_ratio, rejected_ratio = chosen, rejected
     if variant not in WITHOUT_TEACHER:
-        chosen_ratio = chosen - widen(teacher_chosen).detach() / per_chosen
-        rejected_ratio = rejected - widen(teacher_rejected).detach() / per_rejected
+        chosen_ratio = chosen - upcast(teacher_chosen).detach() / per_chosen
+        rejected_ratio = rejected - upcast(teacher_rejected).detach() / per_rejected
     difference = chosen_ratio - rejected_ratio
     if variant == "ipo":
         return (difference - 1 / (2 * beta)).square()
@@ -114,7 +114,7 @@ def direct_preference_loss(
 def implicit_reward(
     student_logprobs: Tensor, teacher_logprobs: Tensor, lengths: Tensor, beta: float, length_normalize: bool = True
 ) -> Tensor:
-    r"""β log q(y)/p(y) per text, divided by its length where normalised: what the preference compares.
+    r"""β log q(y)/p(y) per response, divided by its length if normalised; the preference compares these rewards.
 
     Args:
         student_logprobs: ``[B]`` log q(y), summed over the response.
@@ -126,7 +126,7 @@ def implicit_reward(
     Returns:
         ``[B]`` nats. Chosen minus rejected is the margin; its sign is the preference's accuracy.
     """
-    log_ratio = widen(student_logprobs) - widen(teacher_logprobs)
+    log_ratio = upcast(student_logprobs) - upcast(teacher_logprobs)
     return beta * (log_ratio / lengths.clamp(min=1) if length_normalize else log_ratio)
 
 
@@ -140,9 +140,9 @@ def token_preference_loss(
     dpop_lambda: float = 50.0,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    r"""Per-token preference of the teacher's favourite token over the student's: the method of the released DPKD code.
+    r"""Per-token preference of the teacher's most probable token over the student's: the method of the released DPKD code.
 
-    Nothing is generated. ``dpkd`` is >= log 2, equal where both favourites agree; there its gradient is 0.
+    Nothing is generated. ``dpkd`` is >= log 2. Where both models have the same top token it is log 2, with gradient 0.
 
     Args:
         student_logits: ``[..., V]`` scores of the student; receives the gradient.
@@ -150,24 +150,24 @@ def token_preference_loss(
         beta: preference temperature, > 0.
         variant: ``dpo`` is the released code's name for ``dpkd``.
         label_smoothing: probability in [0, 0.5] that the labels are swapped; 0 for ``ipo``, which has none.
-        dpop_lambda: weight of the penalty for a lower log q(y_t) than the teacher's; read by ``dpop`` alone.
-        lengths: ``[...]``, or what broadcasts to it: tokens of the text that each position belongs to, which
-            ``simpo`` divides by. None takes logits of whole texts ``[B, S, V]`` and counts with `unrepeated_length`.
+        dpop_lambda: weight of the penalty if log q(y_t) is below log p(y_t); used by ``dpop`` only.
+        lengths: ``[...]`` or broadcastable to it: number of tokens of the response of each position, the divisor of
+            ``simpo``. None needs logits of whole responses ``[B, S, V]`` and counts with `unrepeated_length`.
 
     Returns:
         ``[...]`` float32 nats (``ipo``: squared nats).
 
     Raises:
         ValueError: if the variant is unknown, a number is outside its range, the shapes differ or ``simpo`` has neither
-            lengths nor whole texts.
+            lengths nor whole responses.
 
-    Source: microsoft/LMOps, dpkd; behaviour fixed by recorded inputs and outputs in the tests.
+    Source: microsoft/LMOps, dpkd; the tests compare with recorded inputs and outputs of that code.
     """
     _check(variant, TokenPreferenceVariant, beta, label_smoothing)
     check_same_vocabulary(student_logits, teacher_logits)
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     favourite, rival = teacher.argmax(-1, keepdim=True), student.argmax(-1, keepdim=True)
-    difference = _gap(student, favourite, rival)  # of log-probabilities: the normaliser cancels
+    difference = _gap(student, favourite, rival)  # equals that of log-probabilities: the normaliser cancels
     if variant != "reference_free":
         difference = difference - _gap(teacher, favourite, rival)
     if variant == "ipo":
@@ -180,7 +180,7 @@ def token_preference_loss(
         if lengths is None:
             if student.dim() < 3:
                 raise ValueError(
-                    "variant: simpo divides by the length of the whole text. Give lengths, or logits [B, S, V]."
+                    "variant: simpo divides by the length of the whole response. Pass lengths, or logits [B, S, V]."
                 )
             lengths = unrepeated_length(rival.squeeze(-1)).unsqueeze(-1)
         loss = loss * SIMPO_LENGTH / lengths
@@ -189,10 +189,10 @@ def token_preference_loss(
 
 @torch.no_grad()
 def unrepeated_length(tokens: Tensor) -> Tensor:
-    r"""Number of tokens before the run of equal tokens that ends a text, at least 1.
+    r"""Number of tokens before the repeated last token of a sequence, at least 1.
 
     Args:
-        tokens: ``[..., S]`` ids, as the student's argmax at every position.
+        tokens: ``[..., S]`` ids, such as the student's argmax at every position.
 
     Returns:
         ``[...]`` int64.
@@ -223,4 +223,6 @@ def _check(variant: str, variants: object, beta: float, label_smoothing: float) 
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing: expected a probability in [0, 0.5], got {label_smoothing}.")
     if variant == "ipo" and label_smoothing:
-        raise ValueError(f"label_smoothing: ipo has none, got {label_smoothing}. Set 0, or choose another variant.")
+        raise ValueError(
+            f"label_smoothing: expected 0 for variant ipo, got {label_smoothing}. Set 0, or choose another variant."
+        )

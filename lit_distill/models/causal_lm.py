@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model as a body and a head; the one place that shifts hidden states to targets."""
+"""A Hugging Face causal language model, split into a body and an LM head. Only this module aligns hidden states with targets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_distill.models.caching import Caching, only_recurrent
-from lit_distill.models.head import Head, head_of
+from lit_distill.models.fsdp import is_sharded, unshard_root, unsharded
+from lit_distill.models.lm_head import LMHead, head_of
 from lit_distill.models.precision import forward_only
-from lit_distill.models.sharding import gather_ends, held_whole, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,16 +24,15 @@ if TYPE_CHECKING:
 
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What a body's forward may call its key-value cache: the first since transformers 5.24, the second before and in models from
-elsewhere."""
+"""Names of the KV cache argument of the body's forward: the first since transformers 5.24, the second before and in custom code."""
 
 
 class CausalLM(nn.Module):
-    """A decoder whose logits are never computed for more tokens than somebody asks for.
+    """A causal language model that computes logits only for the requested tokens.
 
     Args:
         model: a `transformers` causal language model.
-        vocabulary_size: V, how many tokens it shares with its partner; defaults to all rows of its head.
+        vocabulary_size: V, the number of tokens that student and teacher share; defaults to all rows of the head.
         compile_body: run the body through `torch.compile`.
     """
 
@@ -42,15 +41,15 @@ class CausalLM(nn.Module):
         self.model = model
         self.training = model.training
         self.vocabulary_size = vocabulary_size or model.get_output_embeddings().weight.shape[0]
-        self.gathers = False
-        """Whether a sharded model is gathered once to write text, rather than for each token."""
-        self.partners: ProcessGroup | None = None
-        """The ranks that have the same items and run each block of this model together; None where each rank runs it by itself."""
-        self._whole = False
+        self.unshard_for_generation = False
+        """Whether a sharded model is gathered once for a whole generation, instead of for each token."""
+        self.tensor_parallel_group: ProcessGroup | None = None
+        """The ranks that process the same examples and compute each block together; None without tensor parallelism."""
+        self._is_unsharded = False
         self.base_fingerprint: int | None = None
-        """See `lora.fingerprint`: noted where the weights under adapters are sharded, and no longer to be looked at as one."""
+        """Result of `lora.fingerprint`, stored before the base weights are sharded; None if they are not."""
         self.caching: Caching | None = None
-        """See `caching_of`, which finds it out."""
+        """Set by `caching_of` at its first call."""
         taken = inspect.signature(model.base_model.forward).parameters
         self._takes_positions = "position_ids" in taken
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in taken), None)
@@ -58,21 +57,21 @@ class CausalLM(nn.Module):
             model.base_model.compile(dynamic=True)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states that predict the token after each input token.
+        """Hidden states from which the token after each input token is predicted.
 
         Args:
             input_ids: ``[B, S]``, the tokens that are not in the cache yet.
-            attention_mask: ``[B, C + S]``, over cached and new tokens; padding may stand on either side.
+            attention_mask: ``[B, C + S]``, over cached and new tokens; padding on either side.
             cache: keys and values of the first C tokens, extended in place.
 
         Returns:
             ``[B, S, H]`` in the body's dtype.
         """
         positions = {}
-        if self._takes_positions:  # counted from the first real token, so that padding on the left changes nothing
+        if self._takes_positions:  # counted from the first real token, so that left padding changes nothing
             position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
             positions["position_ids"] = position_ids[:, -input_ids.shape[1] :]
-        if cache is not None and only_recurrent(cache):  # nothing attends to what was read before
+        if cache is not None and only_recurrent(cache):  # no layer attends to cached tokens
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
         output = self.model.base_model(
             input_ids=input_ids,
@@ -89,21 +88,21 @@ class CausalLM(nn.Module):
         hidden = self(sequences.input_ids, sequences.attention_mask)
         return hidden[:, :-1][sequences.target_mask[:, 1:]]
 
-    def head(self) -> Head:
-        """The output projection over the common vocabulary; where it is sharded, a collective that gathers it.
+    def head(self) -> LMHead:
+        """The LM head over the common vocabulary; a collective that gathers it if the model is sharded.
 
-        It is good until the backward through it, or, without gradient, until the next optimiser step.
+        It is valid until its backward pass or, without gradient, until the next optimiser step.
         """
-        gather_ends(self)
+        unshard_root(self)
         return head_of(self.model, self.vocabulary_size)
 
-    def decoding_head(self) -> Head:
-        """The head without gradient, cast once to the dtype it will be applied in many times."""
+    def decoding_head(self) -> LMHead:
+        """The head without gradient, cast once to the dtype in which it is applied for every token."""
         return self.head().in_compute_dtype()
 
     @property
     def takes_cache(self) -> bool:
-        """Whether the body can be handed a cache."""
+        """Whether the body's forward has a cache argument."""
         return self._cache_argument is not None
 
     @property
@@ -112,8 +111,8 @@ class CausalLM(nn.Module):
         return self.model.config
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Evaluation mode for a while: without dropout, and with a key-value cache where gradient checkpointing forbids one."""
+    def eval_mode(self) -> Iterator[None]:
+        """Evaluation mode inside the context: no dropout, and a KV cache, which gradient checkpointing forbids in training."""
         was_training = self.training
         self.eval()
         try:
@@ -122,27 +121,27 @@ class CausalLM(nn.Module):
             self.train(was_training)
 
     @property
-    def runs_together(self) -> bool:
-        """Whether each forward is a collective: sharded, and not gathered for a while."""
-        return is_sharded(self) and not self._whole
+    def forward_is_collective(self) -> bool:
+        """Whether each forward is a collective: the model is sharded and not gathered at the moment."""
+        return is_sharded(self) and not self._is_unsharded
 
     @contextmanager
-    def speaking(self) -> Iterator[None]:
-        """Quiet while text is being written, and, where `gathers` says so, whole: then ranks need not wait for each other."""
-        hold = self.gathers and self.runs_together
+    def generation_mode(self) -> Iterator[None]:
+        """Evaluation mode for generation. With `unshard_for_generation` the model is gathered, so that ranks need not wait."""
+        unshard = self.unshard_for_generation and self.forward_is_collective
         device_type = self.model.device.type
-        whole = held_whole(self) if hold else nullcontext()
-        with self.quiet(), whole, _weights_cast_once(device_type), forward_only(device_type):
-            self._whole |= hold
+        gathered = unsharded(self) if unshard else nullcontext()
+        with self.eval_mode(), gathered, _cached_weight_casts(device_type), forward_only(device_type):
+            self._is_unsharded |= unshard
             try:
                 yield
             finally:
-                self._whole &= not hold
+                self._is_unsharded &= not unshard
 
 
 @contextmanager
-def _weights_cast_once(device: str) -> Iterator[None]:
-    """Let autocast keep its copies of weights, which do not change while text is written; Lightning's casts them for each token."""
+def _cached_weight_casts(device: str) -> Iterator[None]:
+    """Let autocast cache its casts of the weights during generation; Lightning's autocast would repeat them for each token."""
     if not torch.is_autocast_enabled(device):
         yield
         return
@@ -156,36 +155,38 @@ def _weights_cast_once(device: str) -> Iterator[None]:
 
 @torch.no_grad()
 def check_head(lm: CausalLM, key: str, device: torch.device | None = None) -> None:
-    """Compare the model's own logits with its head applied to its body, on a few tokens; a collective if it is sharded.
+    """Check on a few tokens that body and `LMHead` give the model's own logits, and that it is causal; a collective if sharded.
 
     Args:
         lm: the model.
         key: its YAML key, for messages.
-        device: where its inputs go; by default where its weights are.
+        device: device of the inputs; by default that of the weights.
 
     Raises:
-        ValueError: if the model does something to its logits that `Head` does not know, or does not read from left to right.
+        ValueError: if the model changes its logits in a way that `LMHead` does not support, or is not causal.
     """
     model = lm.model
     ids = torch.arange(8, device=device or model.device).repeat(3, 1) % lm.vocabulary_size
     mask = torch.ones_like(ids)
-    ids[1, 5:] = ids[0, :3]  # another text that begins alike, and the beginning with padding
+    ids[1, 5:] = ids[0, :3]  # row 1 has the same prefix and another end; row 2 the prefix and padding
     ids[2, 5:], mask[2, 5:] = 0, 0
-    with lm.quiet():  # ours first: the forward of a sharded model begins with its outermost module
+    with lm.eval_mode():  # ours first: a sharded model's first forward must start at its outermost module
         hidden = lm(ids, mask)
-        ours, *begun_alike = lm.head().logits(hidden.flatten(0, 1)).view(3, 8, -1)
+        ours, *same_prefix = lm.head().logits(hidden.flatten(0, 1)).view(3, 8, -1)
         own = model(input_ids=ids[:1], attention_mask=mask[:1], use_cache=False).logits[0].float()
         own = own[:, : lm.vocabulary_size]
-    tolerance = 2e-3 if hidden.dtype == torch.float32 else 0.05  # a soft cap far above the logits changes them little
+    tolerance = (
+        2e-3 if hidden.dtype == torch.float32 else 0.05
+    )  # tight: a soft cap far above the logits changes them little
     if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max())):
         raise ValueError(
-            f"{key}.path: {type(model).__name__} does something to its logits beyond bias, scale and soft-capping "
+            f"{key}.path: {type(model).__name__} changes its logits by more than bias, scale and soft-capping "
             f"(they differ by up to {float((own - ours).abs().max()):.3g} from the head applied to the body). "
             "Such a model is not supported."
         )
-    distances = [(other - ours)[:5].norm(dim=-1) / ours[:5].norm(dim=-1).clamp(min=1e-9) for other in begun_alike]
+    distances = [(other - ours)[:5].norm(dim=-1) / ours[:5].norm(dim=-1).clamp(min=1e-9) for other in same_prefix]
     if max(float(distance.mean()) for distance in distances) > 0.05:
         raise ValueError(
-            f"{key}.path: what {type(model).__name__} computes of a text depends on the tokens or the padding after it, so it does "
-            "not read from left to right. Such a model is not supported."
+            f"{key}.path: {type(model).__name__} is not causal: its output depends on the tokens or the padding after a text. "
+            "Such a model is not supported."
         )

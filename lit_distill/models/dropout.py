@@ -1,4 +1,4 @@
-"""Dropout switched off for good, so that a model in training mode computes what it would when sampled from."""
+"""Disables dropout permanently, so that a model gives the same logits in training mode as in generation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
-    """Set every probability of dropping something, and a router's noise, to zero, in place.
+    """Set all dropout probabilities and the noise of routers to zero, in place.
 
-    The policy ratio and a rollout's log-probabilities compare two forwards of one model, which dropout
-    would make differ. The model's config is changed too, since attention functions and exports read it.
+    The policy ratio compares log-probabilities of two forward passes of the same model, and dropout would make
+    them differ. The model's config is changed too, since attention functions and exports read it.
 
     Args:
-        model: changed; ``train()`` and ``eval()`` then compute the same.
+        model: changed in place; ``train()`` and ``eval()`` then compute the same.
     """
     for module in model.modules():
         if isinstance(module, _DropoutNd):

@@ -1,4 +1,4 @@
-"""Which model a spec means: the same in another folder is the same, and another one in the same folder is not."""
+"""Identifies the model of a spec by its weights, so that a moved copy is the same model and replaced files are a different one."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_distill.models.source import locate
+from lit_distill.models.location import resolve_location
 
 if TYPE_CHECKING:
     from lit_distill.models.spec import ModelSpec
 
 SAMPLES, SAMPLE = 16, 4096
-"""How many pieces of a file are read, and how many bytes of each."""
+"""Number of samples read from a file, and bytes in each."""
 
 
 def identity_of(spec: ModelSpec, key: str) -> dict[str, Any]:
-    """Plain values that tell the model of ``spec`` from others, however it is loaded.
+    """Plain values that identify the model of ``spec``, independent of how it is loaded.
 
     Args:
         spec: the model.
         key: its YAML key, for messages.
     """
-    source = locate(spec.path, f"{key}.path", spec.gguf_file, spec.revision)
+    source = resolve_location(spec.path, f"{key}.path", spec.gguf_file, spec.revision)
     content = _content(source.location, source.gguf_file) if source.local and not spec.from_scratch else None
     layers = [spec.keep_layers, spec.drop_layers]
     return {"path": spec.path, "revision": spec.revision, "layers": layers, "content": content}
 
 
 def is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two identities are of one model: by the weights where both have them, else by name."""
+    """Whether two identities are the same model: by the weights if both have a digest of them, else by path and revision."""
     if one["layers"] != other["layers"]:
         return False
     if one["content"] and other["content"]:
@@ -40,14 +40,14 @@ def is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 @lru_cache(maxsize=8)
 def _content(folder: str, gguf_file: str | None) -> str | None:
-    """A digest of the sizes of the weight files and of some bytes from all over them."""
+    """Digest of the weight files: of their sizes and of samples spread evenly over each."""
     files = [Path(folder) / gguf_file] if gguf_file else sorted(Path(folder).glob("*.safetensors"))
     code = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
         code.update(str(size).encode())
         with file.open("rb") as opened:
-            for place in range(SAMPLES):
-                opened.seek(max(0, (size - SAMPLE) * place // (SAMPLES - 1)))
+            for index in range(SAMPLES):
+                opened.seek(max(0, (size - SAMPLE) * index // (SAMPLES - 1)))
                 code.update(opened.read(SAMPLE))
     return code.hexdigest()[:32] if files else None

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) in a student's linear layers: they train, and the base model stays as it was loaded.
+"""Low-rank adapters (LoRA) in a student's linear layers: only the adapters are trained, the base model is frozen.
 
-The layers are peft's, put into the plain `transformers` model, so its body, head and cache are where they were. What trains is
-float32 over a base of any dtype. A checkpoint holds what trains and a fingerprint of the base.
+peft injects its layers into the plain `transformers` model, so body, head and cache keep their places. Trained weights are float32,
+for a base of any dtype. A checkpoint contains the trained weights and a fingerprint of the base.
 
 Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised scaling: https://arxiv.org/abs/2312.03732; DoRA:
 https://arxiv.org/abs/2402.09353.
@@ -25,105 +25,107 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
-"""The name that peft gives an adapter that has none; part of the names in checkpoints."""
+"""peft's default name of an adapter; part of the weight names in checkpoints."""
 
 
 @dataclass
 class LoraSpec:
-    """Adapters in a student's linear layers, in the words of peft's `LoraConfig`."""
+    """Adapters in a student's linear layers; fields as in peft's `LoraConfig`."""
 
     r: int = 8
     """Rank of the update of a layer's weight."""
     lora_alpha: float = 16
     """The update is scaled by lora_alpha / r."""
     lora_dropout: float = 0.0
-    """Share of an adapter's inputs that is dropped while it learns; never while text is written."""
+    """Dropout probability of the adapter's inputs in training; there is no dropout in generation."""
     target_modules: list[str] | str = "all-linear"
-    """Layers to adapt: the ends of their names, such as [q_proj, v_proj], a regular expression for whole names, or all linear
-    layers of the decoder."""
+    """Layers to adapt: a list of name endings, such as [q_proj, v_proj], a regular expression for full names, or all-linear for all
+    linear layers of the decoder."""
     modules_to_save: list[str] | None = None
-    """Modules that are trained whole, by the ends of their names, such as [lm_head]."""
+    """Modules whose full weights are trained, by name endings, such as [lm_head]."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
     use_dora: bool = False
-    """Learn the norm of each row of the weight apart from its direction."""
+    """Train the norm of each weight row separately from its direction (DoRA)."""
 
 
 def check_lora(lora: LoraSpec, key: str) -> None:
-    """Look at numbers that need no model, and whether peft is there.
+    """Check the settings that need no model, and that peft is installed.
 
     Args:
         lora: the adapters.
         key: their YAML key, such as ``model.student.lora``.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: if a setting is invalid or peft is missing; names the key.
     """
     if lora.r < 1:
         raise ValueError(f"{key}.r: expected a rank of at least 1, got {lora.r}. To train all weights, remove {key}.")
     if not lora.lora_alpha > 0:
-        raise ValueError(f"{key}.lora_alpha: expected a number > 0, got {lora.lora_alpha}. Usual is 2 * r.")
+        raise ValueError(f"{key}.lora_alpha: expected a number > 0, got {lora.lora_alpha}. A common value is 2 * r.")
     if not 0 <= lora.lora_dropout < 1:
-        raise ValueError(f"{key}.lora_dropout: expected a share in [0, 1), got {lora.lora_dropout}.")
+        raise ValueError(f"{key}.lora_dropout: expected a probability in [0, 1), got {lora.lora_dropout}.")
     if not lora.target_modules:
         raise ValueError(
-            f"{key}.target_modules is empty. Name layers, such as [q_proj, v_proj], or say all-linear, which is the default."
+            f"{key}.target_modules is empty. Give names of layers, such as [q_proj, v_proj], or all-linear."
         )
     if isinstance(lora.target_modules, str):
         try:
             re.compile(lora.target_modules)
         except re.error as error:
             raise ValueError(
-                f"{key}.target_modules: {lora.target_modules!r} is no regular expression ({error}). To name layers, give a list."
+                f"{key}.target_modules: {lora.target_modules!r} is not a regular expression ({error}). To give names, use a list."
             ) from error
     if find_spec("peft") is None:
         raise ValueError(f"{key}: adapters need peft, which is not installed. Run: pip install 'lit-distill[lora]'")
 
 
 def add_lora(model: PreTrainedModel, lora: LoraSpec, key: str) -> None:
-    """Put adapters into ``model``, in place, and freeze all else; what they draw first, from torch's generator, changes nothing.
+    """Inject adapters into ``model`` in place and freeze all other weights. torch's generator draws their initial values.
 
     Args:
-        model: its weights may be on the meta device and remain there; its adapters then get their values all the same.
+        model: its weights may be on the meta device and stay there; the adapters get values in any case.
         lora: the adapters.
         key: their YAML key, for messages.
 
     Raises:
-        ValueError: if a name is that of no layer, or of one whose adapter could not be respected, or that peft cannot adapt so.
+        ValueError: if a name matches no layer, or a layer that cannot have such an adapter here or in peft.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    whole = _check_names(model, lora, key)
+    saved = _check_names(model, lora, key)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
-        **asdict(replace(lora, modules_to_save=whole or None)),
+        **asdict(replace(lora, modules_to_save=saved or None)),
     )
     model.requires_grad_(False)
     before = torch.get_rng_state()
-    with warnings.catch_warnings():  # GPT-2's layers are transposed, its head is not, and peft corrects that one by one
+    with (
+        warnings.catch_warnings()
+    ):  # GPT-2's layers are transposed, its head is not; peft corrects fan_in_fan_out for each layer
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")  # fused experts do match
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")  # false for fused experts
         try:
             inject_adapter_in_model(config, model, ADAPTER)
         except ValueError as error:
-            said = str(error).rstrip(".")
-            raise ValueError(f"{key}: {said}. Change that, or name other layers in {key}.target_modules.") from error
+            message = str(error).rstrip(".")
+            raise ValueError(f"{key}: {message}. Change this setting, or {key}.target_modules.") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    torch.set_rng_state(before)  # the draws above depend on where the weights are
+    torch.set_rng_state(before)  # undo the draws above, which depend on the device of the weights
     layers: list[Any] = list(model.modules())
     for layer in layers:
         if hasattr(layer, "reset_lora_parameters") and ADAPTER in (*layer.lora_A, *layer.lora_embedding_A):
             _materialize(layer)
-            with _on_the_processor(layer):
+            with _moved_to_cpu(layer):
                 layer.reset_lora_parameters(ADAPTER, True)
 
 
 @contextmanager
-def _on_the_processor(layer: Any) -> Iterator[None]:
-    """Have an adapter in host memory for a while: what is drawn there is the same whatever the device."""
+def _moved_to_cpu(layer: Any) -> Iterator[None]:
+    """Move an adapter to the CPU inside the context, so that its random values are the same for every device."""
     halves = [getattr(layer, name) for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")]
     parts = [half[ADAPTER] for half in halves if ADAPTER in half]
     parameters = [part if isinstance(part, nn.Parameter) else part.weight for part in parts]
@@ -136,7 +138,7 @@ def _on_the_processor(layer: Any) -> Iterator[None]:
 
 
 def _materialize(layer: Any) -> None:
-    """Give an adapter that is where its layer has no values some of its own."""
+    """Allocate an adapter on the CPU if it is on the meta device."""
     for half in ("lora_A", "lora_B"):
         if ADAPTER in getattr(layer, half) and getattr(layer, half)[ADAPTER].weight.is_meta:
             getattr(layer, half)[ADAPTER].to_empty(device="cpu")
@@ -146,7 +148,7 @@ def _materialize(layer: Any) -> None:
 
 
 def _check_names(model: PreTrainedModel, lora: LoraSpec, key: str) -> list[str]:
-    """The whole names of the modules to save: peft would take "norm" for the end of "input_layernorm" too."""
+    """Check all names; return full names of ``modules_to_save``, since in peft "norm" also matches "input_layernorm"."""
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     ends = {id(inside), id(outside)}
     modules = dict(model.named_modules())
@@ -155,20 +157,20 @@ def _check_names(model: PreTrainedModel, lora: LoraSpec, key: str) -> list[str]:
     if isinstance(targets, str):
         chosen = [] if targets == "all-linear" else [name for name in layers if re.fullmatch(targets, name)]
         if targets != "all-linear" and not chosen:
-            raise ValueError(f"{key}.target_modules: {targets!r} matches no layer. There are {_endings(layers)}.")
+            raise ValueError(f"{key}.target_modules: {targets!r} matches no layer. The model has {_endings(layers)}.")
     else:
-        chosen = _named(layers, targets, f"{key}.target_modules")
-    saved = _named(modules, lora.modules_to_save or [], f"{key}.modules_to_save")
+        chosen = _match_endings(layers, targets, f"{key}.target_modules")
+    saved = _match_endings(modules, lora.modules_to_save or [], f"{key}.modules_to_save")
     for name, names in (("target_modules", chosen), ("modules_to_save", saved)):
         if inside.weight is outside.weight and any(id(part) in ends for n in names for part in modules[n].modules()):
             raise ValueError(
-                f"{key}.{name} has the embeddings or the head, which are one weight in this model (tie_word_embeddings): an "
-                "adapter would separate them. Leave them out."
+                f"{key}.{name} contains the embeddings or the head, which are one tied weight (tie_word_embeddings). An "
+                "adapter would untie them. Remove them from the list."
             )
     if any(modules[name] is outside for name in chosen) and (lora.lora_dropout or lora.use_dora):
         raise ValueError(
-            f"{key}.target_modules has the output head, whose adapter is added to its weight: that leaves no place for "
-            "lora_dropout or use_dora. Set both to 0 and false, or train the head whole: modules_to_save."
+            f"{key}.target_modules contains the output head. Its adapter is added to its weight, so lora_dropout and use_dora "
+            "are not supported for it. Set lora_dropout: 0 and use_dora: false, or put the head into modules_to_save."
         )
     return saved
 
@@ -177,84 +179,84 @@ def _is_adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ in ("Conv1D", "QLinear")
 
 
-def _named(modules: Iterable[str], endings: Iterable[str], key: str) -> list[str]:
+def _match_endings(modules: Iterable[str], endings: Iterable[str], key: str) -> list[str]:
     found = []
     for ending in endings:
         here = [name for name in modules if name == ending or name.endswith(f".{ending}")]
         if not here:
-            raise ValueError(f"{key}: the model has no {ending!r}. There are {_endings(modules)}.")
+            raise ValueError(f"{key}: the model has no {ending!r}. It has {_endings(modules)}.")
         found += here
     return found
 
 
 def _endings(modules: Iterable[str]) -> str:
-    """The last parts of their names; those that are numbers tell nothing."""
+    """The last part of each module name, sorted; numbers are left out."""
     endings = {name.rpartition(".")[2] for name in modules}
     return ", ".join(sorted(ending for ending in endings if ending and not ending.isdigit()))
 
 
 def head_weight(projection: nn.Module) -> Tensor:
-    """The weight ``[V, H]`` that an output head applies: with its adapter, unless that is switched off, and with its gradient."""
+    """The effective weight ``[V, H]`` of an output head, with gradient: with its adapter added, unless adapters are disabled."""
     weight: Tensor = projection.weight  # type: ignore[assignment]
     if ADAPTER in getattr(projection, "lora_A", ()) and not projection.disable_adapters:
         layer: Any = projection
-        weight = weight + layer.get_delta_weight(ADAPTER)  # float32, in which a small update is not lost
+        weight = weight + layer.get_delta_weight(ADAPTER)  # in float32, so that a small update is not rounded away
     return weight
 
 
-def keep_only_trained(lm: nn.Module) -> None:
-    """Let state dicts of ``lm`` hold what trains, and let them be loaded, strictly as far as that goes.
+def restrict_state_dict_to_trainable(lm: nn.Module) -> None:
+    """Restrict state dicts of ``lm`` to trained weights; loading is strict for these and ignores missing frozen weights.
 
     Args:
-        lm: a module, or a part of one, whose frozen weights are loaded from elsewhere.
+        lm: a module, or a part of one, whose frozen weights are loaded from its base model.
     """
     trained = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
     prefixes: list[str] = []
 
-    def drop(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    def drop_frozen(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         for name in [name for name in state if name.startswith(prefix) and name[len(prefix) :] not in trained]:
             del state[name]
 
-    def remember(_module: nn.Module, _state: dict[str, Any], prefix: str, *_others: Any) -> None:
+    def store_prefix(_module: nn.Module, _state: dict[str, Any], prefix: str, *_others: Any) -> None:
         prefixes[:] = [prefix]
 
-    def forgive(_module: nn.Module, incompatible: Any) -> None:
+    def ignore_missing_frozen(_module: nn.Module, incompatible: Any) -> None:
         prefix = prefixes[0]
         incompatible.missing_keys[:] = [
             name for name in incompatible.missing_keys if not name.startswith(prefix) or name[len(prefix) :] in trained
         ]
 
-    lm.register_state_dict_post_hook(drop)
-    lm.register_load_state_dict_pre_hook(remember)
-    lm.register_load_state_dict_post_hook(forgive)
+    lm.register_state_dict_post_hook(drop_frozen)
+    lm.register_load_state_dict_pre_hook(store_prefix)
+    lm.register_load_state_dict_post_hook(ignore_missing_frozen)
 
 
-def switches_of(model: nn.Module) -> list[Any]:
-    """The modules in which an adapter can be switched off."""
+def adapter_layers(model: nn.Module) -> list[Any]:
+    """The modules that have an adapter, which can be disabled."""
     return [module for module in model.modules() if hasattr(module, "_disable_adapters")]
 
 
 @contextmanager
-def switched_off(switches: Sequence[Any]) -> Iterator[None]:
-    """The base model for a while; unlike peft's own switch it leaves alone what requires a gradient."""
-    for module in switches:
+def adapters_disabled(layers: Sequence[Any]) -> Iterator[None]:
+    """Use the base model inside the context. Unlike peft's own function, this does not change `requires_grad`."""
+    for module in layers:
         module._disable_adapters = True
     try:
         yield
     finally:
-        for module in switches:
+        for module in layers:
             module._disable_adapters = False
 
 
 def fingerprint(model: nn.Module, stored: Callable[[str, list[int]], Tensor] | None = None) -> int:
-    """A number that tells one frozen base from another: of 16 values of each weight, in bfloat16, the coarsest that it may have.
+    """A checksum of the frozen base: of 16 values of each weight, in bfloat16 so that it is the same for every dtype of the base.
 
     Args:
-        model: may have noted it before its weights were cut into shards.
-        stored: where weights are on the meta device, gives the values at some positions of the one of that name.
+        model: if it has a ``base_fingerprint``, stored before sharding, that is returned.
+        stored: reads values of a weight on the meta device, by its name and their positions.
     """
-    if (noted := getattr(model, "base_fingerprint", None)) is not None:
-        return int(noted)
+    if (known := getattr(model, "base_fingerprint", None)) is not None:
+        return int(known)
     code = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or type(parameter.data) is not Tensor or not parameter.is_floating_point():

@@ -1,4 +1,4 @@
-"""A student with adapters on its way to a file: merged into a plain model, or the adapter alone."""
+"""Export of a student with adapters: merged into a plain model, or the adapter alone."""
 
 from __future__ import annotations
 
@@ -20,63 +20,67 @@ if TYPE_CHECKING:
 
 
 def check_exportable(spec: ModelSpec, merge: bool) -> None:
-    """Look at whether a student can be written as its export asks for.
+    """Check whether the student can be exported as requested.
 
     Raises:
-        ValueError: if what the adapter would be merged into, or belongs to, is in no folder.
+        ValueError: if the adapter cannot be merged into its base, or its base is not stored in any folder.
     """
     if spec.lora is None:
         if not merge:
             raise ValueError(
-                "export.merge_lora: is false, but the student has no adapter. Set model.student.lora or remove it."
+                "export.merge_lora: is false, but the student has no adapter. Set model.student.lora, or remove export.merge_lora."
             )
         return
     if merge and is_quantized(spec, load_config(spec, "model.student")):
         raise ValueError(
-            "export.merge_lora: the student's base is quantised, and an adapter cannot be merged into "
-            "it without changing what it learnt. Set export.merge_lora: false to write the adapter alone."
+            "export.merge_lora: the student's base is quantised. Merging the adapter into it would round away "
+            "part of what was trained. Set export.merge_lora: false to write the adapter alone."
         )
     if not merge and (spec.keep_layers is not None or spec.drop_layers is not None):
         raise ValueError(
-            "export.merge_lora: is false, but the adapter is of a base from which layers were removed (model.student.keep_layers, "
-            "drop_layers), and that is in no folder. Set export.merge_lora: true."
+            "export.merge_lora: is false, but layers were removed from the adapter's base (model.student.keep_layers, drop_layers) "
+            "and the pruned base is not stored in any folder. Set export.merge_lora: true."
         )
 
 
 def adapted_model(spec: ModelSpec, saved: Mapping[str, Any], weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The student of a checkpoint: its base read again, with the adapter in it.
+    """The student of a checkpoint: its base, loaded again, with the trained adapter.
 
     Args:
-        spec: of the student.
-        saved: what the checkpoint says of the student.
-        weights: what it holds of it: all that was trained.
+        spec: spec of the student.
+        saved: the student's metadata in the checkpoint, see `student_metadata`.
+        weights: the student's weights in the checkpoint, which are all that were trained.
 
     Raises:
-        ValueError: if the base cannot be had, or is another one.
+        ValueError: if the base cannot be loaded, or is a different model.
     """
     assert spec.lora is not None
     model = load_model(spec, "model.student")
     add_lora(model, spec.lora, "model.student.lora")
     check_same_adapters(dict(saved), spec.lora, model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == weights.keys(), "the checkpoint holds what this version of peft calls otherwise"
+    assert trained == weights.keys(), (
+        "this version of peft names the trained weights differently than the checkpoint does"
+    )
     model.load_state_dict(dict(weights), strict=False)
     return model
 
 
 @torch.no_grad()
 def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights with which the plain model computes what the adapted one does; those that an adapter changes are float32 copies.
+    """Weights of the plain model that is equivalent to the adapted one. Weights that an adapter changes are float32 copies.
 
     Args:
-        model: of `add_lora`; not changed.
+        model: a model changed by `add_lora`; stays as it is.
     """
     merged: dict[str, Tensor] = {}
     inside: list[str] = []
     for name, module in model.named_modules():
-        if _is_adapted(module) and not name.startswith(tuple(inside)):  # the outermost: one may wrap another
+        if _is_adapted(module) and not name.startswith(
+            tuple(inside)
+        ):  # only the outermost: a wrapper may contain another
             inside.append(f"{name}.")
-            part = _plain(copy.deepcopy(module).cpu().float())
+            part = _merge_adapters(copy.deepcopy(module).cpu().float())
             merged |= {f"{name}.{own}": value for own, value in part.state_dict().items()}
     others = {n: w.cpu() for n, w in model.state_dict().items() if not n.startswith(tuple(inside))}
     return others | merged
@@ -89,32 +93,32 @@ def _is_adapted(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
 
 
-def _plain(module: Any) -> nn.Module:
-    """What peft has put adapters into, with these merged; changes ``module``.
+def _merge_adapters(module: Any) -> nn.Module:
+    """Merge the adapters of ``module`` in place and return it without peft's wrappers.
 
-    Of a module with several adapted parameters, such as the fused experts of a layer, peft wraps the wrapped one again.
+    If a module has several adapted parameters, such as the fused experts of a layer, peft nests one wrapper for each.
     """
     if _is_adapted(module):
         if hasattr(module, "modules_to_save"):
-            return _plain(module.modules_to_save[ADAPTER])
+            return _merge_adapters(module.modules_to_save[ADAPTER])
         module.merge()
-        return _plain(module.base_layer)
+        return _merge_adapters(module.base_layer)
     for name, child in module.named_children():
-        setattr(module, name, _plain(child))
+        setattr(module, name, _merge_adapters(child))
     return module
 
 
 def save_adapter(model: PreTrainedModel, spec: ModelSpec, folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Write the adapter as peft reads it: `PeftModel.from_pretrained(base, folder)`.
+    """Write the adapter in peft's format: `PeftModel.from_pretrained(base, folder)`.
 
     Args:
-        model: of `add_lora`.
-        spec: of the student; says where its base is.
-        folder: where to.
-        dtype: of the written weights; float32 by default.
+        model: a model changed by `add_lora`.
+        spec: spec of the student; its path is written as the adapter's base.
+        folder: output folder.
+        dtype: dtype of the written weights; float32 by default.
 
     Returns:
-        What was written, by the names of peft.
+        The written weights by their names in peft.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -1,7 +1,7 @@
-"""Which types of numbers a device multiplies fast and right, and what `auto` stands for on it.
+"""Which dtypes a device multiplies fast, and how `auto` is resolved on it.
 
-A processor without units for bfloat16 emulates its products: up to 200 times slower than float32, by the layout of the
-matrices. Every float32 represents a bfloat16 exactly, so there the products run in float32.
+A CPU without bfloat16 instructions emulates these products: up to 200 times slower than float32, depending on the layout of the
+matrices. float32 represents every bfloat16 exactly, so on such a CPU the products are computed in float32.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ CAPABILITIES = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
     torch.float16: ("amx_fp16", "avx512_fp16", "fp16"),
 }
-"""Instructions that multiply numbers of 16 bits, by the names of ``torch.cpu.get_capabilities``: Intel's and AMD's, then ARM's."""
+"""16-bit matrix instructions, by their names in ``torch.cpu.get_capabilities``: first those of Intel and AMD, then those of ARM."""
 
 
 @cache
 def multiplies_fast(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether products of ``dtype`` are at least as fast as those of float32 on a kind of device.
+    """Whether products of ``dtype`` are at least as fast as those of float32 on this device type.
 
-    Every process of one machine gets the same answer where PyTorch knows the processor; otherwise one small product is timed.
+    If PyTorch knows the CPU's instructions, the result is the same in every process of a machine; else a small product is timed.
     """
     if dtype not in CAPABILITIES:
         return True
@@ -41,15 +41,15 @@ def multiplies_fast(dtype: torch.dtype, device_type: str) -> bool:
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """``dtype``, or float32 where products of ``dtype`` would be emulated."""
+    """``dtype``, or float32 if the device emulates products of ``dtype``."""
     return dtype if multiplies_fast(dtype, device_type) else torch.float32
 
 
 def avoid_cudnn_attention(device_type: str) -> None:
-    """Leave the attention of cuDNN out of what PyTorch chooses from, in this process; `forward_only` takes it in again.
+    """Disable cuDNN attention in this process; `forward_only` enables it again.
 
-    Its backward gives NaN for the queries where a mask is passed and the scores are low (PyTorch 2.11 to 2.13 on Hopper, 16 bits);
-    on an H200 the shipped MiniLLM and DPKD runs met it after a dozen steps. Padded batches always pass a mask.
+    Its backward pass gives NaN gradients of the queries if a mask is passed and the scores are low (PyTorch 2.11 to 2.13 on Hopper,
+    16 bits). On an H200 this happened in the shipped MiniLLM and DPKD runs after a dozen steps. Padded batches always pass a mask.
 
     Source: https://github.com/pytorch/pytorch/issues/196678.
     """
@@ -59,7 +59,7 @@ def avoid_cudnn_attention(device_type: str) -> None:
 
 @contextmanager
 def forward_only(device_type: str) -> Iterator[None]:
-    """Let PyTorch choose from all kernels of attention where no gradient is taken: generation and frozen models."""
+    """Allow all attention kernels while no gradient is computed: generation and frozen models."""
     if device_type != "cuda" or torch.backends.cuda.cudnn_sdp_enabled():
         yield
         return
@@ -71,28 +71,28 @@ def forward_only(device_type: str) -> Iterator[None]:
 
 
 def auto_dtype(device_type: str) -> torch.dtype:
-    """What ``dtype: auto`` of a frozen model stands for: bfloat16 where it is fast, else float32."""
+    """Dtype for ``dtype: auto`` of a frozen model: bfloat16 if it is fast on the device, else float32."""
     return product_dtype(torch.bfloat16, device_type)
 
 
 def auto_precision(device_type: str) -> Literal["bf16-mixed", "32-true"]:
-    """What ``trainer.precision: auto`` stands for: bf16-mixed where bfloat16 is fast, else 32-true."""
+    """Precision for ``trainer.precision: auto``: bf16-mixed if bfloat16 is fast on the device, else 32-true."""
     return "bf16-mixed" if multiplies_fast(torch.bfloat16, device_type) else "32-true"
 
 
 def emulated(key: str, dtype: torch.dtype, device_type: str) -> str | None:
-    """What to tell the user who asked for a ``dtype`` under ``key`` that the device emulates; None where it does not."""
+    """Message for the user if the device emulates the ``dtype`` that ``key`` requests, else None."""
     if multiplies_fast(dtype, device_type):
         return None
     name = str(dtype).removeprefix("torch.")
     return (
         f"{key}: this {device_type} emulates products of {name}, which may take 200 times as long as those of float32. "
-        "Set it to auto for what is fast on each machine."
+        f"Set {key}: auto to use a dtype that is fast on each machine."
     )
 
 
 def _time_of_product(dtype: torch.dtype) -> float:
-    """Seconds of the fastest of five products ``[64, 1024] · [1024, 512]``."""
+    """Seconds taken by the fastest of five products ``[64, 1024] · [1024, 512]``."""
 
     def seconds(left: Tensor, right: Tensor) -> float:
         start = time.perf_counter()

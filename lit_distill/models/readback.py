@@ -1,7 +1,7 @@
-"""An export is read back once, as a user would read it, and has to compute what the trained student does.
+"""Verifies an export: loads it as a user would, and compares it with the trained student.
 
-Weights are compared one by one, exactly but for the rounding to the dtype they are written in; and then logits, which also see what
-no weight tells: the config, adapters that were merged, weights that the folder's model does not use.
+First each weight is compared exactly, after rounding to the dtype of the export. Then logits are compared, which also detects a
+wrong config, wrongly merged adapters and weights that the exported model does not use.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lit_distill.models.causal_lm import CausalLM
-from lit_distill.models.sharding import free_ends
+from lit_distill.models.checks import some
+from lit_distill.models.fsdp import reshard_root
 from lit_distill.models.spec import ModelSpec, is_quantized, load_config, load_model
-from lit_distill.models.weights import some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""How far the logits of a token may be off by rounding, as a share of their norm: that of two devices for float32, and of weights
-and activations for the others."""
+"""Allowed error of a token's logits by rounding, relative to their norm: between two devices for float32, and of weights and
+activations for 16 bits."""
 ADVICE = "To write it without this comparison, set export.verify: false (tools/export_student.py: --no-verify)."
-NOT_HERE = "The student does not run on a processor (%s), so only the weights of its export are compared."
+CPU_UNSUPPORTED = "The student does not run on a CPU (%s), so only the weights of its export are compared."
 
 
 class WrongExportError(ValueError):
-    """What was written is not the trained student."""
+    """The export differs from the trained student."""
 
 
 class Expected(NamedTuple):
-    """What a student computes."""
+    """Expected results of an export."""
 
     logits: Tensor | None
-    """[2, 8, V] float32, in host memory; None if it cannot run here."""
+    """[2, 8, V] float32, on the CPU; None if the student cannot run here."""
     dtype: torch.dtype
-    """Of its hidden states."""
+    """Dtype of the student's hidden states."""
 
 
 @torch.no_grad()
@@ -51,45 +51,45 @@ def expected_of(lm: CausalLM, device: torch.device | None = None) -> Expected:
 
     Args:
         lm: the student.
-        device: where its inputs go; by default where its weights are.
+        device: device of the inputs; by default that of the weights.
     """
     ids = _prompts(lm.vocabulary_size).to(device or lm.model.device)
-    with lm.quiet():
+    with lm.eval_mode():
         hidden = lm(ids, torch.ones_like(ids))
         logits = lm.head().logits(hidden.flatten(0, 1)).view(*ids.shape, -1).cpu()
-    free_ends(lm)
+    reshard_root(lm)
     return Expected(logits, hidden.dtype)
 
 
 def expected_of_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Expected:
-    """The logits of ``model`` with ``weights``, whatever its config ties.
+    """The logits of ``model`` with ``weights``, independent of which weights its config ties.
 
     Args:
-        model: its parameters are on the meta device, and become those weights.
-        weights: of all of its parameters.
+        model: its parameters are on the meta device and are replaced by ``weights``.
+        weights: the weights of all its parameters.
 
     Raises:
-        ValueError: if they are of another model.
+        ValueError: if they belong to another model.
     """
     missing, unknown = model.load_state_dict(dict(weights), strict=False, assign=True)
     if missing or unknown:
         raise ValueError(
-            f"the checkpoint is not of the model that its config describes: {some(missing)} missing, {some(unknown)} unknown."
+            f"the checkpoint does not fit the model in its config. Missing: {some(missing)}; unknown: {some(unknown)}."
         )
     try:
         return expected_of(CausalLM(model.eval()))
-    except Exception as error:  # noqa: BLE001 - of any library, such as for kernels that only a GPU has
-        log.warning(NOT_HERE, error)
+    except Exception as error:  # noqa: BLE001 - from any library, such as for kernels that exist only for GPUs
+        log.warning(CPU_UNSUPPORTED, error)
         return Expected(None, model.dtype)
 
 
 def check_folder(folder: Path, weights: Mapping[str, Tensor], expected: Expected, trust_remote_code: bool) -> None:
-    """Compare the model that a folder loads as with the trained one.
+    """Compare the model in an export folder with the trained student.
 
     Args:
-        folder: with config and weights.
-        weights: of the trained student, by the names of its plain model.
-        expected: its logits.
+        folder: export folder with config and weights.
+        weights: weights of the trained student, by their names in its plain model.
+        expected: logits of the trained student.
         trust_remote_code: see `ModelSpec`.
 
     Raises:
@@ -109,13 +109,13 @@ def check_folder(folder: Path, weights: Mapping[str, Tensor], expected: Expected
 
 
 def check_adapter(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor], expected: Expected) -> None:
-    """Compare the base with an adapter that peft reads from a folder with the trained student.
+    """Load an exported adapter with peft and compare the base with this adapter with the trained student.
 
     Args:
-        folder: of the adapter.
-        spec: of the student, whose base is read again.
-        weights: of the trained adapter, by the names of peft.
-        expected: the student's logits.
+        folder: export folder of the adapter.
+        spec: spec of the student; its base is loaded again.
+        weights: weights of the trained adapter, by their names in peft.
+        expected: logits of the trained student.
 
     Raises:
         WrongExportError: naming the weights that differ.
@@ -123,13 +123,15 @@ def check_adapter(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor], 
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    if is_quantized(spec, load_config(spec, "model.student")):  # some of its kernels are a GPU's
-        log.info("The base is quantised, so the adapter is compared as it is in its file, and not what it computes.")
-        _judge(_different(load_file(folder / "adapter_model.safetensors"), weights), [], None, 0.0)
+    if is_quantized(spec, load_config(spec, "model.student")):  # some of its kernels exist only for GPUs
+        log.info("The base is quantised, so only the weights of the adapter are compared, not its logits.")
+        _raise_if_different(_differing_names(load_file(folder / "adapter_model.safetensors"), weights), [], None, 0.0)
         return
     base = load_model(spec, "model.student")
     try:
-        with warnings.catch_warnings():  # of names in transformers, and of patterns that do match fused experts
+        with (
+            warnings.catch_warnings()
+        ):  # wrong warnings: about names in transformers, and patterns that do match fused experts
             warnings.simplefilter("ignore")
             model = PeftModel.from_pretrained(base, str(folder))
     except Exception as error:  # of any library
@@ -143,25 +145,27 @@ def _compare(
 ) -> None:
     dtypes = {w.dtype for w in (*model.parameters(), *weights.values()) if w.is_floating_point()} | {expected.dtype}
     allowed = max(TOLERANCE.get(dtype, 0.1) for dtype in dtypes)
-    _judge(_different(own, weights), unread, _logit_error(model, expected), allowed)
+    _raise_if_different(_differing_names(own, weights), unread, _logit_error(model, expected), allowed)
 
 
-def _judge(different: list[str], unread: list[str], error: float | None, allowed: float) -> None:
-    wrong = error is not None and not error <= allowed  # NaN is wrong
+def _raise_if_different(different: list[str], unread: list[str], error: float | None, allowed: float) -> None:
+    wrong = error is not None and not error <= allowed  # NaN fails too
     if not (wrong or different or unread):
         return
-    said = [f"its logits are off by {error:.2%}, and rounding explains {allowed:.1%}"] if wrong else []
-    said += [f"weights that differ from the trained ones: {some(different)}"] if different else []
-    said += [f"weights in the files that the model does not have, or that it lacks: {some(unread)}"] if unread else []
-    said += ["no weight differs, so its config or its merged adapters do"] if not (different or unread) else []
-    raise WrongExportError(f"the export does not compute what the trained student does: {'; '.join(said)}. {ADVICE}")
+    problems = [f"its logits are off by {error:.2%}, but rounding explains at most {allowed:.1%}"] if wrong else []
+    problems += [f"weights that differ from the trained ones: {some(different)}"] if different else []
+    problems += [f"weights that are unused or missing: {some(unread)}"] if unread else []
+    problems += (
+        ["no weight differs, so its config or its merged adapters are wrong"] if not (different or unread) else []
+    )
+    raise WrongExportError(f"the export differs from the trained student: {'; '.join(problems)}. {ADVICE}")
 
 
 @torch.no_grad()
 def _logit_error(model: Any, expected: Expected) -> float | None:
-    """How far the logits of the middle one of all tokens are off, as a share of their norm.
+    """Error of the logits relative to their norm, as the median over the tokens.
 
-    Not of the worst: where experts are chosen, rounding may choose another for a token.
+    Not the maximum, since in a mixture of experts rounding may select another expert for a token.
     """
     if expected.logits is None or not expected.logits.isfinite().all():
         return None
@@ -169,15 +173,15 @@ def _logit_error(model: Any, expected: Expected) -> float | None:
     ids = _prompts(size)
     try:
         found = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[..., :size].float()
-    except Exception as error:  # noqa: BLE001 - as above
-        log.warning(NOT_HERE, error)
+    except Exception as error:  # noqa: BLE001 - from any library, as above
+        log.warning(CPU_UNSUPPORTED, error)
         return None
     distance = (found - expected.logits).norm(dim=-1) / expected.logits.norm(dim=-1).clamp(min=1e-9)
     return float(distance.quantile(0.5))
 
 
-def _different(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """The names under which the weights that were read are not the trained ones, rounded alike."""
+def _differing_names(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of weights that are missing on one side, or that differ after rounding to the same dtype."""
     other = own.keys() ^ weights.keys()
     same = own.keys() & weights.keys()
     return sorted(

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its student beside the weights: enough to rebuild it, and to tell it from another."""
+"""Metadata of the student in a checkpoint: enough to rebuild the model, and to recognise a different one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from lit_distill.models.spec import ModelSpec
 
 
-def student_record(spec: ModelSpec, lm: CausalLM) -> dict[str, Any]:
-    """Plain values: what was asked for, the configs that came of it and, under adapters, the fingerprint of the base."""
+def student_metadata(spec: ModelSpec, lm: CausalLM) -> dict[str, Any]:
+    """Plain values: the spec, the resulting configs and, with adapters, the fingerprint of the base."""
     record = {
         "spec": asdict(spec),
         "config": lm.model.config.to_dict(),
@@ -25,25 +25,25 @@ def student_record(spec: ModelSpec, lm: CausalLM) -> dict[str, Any]:
 
 
 def check_same_adapters(saved: dict[str, Any], lora: LoraSpec | None, model: nn.Module) -> None:
-    """Compare a checkpoint's student with the one that is to have its weights.
+    """Check that a checkpoint's adapters fit the student that will load them.
 
     Args:
-        saved: what `DistillationModule` keeps in a checkpoint beside its weights, under ``student``.
+        saved: the student's metadata in the checkpoint, under ``student``.
         lora: ``model.student.lora``.
         model: the student.
 
     Raises:
-        ValueError: if they are adapted otherwise, or what is adapted differs.
+        ValueError: if the LoRA settings or the base weights differ.
     """
     then = saved.get("spec", {}).get("lora")
     before = then and LoraSpec(**then)
     if before != lora and (not before or not lora or replace(before, lora_dropout=lora.lora_dropout) != lora):
         raise ValueError(
-            f"ckpt_path: the checkpoint's student has lora {then}, and model.student.lora is {lora and asdict(lora)}. Give what it "
-            "was trained with."
+            f"ckpt_path: the checkpoint's student has lora {then}, but model.student.lora is {lora and asdict(lora)}. Set the "
+            "values it was trained with."
         )
     if lora and saved.get("base", (now := fingerprint(model))) != now:
         raise ValueError(
             "ckpt_path: the checkpoint holds an adapter that was trained on other base weights than those of model.student.path. "
-            "Give the path of the model that it was trained on."
+            "Set model.student.path to the model on which the adapter was trained."
         )

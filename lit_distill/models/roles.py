@@ -1,4 +1,4 @@
-"""What student and teacher may ask for in their specs, alone and together, and what it means on a device; nothing is read here."""
+"""Validates the specs of student and teacher, alone and together, and resolves their dtypes for a device; reads no files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.models.lora import check_lora
 from lit_distill.models.precision import auto_dtype, emulated
-from lit_distill.models.quantized import quantization_config
+from lit_distill.models.quantization import quantization_config
 from lit_distill.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from lit_distill.models.causal_lm import CausalLM
 
-SHARED_BY_NATURE = (
+INDEPENDENT_FIELDS = (
     "lora",
     "shared_with_student",
     "gradient_checkpointing",
@@ -24,11 +24,11 @@ SHARED_BY_NATURE = (
     "attn_implementation",
     "trust_remote_code",
 )
-"""What a teacher that is the student's base need not repeat; ``lora`` is the student's alone."""
+"""Fields that may differ between a student and a teacher with ``shared_with_student``; ``lora`` is set only for the student."""
 
 
-def check_specs(student: ModelSpec, teacher: ModelSpec | None) -> None:
-    """Look at what student and teacher ask for together; nothing is read.
+def validate_specs(student: ModelSpec, teacher: ModelSpec | None) -> None:
+    """Check the specs of student and teacher, alone and together; reads no files.
 
     Raises:
         ValueError: naming the key, what was given and what to do.
@@ -38,20 +38,20 @@ def check_specs(student: ModelSpec, teacher: ModelSpec | None) -> None:
         check_lora(student.lora, "model.student.lora")
     elif student.quantization is not None:
         raise ValueError(
-            "model.student.quantization: weights in few bits cannot train. Train adapters over them, model.student.lora: {r: 8}, "
-            "or remove it."
+            "model.student.quantization: quantised weights cannot be trained. Train adapters, model.student.lora: {r: 8}, "
+            "or remove model.student.quantization."
         )
     if student.shared_with_student:
         raise ValueError(
-            "model.student.shared_with_student: is for the teacher. Set model.teacher.shared_with_student."
+            "model.student.shared_with_student: is an option of the teacher. Set model.teacher.shared_with_student instead."
         )
     if teacher is None:
         return
     _check_spec(teacher, "model.teacher")
     if teacher.lora is not None:
         raise ValueError(
-            "model.teacher.lora: the teacher learns nothing. For an adapter that was trained before, merge it into its base (peft: "
-            "`merge_and_unload`) and give the result as model.teacher.path."
+            "model.teacher.lora: the teacher is not trained. To use a trained adapter, merge it into its base (peft: "
+            "`merge_and_unload`) and set model.teacher.path to the result."
         )
     if teacher.shared_with_student:
         _check_shared(student, teacher)
@@ -60,32 +60,36 @@ def check_specs(student: ModelSpec, teacher: ModelSpec | None) -> None:
 def _check_spec(spec: ModelSpec, key: str) -> None:
     for name in ("lora", "quantization"):
         if getattr(spec, name) is not None and spec.from_scratch:
-            raise ValueError(f"{key}.from_scratch: random weights are no base for {key}.{name}. Remove one of them.")
+            raise ValueError(
+                f"{key}.from_scratch: random weights cannot be combined with {key}.{name}. Remove one of the two."
+            )
     if spec.quantization is not None:
         if spec.gguf_file is not None or spec.path.endswith(".gguf"):
-            raise ValueError(f"{key}.quantization: a GGUF file is dequantised. Give {key}.path of safetensors weights.")
+            raise ValueError(
+                f"{key}.quantization: a GGUF file is dequantised. Remove it, or set {key}.path to safetensors files."
+            )
         quantization_config(spec.quantization, f"{key}.quantization")
 
 
 def _check_shared(student: ModelSpec, teacher: ModelSpec) -> None:
     if student.lora is None:
         raise ValueError(
-            "model.teacher.shared_with_student: is true, but all weights of the student train, so it has no base that stays. Set "
-            "model.student.lora, or remove it."
+            "model.teacher.shared_with_student: is true, but all weights of the student are trained, so it has no frozen base. Set "
+            "model.student.lora, or remove model.teacher.shared_with_student."
         )
     for field in fields(ModelSpec):
         name, default = field.name, field.default
         given, own = getattr(teacher, name), getattr(student, name)
-        needless = given == default and name not in ("keep_layers", "drop_layers")
-        if name not in SHARED_BY_NATURE and given != own and not needless:
+        unset = given == default and name not in ("keep_layers", "drop_layers")
+        if name not in INDEPENDENT_FIELDS and given != own and not unset:
             raise ValueError(
-                f"model.teacher.{name}: a teacher with shared_with_student is the student's base, for which this is {own!r}, not "
-                f"{given!r}. Give the same, or remove shared_with_student."
+                f"model.teacher.{name}: with shared_with_student the teacher is the student's base, so expected {own!r}, not "
+                f"{given!r}. Set the same value as for model.student, or remove model.teacher.shared_with_student."
             )
 
 
 def device_and_precision(module: Any) -> tuple[str, str | None]:
-    """Kind of device and precision of a LightningModule's Trainer; a module without one is where its weights are."""
+    """Device type and precision of a LightningModule's Trainer; without a Trainer, the device type of its weights and None."""
     trainer = module._trainer
     return (trainer.strategy.root_device.type, str(trainer.precision)) if trainer else (module.device.type, None)
 
@@ -93,7 +97,7 @@ def device_and_precision(module: Any) -> tuple[str, str | None]:
 def resolve_dtypes(
     student: ModelSpec, teacher: ModelSpec | None, device_type: str
 ) -> tuple[ModelSpec, ModelSpec | None]:
-    """Both with what ``dtype: auto`` stands for on a kind of device, which is logged; weights that train are float32."""
+    """Both specs with ``dtype: auto`` resolved for a device type, which is logged; trained weights become float32."""
     auto = str(auto_dtype(device_type)).removeprefix("torch.")
 
     def resolve(spec: ModelSpec, key: str, dtype: str) -> ModelSpec:
@@ -107,12 +111,12 @@ def resolve_dtypes(
 
 
 def warn_of_emulation(student: CausalLM, teacher: CausalLM | None, precision: str | None, device_type: str) -> None:
-    """Log where the user has asked for numbers that the device multiplies slowly, with the key to change."""
-    asked = {"model.student.dtype": student.model.dtype}
+    """Log each dtype in the config that the device only emulates, with the key to change."""
+    requested = {"model.student.dtype": student.model.dtype}
     if teacher is not None and teacher is not student:
-        asked["model.teacher.dtype"] = teacher.model.dtype
+        requested["model.teacher.dtype"] = teacher.model.dtype
     if precision == "bf16-mixed":
-        asked["trainer.precision"] = torch.bfloat16
-    for key, dtype in asked.items():
+        requested["trainer.precision"] = torch.bfloat16
+    for key, dtype in requested.items():
         if message := emulated(key, dtype, device_type):
             rank_zero_info(message)

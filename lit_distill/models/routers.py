@@ -1,6 +1,7 @@
-"""The loss by which mixtures of experts balance their routers, which is no part of a run here.
+"""Notice that the auxiliary load-balancing loss of mixture-of-experts routers is not trained.
 
-It is a product of two means over all tokens of a step, so no sum over micro-batches and ranks gives its gradient in one pass.
+That loss is a product of two means over all tokens of a step. Its gradient is therefore not a sum over micro-batches and ranks, and
+cannot be computed in one pass.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def note_on_routers(config: PreTrainedConfig) -> str | None:
-    """What to tell the user whose student has such a loss; None if it has none.
+    """Message for the user if the student has an auxiliary router loss, else None.
 
     Args:
-        config: the student's.
+        config: config of the student.
     """
     weight = getattr(config.get_text_config(decoder=True), "router_aux_loss_coef", None)
     if not weight:
         return None
     return (
-        f"model.student.path: its experts were balanced by an auxiliary loss of the routers (router_aux_loss_coef: {weight} in its "
-        "config). That loss is not trained here, whatever output_router_logits says: the routers learn from the objectives alone."
+        f"model.student.path: its experts have an auxiliary load-balancing loss (router_aux_loss_coef: {weight} in its "
+        "config). This loss is not used, even with output_router_logits: the routers are trained by the objectives alone."
     )

@@ -1,4 +1,4 @@
-"""Which tokens a student and its teacher share: divergences compare row by row, so an id must mean one token."""
+"""Checks that student and teacher share their tokens: divergences compare logits by id, so an id must be the same token in both."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def common_vocabulary_size(
     student_rows: int,
     teacher_rows: int,
 ) -> int:
-    """V, how many of the first rows of both heads mean the same tokens.
+    """V, the number of ids, counted from 0, that are the same tokens in both models.
 
     Heads are often padded beyond their tokenizer (Qwen2.5: 151,665 tokens, 151,936 or 152,064 rows); the padding is cut
-    off. Tokens that only one of the tokenizers adds at its end are cut off too, with a warning.
+    off. Extra tokens at the end of only one of the tokenizers are cut off too, with a warning.
 
     Args:
-        student_tokenizer: tokenizer of the texts.
+        student_tokenizer: tokenizer of the student, which tokenises the texts.
         teacher_tokenizer: tokenizer that the teacher was trained with.
         student_rows: rows of the student's head, tokens and padding.
         teacher_rows: rows of the teacher's head.
 
     Raises:
-        ValueError: if an id means different tokens, if a token has no row, or if the end-of-sequence ids differ.
+        ValueError: if an id stands for different tokens, if a token has no row in its head, or if the end-of-sequence ids differ.
     """
     student = _tokens_by_id(student_tokenizer, student_rows, "student")
     teacher = _tokens_by_id(teacher_tokenizer, teacher_rows, "teacher")
@@ -39,11 +39,11 @@ def common_vocabulary_size(
     different = [token_id for token_id in range(size) if student.get(token_id) != teacher.get(token_id)]
     if different:
         shown = "; ".join(
-            f"{token_id} is {_quoted(student, token_id)} to the student and {_quoted(teacher, token_id)} to the teacher"
+            f"{token_id} is {_quoted(student, token_id)} in the student and {_quoted(teacher, token_id)} in the teacher"
             for token_id in different[:5]
         )
         raise ValueError(
-            f"model.student and model.teacher do not speak the same tokens: {len(different)} of the first {size} "
+            f"model.student and model.teacher have different tokenizers: {len(different)} of the first {size} "
             f"ids differ. {shown}. Choose a teacher of the student's family as model.teacher.path; if they share "
             "a vocabulary and only the tokenizer files differ, set model.student.tokenizer or model.teacher.tokenizer."
         )
@@ -52,7 +52,7 @@ def common_vocabulary_size(
         extra = [f"{token_id} {tokens[token_id]!r}" for token_id in sorted(tokens) if token_id >= size]
         if extra:
             log.warning(
-                "Only the %s's tokenizer has the tokens %s: they are cut off, and must not appear in the data.",
+                "Only the %s's tokenizer has the tokens %s. They are cut off and must not appear in the data.",
                 role,
                 ", ".join(extra[:10]) + (f" and {len(extra) - 10} more" if len(extra) > 10 else ""),
             )
@@ -64,7 +64,7 @@ def stop_token_ids(
 ) -> tuple[int, ...]:
     """The ids that end a response: the tokenizer's EOS, then those of the generation config and of the chat template, each once.
 
-    Chat models have several. Empty if none of them names one, and then only the length ends a response.
+    Chat models have several. If the result is empty, only the length limit ends a response.
     """
     stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     configured = None if generation_config is None else generation_config.eos_token_id
@@ -74,7 +74,7 @@ def stop_token_ids(
 
 
 def shared_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
-    """How many of the first ids both tokenizers have."""
+    """The number of ids, counted from 0, that both tokenizers have."""
     return min(max(tokenizer.get_vocab().values()) for tokenizer in (student, teacher)) + 1
 
 
@@ -85,8 +85,8 @@ def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, rows: int, role: str) -> d
     last = max(tokens)
     if last >= rows:
         raise ValueError(
-            f"model.{role}: its tokenizer has ids up to {last} ({tokens[last]!r}), but its head only {rows} rows. "
-            f"Set model.{role}.tokenizer to the one it was trained with, or resize the model's embeddings and save it."
+            f"model.{role}: its tokenizer has ids up to {last} ({tokens[last]!r}), but its head has only {rows} rows. "
+            f"Set model.{role}.tokenizer to the one that the model was trained with, or resize the model's embeddings and save it."
         )
     return tokens
 
@@ -96,19 +96,19 @@ def _quoted(tokens: dict[int, str], token_id: int) -> str:
 
 
 def _check_special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """EOS must agree, or the student never learns to stop; the others do not enter the loss."""
+    """Require the same EOS, or the student would never learn to stop. Other special tokens do not affect the loss: only warn."""
     if student.eos_token_id != teacher.eos_token_id:
         raise ValueError(
-            f"The student ends its texts with {student.eos_token!r} ({student.eos_token_id}), the teacher with "
-            f"{teacher.eos_token!r} ({teacher.eos_token_id}), as base and instruct models do: the student would learn "
-            "not to stop. Set model.student.tokenizer to the teacher's, or choose the teacher's other version as "
-            "model.teacher.path; if the teacher does end its texts as the student, set model.teacher.tokenizer too."
+            f"The student's end-of-sequence token is {student.eos_token!r} ({student.eos_token_id}), the teacher's "
+            f"{teacher.eos_token!r} ({teacher.eos_token_id}), as with a base and an instruct model. The student would "
+            "not learn to stop. Set model.student.tokenizer to the teacher's, or set model.teacher.path to the teacher's "
+            "other version. If the teacher really uses the student's token, set model.teacher.tokenizer to the student's."
         )
     for name in ("bos_token", "pad_token", "unk_token"):
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours is not None and theirs is not None and ours != theirs:
             log.warning(
-                "The student's %s is %r, the teacher's %r; the student's is used, the loss is not affected.",
+                "The student's %s is %r, the teacher's is %r. The student's is used; the loss is not affected.",
                 name,
                 ours,
                 theirs,

@@ -1,9 +1,7 @@
-"""What is measured on a text: objectives that compose in YAML. They know neither Lightning nor transformers."""
+"""Objectives (losses), combined in YAML. They depend on neither Lightning nor transformers."""
 
+from lit_distill.objectives.aggregate import add_terms, term_means, weighted_sum
 from lit_distill.objectives.base import (
-    PAIR_SIGNALS,
-    TEACHER_OF_PAIRS,
-    TOKEN_SIGNALS,
     LossTerm,
     Objective,
     check_needs,
@@ -23,12 +21,13 @@ from lit_distill.objectives.divergences import (
 )
 from lit_distill.objectives.policy_gradient import PolicyGradient
 from lit_distill.objectives.preference import DirectPreference, TokenPreference
-from lit_distill.objectives.terms import add_terms, term_means, weighted_sum
+from lit_distill.objectives.signals import PAIR_SIGNALS, SIGNALS, TEACHER_OF_PAIRS, TEACHER_SIGNALS, Signal
 
 __all__ = [
     "PAIR_SIGNALS",
+    "SIGNALS",
     "TEACHER_OF_PAIRS",
-    "TOKEN_SIGNALS",
+    "TEACHER_SIGNALS",
     "AdaptiveKL",
     "DirectPreference",
     "ForwardKL",
@@ -38,6 +37,7 @@ __all__ = [
     "Objective",
     "PolicyGradient",
     "ReverseKL",
+    "Signal",
     "SkewForwardKL",
     "SkewReverseKL",
     "TokenPreference",

@@ -1,7 +1,7 @@
 """Token-level divergences between student and teacher, and plain cross-entropy.
 
-Each is configuration and a call into `lit_distill.functional`. The loss is not multiplied by the square of the
-temperature: set `weight` where a recipe does that (Hinton et al. 2015, section 2.1, has T²).
+Each class holds the settings and calls a function of `lit_distill.functional`. The loss is not multiplied by the square of the
+temperature; if a recipe does that (Hinton et al. 2015, section 2.1: T²), set `weight` accordingly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class NextToken(Objective):
 
     Args:
         weight: factor in the loss.
-        label_smoothing: mass spread evenly over the vocabulary, in [0, 1).
+        label_smoothing: probability mass spread evenly over the vocabulary, in [0, 1).
     """
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
@@ -54,12 +54,12 @@ class Divergence(Objective):
         self.temperature = temperature
 
     def check_settings(self) -> None:
-        """Let the function itself judge its settings, now and not at the first batch."""
+        """Call the function once, so that it rejects invalid settings now and not at the first batch."""
         self(torch.zeros(1, 2), torch.zeros(1, 2))
 
 
 class ForwardKL(Divergence):
-    """KL(teacher ‖ student): the student covers all that the teacher would say. Hinton et al. 2015."""
+    """KL(teacher ‖ student): the student covers every token that the teacher finds probable. Hinton et al. 2015."""
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
         """Per-token KL(p ‖ q)."""
@@ -67,14 +67,13 @@ class ForwardKL(Divergence):
 
 
 class ReverseKL(Divergence):
-    """KL(student ‖ teacher): the student says nothing the teacher would not. On rollouts it is MiniLLM's Single term.
+    """KL(student ‖ teacher): the student avoids tokens that the teacher finds improbable. On rollouts: MiniLLM's Single term.
 
     Args:
         weight: factor in the loss.
         temperature: divides both models' logits, > 0.
-        importance_weighted: multiply each token by the weight that undoes the teacher's share in the sampler (paper:
-        yes,
-            reference code: no).
+        importance_weighted: multiply each token by the importance weight that corrects for the teacher's share in the sampler
+            (paper: yes, reference code: no).
     """
 
     def __init__(self, weight: float = 1.0, temperature: float = 1.0, importance_weighted: bool = False) -> None:
@@ -83,13 +82,13 @@ class ReverseKL(Divergence):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Both logits, and the weights if it is importance-weighted."""
+        """The logits of both models, and the importance weights if they are used."""
         return super().needs if self.importance_weighted else super().needs - {"single_step_weights"}
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, single_step_weights: Tensor | None = None
     ) -> LossTerm:
-        """Per-token KL(q ‖ p), weighted where that is asked for."""
+        """Per-token KL(q ‖ p), importance-weighted if configured."""
         values = divergences.reverse_kl(student_logits, teacher_logits, self.temperature)
         if single_step_weights is None:
             return sum_over_tokens(values)
@@ -165,12 +164,12 @@ class TotalVariation(Divergence):
 
 
 class AdaptiveKL(Divergence):
-    """AKL: forward and reverse KL weighed by how far the two differ in the teacher's head and tail.
+    """AKL: forward and reverse KL, weighted by how much student and teacher differ in the teacher's head and tail tokens.
 
     Args:
         weight: factor in the loss.
         temperature: divides both models' logits, > 0.
-        head_mass: the head is the smallest set of tokens that holds this much of the teacher's mass, in (0, 1).
+        head_mass: the head is the smallest set of tokens with this much of the teacher's probability, in (0, 1).
 
     Source: Wu et al. 2024, https://arxiv.org/abs/2404.02657.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_distill.functional.policy_gradient import clipped_surrogate, is_clipped
+from lit_distill.functional import clipped_surrogate, is_clipped
 from lit_distill.objectives.base import LossTerm, Objective, sum_over_tokens
 
 if TYPE_CHECKING:
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 class PolicyGradient(Objective):
-    """−A·ρ, clipped, with ρ = q_new/p̃ and the advantage A that the source computed: what a token does to the tokens after it.
+    """−A·ρ, clipped, with ρ = q_new/p̃ and the advantage A from the source: the effect of a token on the rewards after it.
 
-    Biased as soon as the student differs from the one that sampled and ρ is clipped; otherwise as biased as the
-    source's scoring.
+    Clipping biases the gradient as soon as the student has changed since sampling. Otherwise the bias is that of the source's
+    scoring.
 
     Args:
         weight: factor in the loss.
-        clip_range: ε > 0 around 1 in which ρ may move, or null.
-        temperature: of the rollouts; must equal the source's.
+        clip_range: ε > 0; ρ is clipped to 1 ± ε. Null for no clipping.
+        temperature: sampling temperature of the rollouts; must equal the source's.
 
     Source: MiniLLM, https://arxiv.org/abs/2306.08543, equations 3 and 7.
     """
@@ -42,7 +42,7 @@ class PolicyGradient(Objective):
         advantages: Tensor,
         importance_weights: Tensor,
     ) -> LossTerm:
-        """Per-token clipped surrogate; logs the share of tokens whose gradient is cut off."""
+        """Per-token clipped surrogate; logs the share of tokens whose gradient is 0 by clipping."""
         logits = student_logits / self.temperature
         logprobs = logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(dim=-1)
         arguments = (logprobs, old_logprobs, advantages, importance_weights, self.clip_range)

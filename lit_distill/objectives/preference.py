@@ -1,4 +1,4 @@
-"""Preference of the teacher's words over the student's: of whole texts, as in DPKD's paper, or of tokens, as in its code."""
+"""Preference losses of DPKD: between whole responses, as in the paper, or between tokens, as in its released code."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lit_distill.functional.preference import (
-    WITHOUT_TEACHER,
-    PreferenceVariant,
-    direct_preference_loss,
-    implicit_reward,
-    token_preference_loss,
-)
-from lit_distill.objectives.base import TEACHER_OF_PAIRS, LossTerm, Objective, sum_over_tokens
+from lit_distill.functional import PreferenceVariant, direct_preference_loss, implicit_reward, token_preference_loss
+from lit_distill.functional.preference import WITHOUT_TEACHER
+from lit_distill.objectives.base import LossTerm, Objective, sum_over_tokens
+from lit_distill.objectives.signals import TEACHER_OF_PAIRS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,20 +18,20 @@ if TYPE_CHECKING:
 class DirectPreference(Objective):
     """DPKD: prefer the teacher's (or the dataset's) response over the student's own, on pairs from `ResponsePairs`.
 
-    Its gradient vanishes in the mean where student and teacher agree, and has no lower bound on the log-probability of the
-    rejected text: watch ``rejected_logprob``, and add `NextToken`, which sees the chosen text, and the corpus loss.
+    Its mean gradient is 0 if student and teacher agree. It can lower the log-probability of the rejected response without bound:
+    watch ``rejected_logprob``, and add `NextToken` (on the chosen response) and the corpus loss.
 
     Args:
         weight: factor in the loss.
         beta: preference temperature, > 0.
-        variant: dpkd, ipo, cpo, simpo, dpop or reference_free; cpo, simpo and reference_free do not ask the teacher.
-        length_normalize: divide every log-probability by its text's length.
+        variant: dpkd, ipo, cpo, simpo, dpop or reference_free; cpo, simpo and reference_free do not use the teacher.
+        length_normalize: divide every log-probability by the length of its response.
         label_smoothing: probability in [0, 0.5] that the preference is the other way round.
         target_margin: SimPO's γ, in units of reward.
-        dpop_lambda: weight of dpop's penalty for losing the chosen text.
-        cpo_nll_weight: weight of cpo's −log q of the chosen text; 0 where `NextToken` is an objective too.
+        dpop_lambda: weight of dpop's penalty if the student gives the chosen response less probability than the teacher does.
+        cpo_nll_weight: weight of cpo's −log q of the chosen response; set 0 if `NextToken` is an objective too.
 
-    Source: DPKD, https://arxiv.org/abs/2406.19774, with length normalisation, the form it reports; variants in
+    Source: DPKD, https://arxiv.org/abs/2406.19774, with the length normalisation that it reports; variants in
     `lit_distill.functional.preference`.
     """
 
@@ -60,11 +56,11 @@ class DirectPreference(Objective):
             "dpop_lambda": dpop_lambda,
             "cpo_nll_weight": cpo_nll_weight,
         }
-        self(*torch.zeros(4, 1, 1), *torch.ones(2, 1, 1))  # let the function itself judge the settings
+        self(*torch.zeros(4, 1, 1), *torch.ones(2, 1, 1))  # the function rejects invalid settings
 
     @property
     def needs(self) -> frozenset[str]:
-        """What `forward` takes, without the teacher where the variant does not ask it."""
+        """The arguments of `forward`, without the teacher's if the variant does not use them."""
         return super().needs - (TEACHER_OF_PAIRS if self.variant in WITHOUT_TEACHER else frozenset())
 
     def forward(
@@ -78,7 +74,7 @@ class DirectPreference(Objective):
     ) -> LossTerm:
         """Per-pair loss.
 
-        Logs the implicit rewards of both texts, their margin, how often it is positive (``accuracy``), and log q per token.
+        Logs the implicit rewards of both responses, their margin, how often it is positive (``accuracy``), and log q per token.
         """
         student = (student_chosen_logprobs.sum(dim=-1), student_rejected_logprobs.sum(dim=-1))
         given = (teacher_chosen_logprobs, teacher_rejected_logprobs)
@@ -117,17 +113,17 @@ class DirectPreference(Objective):
 class TokenPreference(Objective):
     """At every position, prefer the teacher's most probable token over the student's.
 
-    Nothing is generated. Its value is at least log 2 (``dpkd``), and it has no gradient where both favourites agree.
+    Nothing is generated. The value is at least log 2 (``dpkd``); the gradient is 0 where both models have the same top token.
 
     Args:
         weight: factor in the loss.
         beta: preference temperature, > 0.
-        variant: dpkd, ipo, dpop or reference_free. The released code's simpo divides by the length of the whole text, which
-            rows of targets do not know; it is in `lit_distill.functional.token_preference_loss`.
+        variant: dpkd, ipo, dpop or reference_free. The released code's simpo needs the length of the whole response, which
+            is not available per token here; it is in `lit_distill.functional.token_preference_loss`.
         label_smoothing: probability in [0, 0.5] that the preference is the other way round.
-        dpop_lambda: weight of dpop's penalty for a lower probability of the teacher's token than the teacher gives it.
+        dpop_lambda: weight of dpop's penalty if the student gives the teacher's token less probability than the teacher does.
 
-    Source: microsoft/LMOps, dpkd; the paper's own form, on whole sequences, is another method.
+    Source: microsoft/LMOps, dpkd; the paper describes another method, on whole responses.
     """
 
     def __init__(
@@ -143,10 +139,10 @@ class TokenPreference(Objective):
         self.variant = variant
         self.label_smoothing = label_smoothing
         self.dpop_lambda = dpop_lambda
-        self(torch.zeros(1, 2), torch.zeros(1, 2))  # let the function itself judge the settings
+        self(torch.zeros(1, 2), torch.zeros(1, 2))  # the function rejects invalid settings
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
-        """Per-token preference loss; logs how often the favourites agree."""
+        """Per-token preference loss; logs how often both models have the same top token (``agreement``)."""
         losses = token_preference_loss(
             student_logits,
             teacher_logits,

@@ -12,11 +12,11 @@ from lightning.pytorch import Callback
 from torch.optim import lr_scheduler
 from training import learner_of, quiet_trainer, weights
 
-from lit_distill.checks.optimizer import check_optimizer
-from lit_distill.checks.run_length import run_length
 from lit_distill.data import ProceduralData
 from lit_distill.objectives import ForwardKL, PolicyGradient, ReverseKL
-from lit_distill.rollouts import TeacherMixedRollouts
+from lit_distill.sources import TeacherMixedRollouts
+from lit_distill.validation.optimizer import check_optimizer
+from lit_distill.validation.run_length import run_length
 
 REFUSED_OPTIMIZERS: dict[str, tuple[dict[str, Any], str]] = {
     "torch.optim.LBFGS": ({}, r"LBFGS "),
@@ -51,7 +51,7 @@ REFUSED_SCHEDULERS: dict[str, tuple[dict[str, Any], str]] = {
         {"max_lr": 0.1, "total_steps": 3},
         r"model\.lr_scheduler\.total_steps: OneCycleLR ends after 3 optimiser steps, and the run has 4\. .*WarmupCosine",
     ),
-    "ReduceLROnPlateau": ({}, r"model\.lr_scheduler: ReduceLROnPlateau waits for a metric.*WarmupCosine"),
+    "ReduceLROnPlateau": ({}, r"model\.lr_scheduler: ReduceLROnPlateau needs a metric.*WarmupCosine"),
     "SequentialLR": (
         {
             "schedulers": [{"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}}],

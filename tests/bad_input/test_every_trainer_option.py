@@ -93,7 +93,7 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     "limit_val_batches": [(-1, r"limit_val_batches")],
     "limit_test_batches": [(-1, r"limit_test_batches")],
     "limit_predict_batches": [(-1, r"limit_predict_batches")],
-    "overfit_batches": [(1, r"trainer\.val_check_interval: validation every 2 batches, and an epoch has 1")],
+    "overfit_batches": [(1, r"trainer\.val_check_interval: validation every 2 batches, but an epoch has only 1")],
     "val_check_interval": [
         ("00:00:10:00", r"trainer\.val_check_interval: 00:00:10:00 is a time.*number of batches"),
         ({"minutes": 1}, r"trainer\.val_check_interval: .*is a time"),
@@ -103,7 +103,7 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
     "log_every_n_steps": [(-1, r"trainer\.log_every_n_steps: expected 0 \(never\) or more, got -1")],
     "enable_checkpointing": [(False, r"trainer\.enable_checkpointing: .*checkpoint\.save_top_k: 0")],
     "accumulate_grad_batches": [(2, r"trainer\.accumulate_grad_batches: .*model\.micro_batch_size")],
-    "gradient_clip_val": [(-1.0, r"trainer\.gradient_clip_val: -1")],
+    "gradient_clip_val": [(-1.0, r"trainer\.gradient_clip_val: .* got -1")],
     "gradient_clip_algorithm": [("median", r"gradient_clip_algorithm")],
     "profiler": [("xla", r"trainer\.profiler: expected one of simple, advanced, pytorch, got 'xla'")],
     "barebones": [(True, r"trainer\.barebones: true")],
@@ -113,10 +113,10 @@ REFUSED: dict[str, list[tuple[Any, str]]] = {
             {"class_path": f"{PLUGINS}precision.HalfPrecision", "init_args": {"precision": "bf16-true"}},
             r"trainer\.precision: bf16-true",
         ),
-        ({"class_path": f"{PLUGINS}io.AsyncCheckpointIO"}, r"trainer\.plugins: AsyncCheckpointIO .*whole or not there"),
+        ({"class_path": f"{PLUGINS}io.AsyncCheckpointIO"}, r"trainer\.plugins: AsyncCheckpointIO .*written atomically"),
     ],
     "reload_dataloaders_every_n_epochs": [(-1, r"reload_dataloaders_every_n_epochs")],
-    "model_registry": [("mine/model", r"trainer\.model_registry: nothing is uploaded.*export/")],
+    "model_registry": [("mine/model", r"trainer\.model_registry: lit-distill uploads nothing.*export/")],
 }
 IN_PYTHON: list[tuple[dict[str, Any], str]] = [
     ({"precision": "64-true"}, r"trainer\.precision: 64-true"),
@@ -125,7 +125,7 @@ IN_PYTHON: list[tuple[dict[str, Any], str]] = [
     ({"plugins": HalfPrecision("bf16-true")}, r"trainer\.precision: bf16-true"),
     ({"plugins": AsyncCheckpointIO()}, r"trainer\.plugins: AsyncCheckpointIO"),
     ({"val_check_interval": "00:00:00:10"}, r"trainer\.val_check_interval: .*a time"),
-    ({"limit_train_batches": 1, "val_check_interval": 2}, r"trainer\.val_check_interval: .* an epoch has 1\."),
+    ({"limit_train_batches": 1, "val_check_interval": 2}, r"trainer\.val_check_interval: .* an epoch has only 1\."),
 ]
 
 

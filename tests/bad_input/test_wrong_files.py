@@ -130,7 +130,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a folder as config": (["fit", "--config", "."], r"config"),
     "broken YAML": (["fit", "--config", "broken.yaml"], r"broken\.yaml"),
     "a binary config": (["fit", "--config", "binary.yaml"], r"binary\.yaml"),
-    "an empty config": (["fit", "--config", "empty.yaml"], r"empty\.yaml holds nothing"),
+    "an empty config": (["fit", "--config", "empty.yaml"], r"empty\.yaml contains nothing"),
     "a config that is a list": (["fit", "--config", "list.yaml"], r"list\.yaml"),
     "a key twice": (["fit", "--config", "twice.yaml"], r"model|twice"),
     "a key without a value": (["fit", "--trainer.max_steps"], r"trainer\.max_steps"),

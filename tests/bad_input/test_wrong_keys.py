@@ -48,7 +48,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a student without a path": ({"model.student": {"dtype": "float32"}}, r"model\.student\.path"),
     "no data": ({"data": REMOVED}, r"data"),
     "an unknown dtype": ({"model.student.dtype": "float64"}, r"model\.student"),
-    "an unknown speaker": ({"model.prediction.speaker": "nobody"}, r"model\.prediction.*student"),
+    "an unknown speaker": ({"model.prediction.model": "nobody"}, r"model\.prediction.*student"),
     "no seed": ({"seed_everything": "x"}, r"seed_everything"),
     "a negative seed": ({"seed_everything": -1}, r"seed"),
     "a class that is no objective": (kd("torch.nn.Linear"), r"model\.objectives"),
@@ -60,7 +60,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "no steps": ({"trainer.max_steps": 0}, r"trainer\.max_steps: 0"),
     "no epochs": ({"trainer.max_steps": -1, "trainer.max_epochs": 0}, r"trainer\.max_epochs: 0"),
     "no training batches": ({"trainer.limit_train_batches": 0}, r"trainer\.limit_train_batches: 0"),
-    "a negative clip": ({"trainer.gradient_clip_val": -1.0}, r"trainer\.gradient_clip_val: -1"),
+    "a negative clip": ({"trainer.gradient_clip_val": -1.0}, r"trainer\.gradient_clip_val: .* got -1"),
     "an unknown clip": ({"trainer.gradient_clip_algorithm": "nrom"}, r"gradient_clip_algorithm"),
     "a negative learning rate": (optimizer(lr=-0.1), r"model\.optimizer: .*-0\.1"),
     "a negative weight decay": (optimizer(weight_decay=-1), r"model\.optimizer: .*weight_decay"),
@@ -121,7 +121,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "pairs without a preference": (source("ResponsePairs"), r"model\.source: ResponsePairs.*`dpkd: DirectPreference`"),
     "pairs of nobody": (source("ResponsePairs", chosen="nobody"), r"model\.source"),
     "truncated draws of a mixture": (mixed(top_k=5), r"model\.source\.init_args\.alpha: .*top_k: 0"),
-    "two temperatures": (mixed(temperature=0.5), r"model\.objectives\.long\.temperature is 1.*Make them equal"),
+    "two temperatures": (
+        mixed(temperature=0.5),
+        r"model\.objectives\.long\.temperature is 1.*Set both to the same value",
+    ),
     "a corpus objective without a corpus": (
         {"model.corpus_objectives": {"lm": "NextToken"}},
         r"model\.corpus_objectives: there is no corpus.*data\.init_args\.corpus",
@@ -142,7 +145,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "weights that are all 0": (kd("ForwardKL", weight=0), r"model\.objectives: every weight is 0"),
     "a schedule of a missing objective": (
         callback("ObjectiveWeightSchedule", objective="kl", end=0.0),
-        r"ObjectiveWeightSchedule: objective: there is no 'kl'; there are",
+        r"ObjectiveWeightSchedule: objective: there is no objective 'kl'\. Give one of",
     ),
     "a schedule of a missing mixture": (callback("TeacherMixSchedule"), r"TeacherMixSchedule: .*TeacherMixedRollouts"),
     "training without responses": ({"data.init_args.responses": False}, r"data\.init_args\.responses: true"),

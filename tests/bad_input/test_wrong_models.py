@@ -122,8 +122,8 @@ def test_a_damaged_model_is_refused_with_its_key(refusal, pair, tmp_path, damage
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (tokens_in_another_order, r"model\.student and model\.teacher do not speak the same tokens: 2 of"),
-        (another_end, r"model\.teacher.*ends its texts|The student ends its texts.*model\.teacher\.path"),
+        (tokens_in_another_order, r"model\.student and model\.teacher have different tokenizers: 2 of"),
+        (another_end, r"The student's end-of-sequence token.*model\.teacher\.path"),
     ],
 )
 def test_models_that_do_not_share_their_tokens_are_refused(refusal, pair, tmp_path, damage, words: str) -> None:
@@ -138,21 +138,27 @@ def test_texts_longer_than_a_model_reads_are_refused_before_loading(refusal, pai
     folder = damaged(dict(zip(("student", "teacher"), pair, strict=True))[role], tmp_path / "short")
     edit(folder / "config.json", max_position_embeddings=8)
     message = refusal({f"model.{role}.path": str(folder)})
-    assert re.search(rf"data\.init_args\.max_length: .*model\.{role} reads 8\b", message), message
+    assert re.search(rf"data\.init_args\.max_length: .*context length of model\.{role} is 8\b", message), message
 
 
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        (mixed(max_new_tokens=1000), r"model\.source\.init_args\.max_new_tokens: 1000 .*model\.student reads 512"),
-        ({"generation.max_new_tokens": 1000}, r"generation\.max_new_tokens: 1000 .*model\.student reads 512"),
+        (
+            mixed(max_new_tokens=1000),
+            r"model\.source\.init_args\.max_new_tokens: .*response of 1000 .*context length of model\.student is 512",
+        ),
+        (
+            {"generation.max_new_tokens": 1000},
+            r"generation\.max_new_tokens: .*response of 1000 .*context length of model\.student is 512",
+        ),
         (
             {
                 "exposure_bias.max_new_tokens": 1000,
                 "exposure_bias.max_prompts": 2,
                 "exposure_bias.every_n_validations": 1,
             },
-            r"exposure_bias\.max_new_tokens: 1000",
+            r"exposure_bias\.max_new_tokens: .* a response of 1000",
         ),
     ],
 )

@@ -69,18 +69,18 @@ def a_part_of_a_checkpoint(path: Path) -> None:
     ("make", "words"),
     [
         (lambda path: None, r"ckpt_path: there is no x\.ckpt\. Give a \.ckpt file"),
-        (lambda path: path.mkdir(), r"ckpt_path: x\.ckpt is a folder and no checkpoint, for it has no meta\.pt"),
+        (lambda path: path.mkdir(), r"ckpt_path: x\.ckpt is a folder but not a checkpoint: it has no meta\.pt"),
         (
             a_part_of_a_checkpoint,
-            r"ckpt_path: x\.ckpt is incomplete: 2 ranks have written it, and there are the files of 1",
+            r"ckpt_path: x\.ckpt is incomplete: 2 ranks wrote it, but only 1 of their files exist",
         ),
         (lambda path: path.write_text("no checkpoint"), r"ckpt_path: x\.ckpt cannot be read as a checkpoint"),
         (lambda path: path.write_bytes(b""), r"ckpt_path: x\.ckpt cannot be read as a checkpoint"),
         (
             lambda path: torch.save({"epoch": 3}, path),
-            r"ckpt_path: x\.ckpt is no checkpoint of lit-distill.*model\.student\.path",
+            r"ckpt_path: x\.ckpt is not a checkpoint of lit-distill.*model\.student\.path",
         ),
-        (lambda path: torch.save([1, 2], path), r"ckpt_path: x\.ckpt is no checkpoint of lit-distill"),
+        (lambda path: torch.save([1, 2], path), r"ckpt_path: x\.ckpt is not a checkpoint of lit-distill"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(refusal, tmp_path, make, words: str) -> None:
@@ -125,7 +125,7 @@ def test_a_folder_that_cannot_be_written_is_named(refusal, tmp_path, command, ch
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"id": "a", "speaker": "teacher"}\n', r"model\.prediction\.path: .*what the teacher said"),
+        ('{"id": "a", "model": "teacher"}\n', r"model\.prediction\.path: .*contains responses of the teacher"),
         ("no JSON\n", r"model\.prediction\.path: out\.jsonl, line 1 .*another path"),
         ("no JSON\nat all", r"model\.prediction\.path: out\.jsonl, line 1 .*another path"),
         ('{"id": "a", "mine": "x"}', r"model\.prediction\.path: out\.jsonl, line 1 .*another path"),
@@ -144,7 +144,7 @@ def test_a_figure_that_is_a_slip_of_the_pen_is_refused_before_the_first_step(ref
         "trainer.callbacks": [{"class_path": "LambdaCallback"}]
     }  # may log anything, so that nobody knows at the start
     message = refusal({"checkpoint.monitor": "val/los", **own}, loading=True)
-    assert "checkpoint.monitor: nobody logs val/los. Did you mean val/loss?" in message
+    assert "checkpoint.monitor: val/los is not logged. Did you mean val/loss?" in message
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])
@@ -156,7 +156,7 @@ def test_a_split_that_stands_in_for_another_is_named(pair, tmp_path, monkeypatch
     config = changed(tiny_config(pair), {"data": data, "model.prediction": {"max_new_tokens": 2}})
     with caplog.at_level("INFO"):
         run(command, "--config", write(config, tmp_path / "c.yaml"))
-    expected = f"data.init_args.{command}: no such records were given, so this is about those of {split}."
+    expected = f"data.init_args.{command}: no records are given, using the {split} split."
     assert expected in caplog.text
 
 

@@ -13,15 +13,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from command_line import run, tiny_config, write
-from lit_distill.callbacks import CalibrationMonitor
 from matplotlib.figure import Figure
 from processes import run_on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
-from lit_distill.evaluation import CalibrationMetric, LabelWords
-from lit_distill.evaluation.calibration import collect
-from lit_distill.evaluation.label_words import LabelWordTask
+from lit_distill.callbacks import CalibrationMonitor
+from lit_distill.evaluation.calibration import CalibrationMetric, collect
+from lit_distill.evaluation.verbalizer import Verbalizer, VerbalizerTask
 
 NEXT_TOKEN_FIGURES = {"ece", "adaptive_ece", "brier", "accuracy"}
 
@@ -61,14 +60,14 @@ def test_next_tokens_of_both_models_are_those_of_their_own_logits(tested) -> Non
                 logits = lm.model(input_ids=text.input_ids, attention_mask=text.attention_mask).logits
             mask = text.target_mask[:, 1:]
             collect(metric, logits[:, :-1][mask].softmax(dim=-1), text.input_ids[:, 1:][mask])
-        for name, value in metric.compute().figures.items():
+        for name, value in metric.compute().metrics.items():
             torch.testing.assert_close(figures[f"test/{prefix}{name}"], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_task_is_asked_at_test_of_both_models(tested, mood) -> None:
-    task = LabelWordTask(LabelWords(**mood), tested.model.tokenizer, "k", 6)
+    task = VerbalizerTask(Verbalizer(**mood), tested.model.tokenizer, "k", 6)
     for prefix, lm in (("", tested.model.student), ("teacher_", tested.model.teacher)):
-        for name, value in task.ask(lm, torch.device("cpu")).figures.items():
+        for name, value in task.ask(lm, torch.device("cpu")).metrics.items():
             logged = tested.trainer.callback_metrics[f"test/mood/{prefix}{name}"]
             torch.testing.assert_close(logged, value, rtol=1e-4, atol=1e-6)
     both = {*NEXT_TOKEN_FIGURES, "mass"}
@@ -79,14 +78,14 @@ def test_a_task_is_asked_at_test_of_both_models(tested, mood) -> None:
 
 def test_the_report_has_the_bins_of_every_task_and_speaker(tested) -> None:
     entries = json.loads(json.dumps(monitor(tested).report(), allow_nan=False))["calibration"]
-    assert [(entry["name"], entry["speaker"]) for entry in entries] == [
+    assert [(entry["name"], entry["role"]) for entry in entries] == [
         ("next token", "student"),
         ("next token", "teacher"),
         ("mood", "student"),
         ("mood", "teacher"),
     ]
     for entry in entries:
-        prefix = ("" if entry["name"] == "next token" else "mood/") + ("teacher_" * (entry["speaker"] == "teacher"))
+        prefix = ("" if entry["name"] == "next token" else "mood/") + ("teacher_" * (entry["role"] == "teacher"))
         assert entry["ece"] == pytest.approx(tested.trainer.callback_metrics[f"test/{prefix}ece"].item())
         assert sum(found["count"] for found in entry["bins"]) == entry["count"] > 0
         gaps = sum(found["count"] * abs(found["accuracy"] - found["confidence"]) for found in entry["bins"])
@@ -116,7 +115,7 @@ def test_validations_ask_the_tasks_only_where_told_to(pair, mood, tmp_path) -> N
 
 
 def test_by_default_a_fit_does_not_even_read_the_tasks(pair) -> None:
-    unread = CalibrationMonitor(tasks={"mood": LabelWords("nowhere.jsonl", "{text}", [" a", " b"])})
+    unread = CalibrationMonitor(tasks={"mood": Verbalizer("nowhere.jsonl", "{text}", [" a", " b"])})
     unread.setup(None, None, "fit")
     with pytest.raises(ValueError, match=r"calibration\.tasks\.mood\.path: there is no file"):
         unread.setup(None, SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(pair[0])), "test")
@@ -142,7 +141,7 @@ def test_it_can_be_switched_off(pair, tmp_path) -> None:
     [
         ({"num_bins": 1}, r"calibration\.num_bins: expected at least 2, got 1"),
         ({"every_n_validations": 0}, r"calibration\.every_n_validations: expected at least 1, or null"),
-        ({"tasks": {"mood": LabelWords("x", "{text}", [" a"])}}, r"calibration\.tasks\.mood\.words: expected at least"),
+        ({"tasks": {"mood": Verbalizer("x", "{text}", [" a"])}}, r"calibration\.tasks\.mood\.words: expected at least"),
     ],
 )
 def test_what_is_wrong_in_the_yaml_is_said_by_its_key(settings, said) -> None:
@@ -158,7 +157,7 @@ def test_the_diagram_has_both_models_their_errors_and_the_diagonal(tested) -> No
     draw_reliability(axes, results, "mood")
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     for speaker in ("student", "teacher"):
-        assert any(f"{speaker}: ECE {results[speaker].figures['ece'].item():.3f}" in label for label in labels)
+        assert any(f"{speaker}: ECE {results[speaker].metrics['ece'].item():.3f}" in label for label in labels)
     assert axes.get_ylabel() == "accuracy"
     assert "7 predictions" in axes.figure.axes[1].get_xlabel()
     heights = [bar.get_height() for bar in axes.figure.axes[1].patches]
@@ -170,13 +169,13 @@ import json, sys
 import lightning as L
 from lit_distill.callbacks import CalibrationMonitor
 from lit_distill.data import ProceduralData
-from lit_distill.evaluation import LabelWords
+from lit_distill.evaluation.verbalizer import Verbalizer
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL
 
 student, teacher, mood, devices, out = sys.argv[1:]
-monitor = CalibrationMonitor(tasks={"mood": LabelWords(**json.loads(mood))})
+monitor = CalibrationMonitor(tasks={"mood": Verbalizer(**json.loads(mood))})
 trainer = L.Trainer(
     accelerator="cpu", devices=int(devices), strategy="ddp" if devices == "2" else "auto", logger=False,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor],

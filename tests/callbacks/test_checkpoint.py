@@ -9,13 +9,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lit_distill.callbacks import RunCheckpoint
 
+from lit_distill.callbacks import RunCheckpoint
 from lit_distill.data import ProceduralData
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import PolicyGradient, ReverseKL
-from lit_distill.rollouts import TeacherMixedRollouts
+from lit_distill.sources import TeacherMixedRollouts
 
 
 def minillm(

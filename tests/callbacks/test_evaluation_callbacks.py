@@ -7,7 +7,7 @@ import torch
 from command_line import run, tiny_config, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_distill.evaluation import exact_match, rouge_l
+from lit_distill.evaluation.ngrams import exact_match, rouge_l
 
 
 def evaluator(cli):
@@ -86,12 +86,12 @@ def test_samples_are_a_table_in_tensorboard(finished) -> None:
 def test_before_and_after_have_a_row_each_and_equal_an_evaluation(finished, pair) -> None:
     cli, path = finished
     table = next(callback for callback in cli.trainer.callbacks if type(callback).__name__ == "BeforeAfter")
-    assert list(table.figures) == ["student before", "student after", "teacher"]
+    assert list(table.metrics) == ["student before", "student after", "teacher"]
     assert len(table.table().splitlines()) == 4
     teacher = ("--model.student.path", pair[1])
     after = ("--ckpt_path", cli.trainer.checkpoint_callback.last_model_path)
     for row, options in (("student before", ()), ("student after", after), ("teacher", teacher)):
         again = run("test", "--config", path, *options, "--trainer.callbacks", "null").trainer.callback_metrics
-        for name, value in table.figures[row].items():
+        for name, value in table.metrics[row].items():
             if name in ("perplexity", "reverse_kl", "rouge_l", "exact_match"):
                 torch.testing.assert_close(value, again[f"test/{name}"].item(), rtol=1e-4, atol=1e-5)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run, tiny_config, write
-from lit_distill.callbacks.export import save_folder
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from lit_distill.callbacks.folders import save_folder
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path) -> None:
 
 
 def test_tied_weights_are_stored_once_and_tied_again(tmp_path, make_tokenizer) -> None:
-    from lit_distill.callbacks.export import save_folder
+    from lit_distill.callbacks.folders import save_folder
 
     model = tiny_llama(tie_word_embeddings=True)
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}  # as a checkpoint has them

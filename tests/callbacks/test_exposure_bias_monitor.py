@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from command_line import run, tiny_config, write
-from lit_distill.callbacks import ExposureBiasMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_distill.rollouts import Decoding
+from lit_distill.callbacks import ExposureBiasMonitor
+from lit_distill.generation import SamplingParams
 
 LENGTH, SAMPLES = 6, 2
 
@@ -40,7 +40,7 @@ def slow_errors(cli, batch, writer: str) -> torch.Tensor:
     sums = torch.zeros(LENGTH, dtype=torch.float64)
     for sample in range(SAMPLES):
         keys = tuple(f"{item}/{sample}" if sample else item for item in batch.ids)
-        responses = learner.generate(batch.prompts, keys, Decoding(LENGTH, 1.0), 0, writer)
+        responses = learner.generate(batch.prompts, keys, SamplingParams(LENGTH, 1.0), 0, writer)
         for prompt, ids, mask in zip(batch.prompt_texts, responses.ids, responses.mask, strict=True):
             prefix = learner.tokenizer(prompt).input_ids
             for t, token in enumerate(ids[mask].tolist()):
@@ -80,8 +80,8 @@ def test_a_teacher_that_is_its_own_student_has_no_excess(pair, tmp_path) -> None
 
 
 def test_a_length_that_no_text_reaches_has_no_scalar_and_is_named(pair, tmp_path, monkeypatch) -> None:
-    def one_token(self, prompts, ids, decoding, seed=0, speaker="student"):
-        return original(self, prompts, ids, Decoding(2, 1.0), seed, speaker)
+    def one_token(self, prompts, ids, sampling, seed=0, model="student"):
+        return original(self, prompts, ids, SamplingParams(2, 1.0), seed, model)
 
     from lit_distill.module import DistillationModule
 
@@ -93,7 +93,7 @@ def test_a_length_that_no_text_reaches_has_no_scalar_and_is_named(pair, tmp_path
     figures = run("test", "--config", config, *options(), "--trainer.logger", "false").trainer.callback_metrics
     assert [name for name in figures if "ex_acc_err" in name] == ["test/ex_acc_err_1"]
     assert said == [
-        "exposure_bias.lengths: no text has 3 tokens, the longest has 2; nothing is logged at 3, 6.",
+        "exposure_bias.lengths: the longest text has 2 tokens, so nothing is logged at 3, 6.",
     ]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,10 +14,11 @@ import lightning as L
 import pytest
 from command_line import run, tiny_config, write
 from lightning.pytorch.loggers import CSVLogger
-from lit_distill.callbacks import Judge
+from processes import run_on_ranks
 
+from lit_distill.callbacks import Judge
 from lit_distill.data import ProceduralData
-from lit_distill.evaluation.budget import Account, Budget
+from lit_distill.evaluation.budget import Budget, CostTracker
 from lit_distill.evaluation.chat import ChatEndpoint, EndpointError, RequestRefusedError, ask
 from lit_distill.evaluation.judge import Question, parse_scores
 from lit_distill.models import ModelSpec
@@ -212,7 +211,7 @@ def test_a_second_run_asks_nothing_even_after_a_line_was_cut_in_two(judge, stub,
 def test_answers_without_scores_are_counted_and_left_out(judge, stub) -> None:
     replies = iter(["Both are fine.", "8 0", "11 3", "<think>7 7</think>\n**8/10, 4/10**\nSo.", "6 3"])
     stub.reply = lambda body: (200, {}, chat(next(replies)))
-    with pytest.warns(UserWarning, match="3 answers hold no scores"):
+    with pytest.warns(UserWarning, match="3 answers have no scores"):
         _, callback = judge(num_workers=1)
     report = callback.report()["judge"]
     assert (report["count"], report["unparsable"]) == (2, 3)
@@ -229,7 +228,7 @@ def test_scores_are_read_from_a_first_line_that_holds_nothing_else(answer, score
 
 
 def test_the_request_budget_is_kept_said_once_and_the_rest_is_asked_later(judge, stub) -> None:
-    with pytest.warns(UserWarning, match=r"Judge\.budget: spent; 2 of 5") as warned:
+    with pytest.warns(UserWarning, match=r"Judge\.budget: reached; 2 of 5") as warned:
         _, callback = judge(budget={"max_requests": 3})
     assert len([w for w in warned if "budget" in str(w.message)]) == 1
     assert len(stub.bodies) == 3
@@ -244,7 +243,7 @@ def test_the_cost_stays_below_the_budget_with_many_workers(stub) -> None:
     body = endpoint.body(Question("a", 0, "p", "s", "r").messages())
     stub.reply = lambda _: (200, {}, chat("7 7", prompt_tokens=300, completion_tokens=50))
     each = (2.0 * 300 + 8.0 * 50) / 1e6
-    account = Account(Budget(max_cost=10 * each, **prices))
+    account = CostTracker(Budget(max_cost=10 * each, **prices))
     results = []
 
     def worker() -> None:
@@ -267,7 +266,7 @@ def test_a_busy_endpoint_is_asked_again_after_as_long_as_it_says(stub, status) -
     waits = iter([{"Retry-After": "0.4"}, {}])
     stub.reply = lambda body: (status, h, b"busy") if (h := next(waits, None)) is not None else by_length(body)
     endpoint = ChatEndpoint(stub.url, "stub", backoff_seconds=0.01)
-    account = Account(Budget())
+    account = CostTracker(Budget())
     body = endpoint.body(Question("a", 0, "p", "student", "ref").messages())
     assert ask(endpoint, account, body, SECRET, threading.Event()).startswith(f"{score('ref')} {score('student')}")
     first, second, third = stub.times
@@ -280,10 +279,10 @@ def test_attempts_end_and_say_what_the_endpoint_said(stub) -> None:
     stub.reply = lambda body: (503, {}, b"overloaded, your key is " + SECRET.encode())
     endpoint = ChatEndpoint(stub.url, "stub", max_retries=2, backoff_seconds=0.01)
     with pytest.raises(EndpointError, match=r"503: overloaded, your key is \*\*\*.*3 attempts"):
-        ask(endpoint, Account(Budget()), endpoint.body([]), SECRET, threading.Event())
+        ask(endpoint, CostTracker(Budget()), endpoint.body([]), SECRET, threading.Event())
     stub.reply = lambda body: (429, {"Retry-After": "86400"}, b"")
     with pytest.raises(EndpointError, match="1 attempts"):
-        ask(endpoint, Account(Budget()), endpoint.body([]), SECRET, threading.Event())
+        ask(endpoint, CostTracker(Budget()), endpoint.body([]), SECRET, threading.Event())
 
 
 @pytest.mark.parametrize(
@@ -295,7 +294,7 @@ def test_what_cannot_succeed_is_not_asked_again(stub, status, error, message) ->
     stub.reply = lambda body: (status, {"Location": f"{stub.url}/chat/completions"}, b"too long")
     endpoint = ChatEndpoint(stub.url, "stub")
     with pytest.raises(error, match=message):
-        ask(endpoint, Account(Budget()), endpoint.body([]), SECRET, threading.Event())
+        ask(endpoint, CostTracker(Budget()), endpoint.body([]), SECRET, threading.Event())
     assert len(stub.bodies) == 1  # nor is the key carried to where a redirect points
 
 
@@ -303,8 +302,8 @@ def test_a_silent_endpoint_is_unreachable_and_its_silence_may_have_cost(stub) ->
     release = threading.Event()
     stub.reply = lambda body: (release.wait(5), by_length(body))[1]
     endpoint = ChatEndpoint(stub.url, "stub", timeout_seconds=0.1, max_retries=0, parameters={"max_tokens": 5})
-    account = Account(Budget(price_per_million_output_tokens=1e6))
-    with pytest.raises(EndpointError, match=r"base_url.*does not answer"):
+    account = CostTracker(Budget(price_per_million_output_tokens=1e6))
+    with pytest.raises(EndpointError, match=r"base_url.*did not respond"):
         ask(endpoint, account, endpoint.body([]), None, threading.Event())
     release.set()
     assert account.cost == pytest.approx(5.0)
@@ -322,7 +321,7 @@ def test_a_refused_request_leaves_the_others(judge, stub) -> None:
 
 def test_a_judge_that_is_down_costs_a_training_a_warning(judge, stub) -> None:
     stub.reply = lambda body: (500, {}, b"down")
-    with pytest.warns(UserWarning, match="no figures of the judge.*500: down"):
+    with pytest.warns(UserWarning, match="no judge metrics.*500: down"):
         trainer, _ = judge("fit", every_n_validations=2)
     assert trainer.global_step == 4
     assert not figures_of(trainer)
@@ -351,7 +350,7 @@ def test_a_test_whose_judge_is_down_ends_with_an_error_after_the_other_figures(j
 
 def test_a_test_of_whose_answers_none_can_be_used_ends_with_an_error(judge, stub) -> None:
     stub.reply = lambda body: (200, {}, b"<html>A web page</html>")
-    with pytest.raises(ValueError, match="no answer of stub could be used"):
+    with pytest.raises(ValueError, match="no usable answer from stub"):
         judge()
 
 
@@ -384,7 +383,7 @@ def test_the_key_is_sent_and_written_nowhere(judge, pair, stub, tmp_path, capfd,
     with pytest.raises(ValueError, match="MY_KEY is not accepted") as caught:
         judge(endpoint={"api_key_env": "MY_KEY", "model": "other"})
     monkeypatch.setenv("MY_KEY", SECRET[:9] + "\n" + SECRET[9:])
-    with pytest.raises(ValueError, match="no key") as unusable:
+    with pytest.raises(ValueError, match="not a valid key") as unusable:
         judge(endpoint={"api_key_env": "MY_KEY"})
     output = capfd.readouterr()
     texts = [str(caught.value), repr(caught.value), str(unusable.value), output.out, output.err, caplog.text]
@@ -399,7 +398,7 @@ def test_the_key_is_sent_and_written_nowhere(judge, pair, stub, tmp_path, capfd,
     ("make", "message"),
     [
         (lambda: ChatEndpoint("ftp://host", "m"), r"base_url.*ftp"),
-        (lambda: ChatEndpoint("https://user:word@host/v1", "m"), r"base_url: holds credentials"),
+        (lambda: ChatEndpoint("https://user:word@host/v1", "m"), r"base_url: contains credentials"),
         (lambda: ChatEndpoint("http://h/v1", "m", timeout_seconds=0), r"timeout_seconds.*got 0"),
         (lambda: ChatEndpoint("http://h/v1", "m", max_retries=-1), r"max_retries.*got -1"),
         (lambda: ChatEndpoint("http://h/v1", "m", parameters={"stream": True}), r"parameters: 'stream'"),
@@ -431,8 +430,9 @@ trainer = L.Trainer(
 )
 learner = DistillationModule(ModelSpec(student), {"ce": NextToken()})
 trainer.test(learner, ProceduralData(**json.loads(data)))
-figures = {k: float(v) for k, v in trainer.callback_metrics.items() if "judge" in k}
-print("FIGURES" + json.dumps([figures, judge.report()["judge"]]))
+metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if "judge" in k}
+with open(f"{out}.rank-{trainer.global_rank}", "w") as file:
+    json.dump([metrics, judge.report()["judge"]], file)
 """
 
 
@@ -442,13 +442,10 @@ def test_two_ranks_ask_what_one_asks_and_have_its_figures(judge, stub, pair, tmp
     asked = sorted(map(json.dumps, stub.bodies))
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
-    arguments = [str(pair[0]), stub.url, str(tmp_path / "two.jsonl"), json.dumps(DATA)]
-    command = [sys.executable, "-W", "ignore", str(script), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads(said) for said in re.findall(r"FIGURES(.*)", done.stdout)]
-    assert len(ranks) == 2
-    for figures, report in ranks:
-        assert figures == pytest.approx(figures_of(trainer))
+    cache = tmp_path / "two.jsonl"
+    run_on_ranks(script, 2, pair[0], stub.url, cache, json.dumps(DATA))
+    for rank in range(2):
+        metrics, report = json.loads(Path(f"{cache}.rank-{rank}").read_text())
+        assert metrics == pytest.approx(figures_of(trainer))
         assert report == callback.report()["judge"]
     assert sorted(map(json.dumps, stub.bodies[NUM_TEST:])) == asked

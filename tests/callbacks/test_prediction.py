@@ -45,7 +45,9 @@ def test_a_second_run_stops_before_it_loads_anything_and_the_first_goes_on(confi
 
     def beside_another(module, batch, batch_idx):
         if batch_idx == 1:
-            monkeypatch.setattr("lit_distill.module.build_pair", lambda *_: pytest.fail("models were loaded"))
+            monkeypatch.setattr(
+                "lit_distill.module.build_student_and_teacher", lambda *_: pytest.fail("models were loaded")
+            )
             with pytest.raises(ValueError, match=IN_USE):
                 run("predict", "--config", config)
             told.append(ids())

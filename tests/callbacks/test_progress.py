@@ -12,13 +12,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks.progress import tqdm_progress
-from lit_distill.callbacks import GenerationEvaluator, RunProgress, progress
 
+from lit_distill.callbacks import GenerationEvaluator, RunProgress, progress
 from lit_distill.data import ProceduralData
+from lit_distill.generation import SamplingParams, generate
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, PolicyGradient, ReverseKL
-from lit_distill.rollouts import Decoding, TeacherMixedRollouts, decode, loop
+from lit_distill.sources import TeacherMixedRollouts
 from lit_distill.types import Prompts
 
 
@@ -34,7 +35,7 @@ def terminal(monkeypatch) -> Terminal:
         monkeypatch.setattr(module, "sys", SimpleNamespace(stdout=screen))
     monkeypatch.setattr(progress, "Tqdm", partial(progress.Tqdm, mininterval=0))
     monkeypatch.setattr(progress, "SECONDS_BEFORE_A_BAR", 0)
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_FIGURES", 0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_METRICS", 0)
     return screen
 
 
@@ -154,25 +155,30 @@ def test_a_resumed_run_goes_on_where_it_stopped(pair, terminal, tmp_path) -> Non
 
 class Stop(Callback):
     def on_rollouts(self, trainer, pl_module, trajectories) -> None:
+        self.module, self.followed = pl_module, pl_module.decoding_progress is not None
         raise RuntimeError("stop")
 
 
-def test_nobody_watches_the_decode_loop_after_the_run_also_after_one_that_failed(pair, lines) -> None:
-    fit(pair, RunProgress())
-    assert loop.WATCHERS == []
+def test_nobody_follows_the_decode_loop_after_the_run_also_after_one_that_failed(pair, lines) -> None:
+    assert fit(pair, RunProgress()).lightning_module.decoding_progress is None
+    stop = Stop()
     with pytest.raises(RuntimeError, match="stop"):
-        fit(pair, RunProgress(), Stop())
-    assert loop.WATCHERS == []
+        fit(pair, RunProgress(), stop)
+    assert stop.followed
+    assert stop.module.decoding_progress is None
 
 
-def test_a_watcher_sees_every_step_and_the_end(student, monkeypatch) -> None:
+def test_a_progress_hook_sees_every_step_and_the_end(student) -> None:
     seen = []
-    monkeypatch.setattr(loop, "WATCHERS", [lambda *news: seen.append(news)])
+
+    def follow(*news: int) -> None:
+        seen.append(news)
+
     prompts = Prompts(torch.tensor([[3, 4], [5, 6]]), torch.ones(2, 2, dtype=torch.int64))
-    decode(student, prompts, Decoding(5, temperature=0.0), [])
+    generate(student, prompts, SamplingParams(5, temperature=0.0), [], on_step=follow)
     assert seen == [*((step, 5, 2) for step in range(5)), (5, 5, 0)]
     seen.clear()
     everything = range(41)  # every token ends a text
-    decode(student, prompts, Decoding(50, temperature=0.0), list(everything))
+    generate(student, prompts, SamplingParams(50, temperature=0.0), list(everything), on_step=follow)
     assert seen[-1] == (50, 50, 0)
     assert len(seen) < 15

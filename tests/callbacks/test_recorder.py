@@ -10,12 +10,12 @@ import datasets
 import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lit_distill.callbacks import RolloutRecorder
 from training import learner_of, quiet_trainer
 
+from lit_distill.callbacks import RolloutRecorder
 from lit_distill.data import ProceduralData
 from lit_distill.objectives import ForwardKL, PolicyGradient, ReverseKL
-from lit_distill.rollouts import StudentRollouts, TeacherMixedRollouts
+from lit_distill.sources import StudentRollouts, TeacherMixedRollouts
 
 PHASE, STEPS_PER_PHASE = 4, 2
 

@@ -11,9 +11,9 @@ import lightning as L
 import pytest
 import yaml
 from command_line import run, tiny_config, write
-from lit_distill.callbacks import RunReport
 
-from lit_distill.evaluation.report import make_report, read_report, write_report
+from lit_distill.callbacks import RunReport
+from lit_distill.report.record import make_report, read_report, write_report
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,10 @@ def test_a_test_writes_what_it_has_logged(finished) -> None:
         report = report_of(cli)
         found = cli.trainer.callback_metrics.items()
         logged = {name.removeprefix("test/"): float(value) for name, value in found if name != "step"}
-        assert report["figures"] == pytest.approx(logged, nan_ok=True)
-        assert {"perplexity", "rouge_l", "teacher_rouge_l", "ece"} <= set(report["figures"])
+        assert report["metrics"] == pytest.approx(logged, nan_ok=True)
+        assert {"perplexity", "rouge_l", "teacher_rouge_l", "ece"} <= set(report["metrics"])
         assert {"calibration", "generation", "exposure_bias"} <= set(report["sections"])
-        assert {entry["speaker"] for entry in report["sections"]["generation"]} == {"student", "teacher"}
+        assert {entry["role"] for entry in report["sections"]["generation"]} == {"student", "teacher"}
         assert report["config"] == yaml.safe_load((Path(cli.trainer.log_dir) / "config.yaml").read_text())
         assert report["run"]["name"] == "tiny"
 
@@ -55,7 +55,7 @@ def test_what_is_logged_of_a_test_stands_at_the_step_of_its_checkpoint(finished)
     for cli, step in zip(finished[1:], (0, 4), strict=True):
         with (Path(cli.trainer.log_dir) / "metrics.csv").open() as file:
             assert {row["step"] for row in csv.DictReader(file)} == {str(step)}
-        assert "step" not in report_of(cli)["figures"]
+        assert "step" not in report_of(cli)["metrics"]
 
 
 def test_a_checkpoint_brings_its_step_its_seed_and_its_curves(finished) -> None:
@@ -142,7 +142,7 @@ def test_sections_of_several_callbacks_are_gathered_and_of_others_nothing_is_ask
     finish(RunReport(), tmp_path)
     report = read_report(tmp_path / "report.json")
     assert report["sections"] == {"mine": [{"a": None}, {"a": None}], "judge": [{"ratio": 1.0}, {"ratio": 1.0}]}
-    assert report["figures"] == {"perplexity": 2.0, "loss": None}
+    assert report["metrics"] == {"perplexity": 2.0, "loss": None}
 
 
 def test_a_test_without_callbacks_and_without_a_folder_passes(tmp_path) -> None:

@@ -6,7 +6,8 @@ from itertools import chain, zip_longest
 import numpy as np
 import pytest
 
-from lit_distill.data.sampling import CorpusOrder, GlobalBatchSampler, validation_mask
+from lit_distill.data import CorpusOrder, GlobalBatchSampler
+from lit_distill.data.sampler import validation_mask
 
 LENGTHS = np.random.default_rng(0).integers(1, 100, 1003)
 

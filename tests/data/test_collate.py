@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import torch
 
-from lit_distill.data.collate import Item, collate, padding_id
+from lit_distill.data.collate import Example, collate, padding_id
 
 PAD = EOS = 0
 ITEMS = [
-    Item("a", [7, EOS, 8], [5, EOS], ["x", "y"], "A"),  # EOS inside a prompt is a token like any other
-    Item("b", [9], [6, 6, 6, EOS], ["z"], "B"),
+    Example("a", [7, EOS, 8], [5, EOS], ["x", "y"], "A"),  # EOS inside a prompt is a token like any other
+    Example("b", [9], [6, 6, 6, EOS], ["z"], "B"),
 ]
 
 
@@ -19,7 +19,7 @@ def test_sequences_are_padded_on_the_right_and_eos_is_a_target_though_it_equals_
 
 
 def test_padding_is_neither_attended_nor_a_target():
-    sequences = collate([ITEMS[0], Item("c", [9], [EOS], ["z"], "C")], PAD, responses=True).sequences
+    sequences = collate([ITEMS[0], Example("c", [9], [EOS], ["z"], "C")], PAD, responses=True).sequences
     assert sequences.attention_mask.tolist()[1] == [1, 1, 0, 0, 0]
     assert sequences.target_mask.int().tolist()[1] == [0, 1, 0, 0, 0]
     assert sequences.input_ids.dtype == sequences.attention_mask.dtype == torch.int64
@@ -37,7 +37,7 @@ def test_texts_and_ids_ride_along():
 
 
 def test_prompts_alone_have_no_sequences_and_no_references():
-    batch = collate([Item("a", [7], [], [], "A")], PAD, responses=False)
+    batch = collate([Example("a", [7], [], [], "A")], PAD, responses=False)
     assert batch.sequences is None
     assert batch.references == ()
     assert batch.prompts.input_ids.tolist() == [[7]]

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lit_distill.data import Corpus
 from lit_distill.data import corpus as corpus_module
-from lit_distill.data.corpus import Corpus
 
 DOCUMENTS = ["the cat sat\non the mat", "name a colour", "red green blue"]
 

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from lit_distill.data.sampling import CorpusOrder, GlobalBatchSampler
+from lit_distill.data import CorpusOrder, GlobalBatchSampler
 
 
 def sampler(count: int, batch_size: int, seed: int = 0, **settings) -> GlobalBatchSampler:

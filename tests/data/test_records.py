@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lit_distill.data import Records
 from lit_distill.data.files import ORIGIN, ROWS_AT_ONCE
-from lit_distill.data.records import Records
 
 KEY = "data.init_args.train"
 A, B = {"instruction": "one", "output": "1"}, {"instruction": "two", "output": "2"}

@@ -8,14 +8,13 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from lit_distill.data.fields import Fields
-from lit_distill.data.instructions import InstructionData
-from lit_distill.data.records import Records
+from lit_distill.data import InstructionData, Records, Template
+from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.special_tokens import adds_special_tokens, turn_end
-from lit_distill.data.templates import Template
 from lit_distill.data.tokenize import tokenize_records
-from lit_distill.models.vocabulary import stop_token_ids
-from lit_distill.rollouts import Prediction, Responses, prediction_records
+from lit_distill.generation import Prediction, prediction_records
+from lit_distill.models import stop_token_ids
+from lit_distill.types import Responses
 
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}<user>{{ m['content'] }}<assistant>\n{% endfor %}"
@@ -34,7 +33,7 @@ WORDS_ONLY = (
 
 
 def rows_of(records, tokenizer, template="chat", **options):
-    fields = Fields(options.pop("fields", None))
+    fields = ColumnMapping(options.pop("fields", None))
     read = Records(records).read("data.init_args.train") if isinstance(records, str) else records
     return tokenize_records(
         read, "train", tokenizer, template=Template(template), fields=fields, responses=True, **options
@@ -156,7 +155,7 @@ def test_a_token_that_the_teacher_lacks_is_found_with_its_item(tokenizer, write_
     data.check_token_ids(new + 1)
     what = "prompt" if part == "instruction" else "response"
     with pytest.raises(
-        ValueError, match=rf"data\.init_args\.predict: the {what} of the item 'n2' holds the token '<new>' \({new}\)"
+        ValueError, match=rf"data\.init_args\.predict: the {what} of the item 'n2' contains the token '<new>' \({new}\)"
     ):
         data.check_token_ids(new)
 
@@ -185,5 +184,5 @@ def test_a_field_that_one_split_lacks_is_named_with_the_split(tokenizer, write_j
 
 def test_conversations_get_advice_that_helps(tokenizer, write_jsonl) -> None:
     path = write_jsonl([{"instruction": "x", "messages": [{"role": "user", "content": "hi"}]}])
-    with pytest.raises(ValueError, match=r"Conversations \(`messages`\) are not read as they are"):
+    with pytest.raises(ValueError, match=r"Conversations \(`messages`\) are not supported"):
         rows_of(path, tokenizer, "{instruction}")

@@ -4,12 +4,13 @@ import re
 
 import pytest
 
-from lit_distill.data.fields import Fields
-from lit_distill.data.templates import Template, check_chat_template
+from lit_distill.data import Template
+from lit_distill.data.columns import ColumnMapping
+from lit_distill.data.templates import check_chat_template
 
 
 def render(text: str, tokenizer=None, **record) -> str:
-    fields = Fields()
+    fields = ColumnMapping()
     return Template(text).render(lambda name: fields.text(record, name, "here"), tokenizer)
 
 
@@ -46,11 +47,11 @@ def test_a_string_that_is_no_template_is_refused_by_its_key(text):
 @pytest.mark.parametrize("text", ["{question}", "{instruction.__class__}", "{instruction[0]}"])
 def test_an_unknown_variable_is_an_error_that_lists_the_fields(text):
     with pytest.raises(ValueError, match=re.escape(text[1:-1]) + ".*instruction, input, output, topic"):
-        Template(text).check(Fields().known(["instruction", "output", "topic"]))
+        Template(text).check(ColumnMapping().known(["instruction", "output", "topic"]))
 
 
 def test_a_mapped_column_is_known_by_both_names():
-    known = Fields({"instruction": "question"}).known(["question", "output"])
+    known = ColumnMapping({"instruction": "question"}).known(["question", "output"])
     Template("{question} {instruction} {input}").check(known)
 
 
@@ -66,4 +67,4 @@ def test_a_tokenizer_without_chat_template_cannot_chat(tokenizer):
 
 def test_an_unknown_field_in_the_mapping_is_refused():
     with pytest.raises(ValueError, match=r"data\.init_args\.fields: 'answer'.*instruction, input, output"):
-        Fields({"answer": "output"})
+        ColumnMapping({"answer": "output"})

@@ -3,9 +3,8 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from lit_distill.data.fields import Fields
-from lit_distill.data.records import Records
-from lit_distill.data.templates import Template
+from lit_distill.data import Records, Template
+from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.tokenize import tokenize_records, tokenizer_content
 
 GOOD = {"instruction": "name a colour", "output": "red"}
@@ -16,7 +15,7 @@ def tokenized(source, tokenizer, *, template="{instruction}", fields=None, respo
         Records(source).read("data.init_args.train") if isinstance(source, str) else datasets.Dataset.from_list(source)
     )
     return tokenize_records(
-        records, split, tokenizer, template=Template(template), fields=Fields(fields), responses=responses
+        records, split, tokenizer, template=Template(template), fields=ColumnMapping(fields), responses=responses
     )
 
 
@@ -52,7 +51,7 @@ def test_bos_comes_before_the_prompt_if_the_tokenizer_puts_it_there_and_eos_only
     row = tokenized([GOOD], bos_tokenizer)[0]
     assert bos_tokenizer.decode(row["prompt_ids"]) == "<bos>name a colour"
     assert bos_tokenizer.decode(row["response_ids"]) == "red<eos>"
-    assert row["kept"] == 1
+    assert row["num_prefix_tokens"] == 1
 
 
 def test_the_chat_template_is_tokenised_with_its_special_tokens_once(chat_tokenizer):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import ragged_text
 
-from lit_distill.evaluation import CalibrationMetric, HeldOut
-from lit_distill.evaluation.calibration import PairConfidence, StudentConfidence, collect
+from lit_distill.evaluation.calibration import CalibrationMetric, PairConfidence, StudentConfidence, collect
+from lit_distill.evaluation.token_metrics import TokenMetrics
 from lit_distill.objectives import NextToken
 
 
@@ -33,7 +33,7 @@ def test_an_odd_number_of_items_on_two_ranks_equals_one_rank_exactly() -> None:
     two = filled(probabilities, labels, [parts[3], parts[0]])
     two.merge_state(filled(probabilities, labels, [parts[2], parts[1]]))
     merged = two.compute()
-    assert merged.figures == one.figures
+    assert merged.metrics == one.metrics
     assert merged.count == one.count == 101
     for ours, theirs in zip(merged.bins, one.bins, strict=True):
         assert torch.equal(ours.nan_to_num(-1), theirs.nan_to_num(-1))
@@ -41,7 +41,7 @@ def test_an_odd_number_of_items_on_two_ranks_equals_one_rank_exactly() -> None:
 
 def test_figures_equal_a_slow_computation_in_numpy() -> None:
     probabilities, labels, _ = shares(64, [])
-    figures = filled(probabilities, labels, [slice(0, 64)]).compute().figures
+    figures = filled(probabilities, labels, [slice(0, 64)]).compute().metrics
     p, y = probabilities.double().numpy(), labels.numpy()
     right = p.argmax(axis=1) == y
     confidence = p.max(axis=1)
@@ -70,12 +70,12 @@ def test_a_listener_hears_every_target_once_and_changes_no_figure(student, teach
     figures = []
     listener = PairConfidence(5)
     for listens in (False, True):
-        held_out = HeldOut({"ce": NextToken()}, student, teacher, rows)
+        token_metrics = TokenMetrics({"ce": NextToken()}, student, teacher, rows)
         if listens:
-            held_out.listen("calibration", listener)
+            token_metrics.attach("calibration", listener)
         with torch.no_grad():
-            held_out.update(texts)
-        figures.append(held_out.figures())
+            token_metrics.update(texts)
+        figures.append(token_metrics.metrics())
     assert figures[0] == figures[1]
 
     expected = {"student": CalibrationMetric(5), "teacher": CalibrationMetric(5)}
@@ -87,35 +87,35 @@ def test_a_listener_hears_every_target_once_and_changes_no_figure(student, teach
                 for column in text.target_mask[row].nonzero()[:, 0].tolist():
                     p = logits[row, column - 1].softmax(dim=-1)[None]
                     collect(expected[name], p, text.input_ids[row, column][None])
-    for name, metric in listener.speakers.items():
+    for name, metric in listener.models.items():
         ours, theirs = metric.compute(), expected[name].compute()
         assert ours.count == theirs.count == sum(int(text.target_mask.sum()) for text in texts)
-        for figure, value in ours.figures.items():
-            torch.testing.assert_close(value, theirs.figures[figure], rtol=0, atol=1e-5)
+        for figure, value in ours.metrics.items():
+            torch.testing.assert_close(value, theirs.metrics[figure], rtol=0, atol=1e-5)
 
 
 def test_no_body_runs_twice(student, text) -> None:
     calls = []
     student.model.base_model.register_forward_hook(lambda *_: calls.append(1))
-    held_out = HeldOut({"ce": NextToken()}, student, None)
-    held_out.listen("calibration", StudentConfidence())
+    token_metrics = TokenMetrics({"ce": NextToken()}, student, None)
+    token_metrics.attach("calibration", StudentConfidence())
     with torch.no_grad():
-        held_out.update([text])
+        token_metrics.update([text])
     assert len(calls) == 1
 
 
 def test_an_objective_may_be_called_as_the_quality_of_the_text_is(student, text) -> None:
-    held_out = HeldOut({"quality": NextToken()}, student, None)
+    token_metrics = TokenMetrics({"quality": NextToken()}, student, None)
     with torch.no_grad():
-        held_out.update([text])
-    torch.testing.assert_close(held_out.figures()["quality"].exp(), held_out.figures()["perplexity"])
+        token_metrics.update([text])
+    torch.testing.assert_close(token_metrics.metrics()["quality"].exp(), token_metrics.metrics()["perplexity"])
 
 
 def test_the_dummy_row_of_a_rank_without_items_is_not_heard(student, text) -> None:
-    held_out, listener = HeldOut({"ce": NextToken()}, student, None), StudentConfidence()
-    held_out.listen("calibration", listener)
+    token_metrics, listener = TokenMetrics({"ce": NextToken()}, student, None), StudentConfidence()
+    token_metrics.attach("calibration", listener)
     nothing = type(text)(text.input_ids[:1], text.attention_mask[:1], torch.zeros_like(text.target_mask[:1]))
     with torch.no_grad():
-        held_out.update([nothing])
+        token_metrics.update([nothing])
     assert listener.student.update_called
     assert listener.student.compute().count == 0

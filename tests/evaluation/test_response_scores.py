@@ -10,7 +10,7 @@ import torch
 from nltk.stem.porter import PorterStemmer
 from ranks import join_ranks
 
-from lit_distill.evaluation import ResponseScores
+from lit_distill.evaluation.text_metrics import GenerationMetrics
 
 WORDS = ["running", "runs", "ran", "cats", "cat", "a", "the", "easily", "Jumps,", "jumping"]
 
@@ -27,7 +27,7 @@ def random_items(seed: int, count: int = 9):
     ]
 
 
-def scored(metric: ResponseScores, items) -> ResponseScores:
+def scored(metric: GenerationMetrics, items) -> GenerationMetrics:
     metric.update(*([list(column) for column in zip(*items, strict=True)] or [[], [], [], []]))
     return metric
 
@@ -49,7 +49,7 @@ def slow_rouge_l(said: str, wanted: str) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_equal_slow_computations(seed: int) -> None:
     items = random_items(seed)
-    scores = scored(ResponseScores(), items).compute()
+    scores = scored(GenerationMetrics(), items).compute()
     rouge = [max(slow_rouge_l(text, wanted) for wanted in accepted) for text, accepted, *_ in items]
     assert scores["rouge_l"].item() == pytest.approx(sum(rouge) / len(items), rel=1e-5)
     plain = [[t.lower().replace(",", "").split() for t in (text, *accepted)] for text, accepted, *_ in items]
@@ -67,7 +67,7 @@ def test_scores_equal_slow_computations(seed: int) -> None:
 
 def test_a_hand_computed_case() -> None:
     items = [("a b a b a b", [["x", "a b"]][0], 7, False), ("a b", ["c"], 3, True)]
-    scores = {name: value.item() for name, value in scored(ResponseScores(), items).compute().items()}
+    scores = {name: value.item() for name, value in scored(GenerationMetrics(), items).compute().items()}
     assert scores == pytest.approx(
         {
             "rouge_l": 25.0,  # precision 2/6 and recall 1 make 50, and 0
@@ -84,7 +84,7 @@ def test_a_hand_computed_case() -> None:
 
 
 def test_the_same_words_in_runs_of_another_length_are_different_runs() -> None:
-    scores = scored(ResponseScores(), [("a", ["a"], 1, True), ("a a", ["a"], 1, True)]).compute()
+    scores = scored(GenerationMetrics(), [("a", ["a"], 1, True), ("a a", ["a"], 1, True)]).compute()
     assert scores["distinct_1"].item() == pytest.approx(1 / 3)
     assert scores["distinct_2"].item() == 1.0
     assert "distinct_3" not in scores
@@ -93,8 +93,8 @@ def test_the_same_words_in_runs_of_another_length_are_different_runs() -> None:
 @pytest.mark.parametrize(("share", "others"), [((0, 2, 4, 6, 8), (1, 3, 5, 7)), (range(9), ())])
 def test_two_ranks_equal_one_on_an_odd_number_of_items(share, others) -> None:
     items = random_items(3)
-    alone = scored(ResponseScores([4]), items).compute()
-    ranks = [scored(ResponseScores([4]), [items[i] for i in rows]) for rows in (share, others)]
+    alone = scored(GenerationMetrics([4]), items).compute()
+    ranks = [scored(GenerationMetrics([4]), [items[i] for i in rows]) for rows in (share, others)]
     together = join_ranks(ranks).compute()
     assert set(together) == set(alone)
     for name, value in alone.items():
@@ -103,7 +103,7 @@ def test_two_ranks_equal_one_on_an_odd_number_of_items(share, others) -> None:
 
 def test_buckets_are_told_by_the_words_of_the_first_reference_and_add_up_to_the_whole() -> None:
     items = [("a b", ["a " * n, "a b"], n, True) for n in (1, 29, 30, 70, 71, 200, 2)]
-    scores = scored(ResponseScores([30, 71]), items).compute()
+    scores = scored(GenerationMetrics([30, 71]), items).compute()
     tags = ["under_30_words", "30-70_words", "over_70_words"]
     assert [scores[f"count/{tag}"].item() for tag in tags] == [3, 2, 2]
     for name in ("rouge_l", "exact_match", "response_length", "unfinished"):
@@ -112,6 +112,6 @@ def test_buckets_are_told_by_the_words_of_the_first_reference_and_add_up_to_the_
 
 
 def test_an_empty_bucket_has_no_score_and_nothing_at_all_has_none() -> None:
-    scores = scored(ResponseScores([2, 5]), [("a", ["a b c"], 1, True)]).compute()
+    scores = scored(GenerationMetrics([2, 5]), [("a", ["a b c"], 1, True)]).compute()
     assert {name.split("/")[1] for name in scores if "/" in name} == {"2-4_words"}
-    assert scored(ResponseScores(), []).compute() == {}
+    assert scored(GenerationMetrics(), []).compute() == {}

@@ -9,10 +9,10 @@ import torch
 from ranks import join_ranks
 from tiny import tiny_llama
 
-from lit_distill.evaluation import StepErrors, step_errors, written_text
-from lit_distill.evaluation.exposure_bias import STEP
-from lit_distill.models import CausalLM, FrozenTeacher
-from lit_distill.rollouts import Decoding, decode, row_uniforms
+from lit_distill.evaluation.exposure_bias import STEP, StepKLMetric, step_errors, written_text
+from lit_distill.generation import SamplingParams, generate, row_uniforms
+from lit_distill.models import CausalLM
+from lit_distill.teachers import FrozenTeacher
 from lit_distill.types import Prompts
 
 STOP = 2
@@ -36,7 +36,7 @@ def left_padded(rows: list[list[int]]) -> Prompts:
 
 def write(speaker, prompts: Prompts, length: int, seed: int = 0):
     uniforms = row_uniforms(seed, [str(i) for i in range(len(prompts))], length)
-    return decode(speaker, prompts, Decoding(length), [STOP], uniforms)
+    return generate(speaker, prompts, SamplingParams(length), [STOP], uniforms)
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 3])
@@ -58,7 +58,7 @@ def test_errors_are_those_of_transformers_logits_token_by_token(student, teacher
 
 
 def test_a_text_that_has_ended_counts_as_free_of_error() -> None:
-    metric = StepErrors(4)
+    metric = StepKLMetric(4)
     metric.update("student", torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]), num_texts=2)  # 1 | 2 3
     metric.update("teacher", torch.tensor([1.0, 1.0, 4.0]), torch.tensor([0, 1, 2]), num_texts=1)
     metric.update("teacher", torch.tensor([1.0]), torch.tensor([0]), num_texts=1)
@@ -70,13 +70,13 @@ def test_a_text_that_has_ended_counts_as_free_of_error() -> None:
 
 
 def test_without_texts_of_both_there_are_no_curves() -> None:
-    metric = StepErrors(4)
+    metric = StepKLMetric(4)
     metric.update("student", torch.tensor([1.0]), torch.tensor([0]), num_texts=1)
     assert metric.compute() is None
 
 
 def test_a_teacher_that_is_its_own_student_has_no_excess(teacher) -> None:
-    student, metric = teacher.lm, StepErrors(12)
+    student, metric = teacher.lm, StepKLMetric(12)
     prompts = left_padded([[3, 4], [5]])
     for writer, speaker in (("student", student), ("teacher", teacher)):
         text = written_text(prompts, write(speaker, prompts, 12))
@@ -88,7 +88,7 @@ def test_a_teacher_that_is_its_own_student_has_no_excess(teacher) -> None:
 
 def test_two_ranks_equal_one_on_an_odd_number_of_texts() -> None:
     texts = [(torch.rand(n), torch.arange(n)) for n in (3, 1, 6, 2, 5)]
-    one, *two = (StepErrors(6) for _ in range(3))
+    one, *two = (StepKLMetric(6) for _ in range(3))
     for index, (errors, steps) in enumerate(texts):
         for writer, scale in (("student", 2.0), ("teacher", 1.0 + index)):
             one.update(writer, errors * scale, steps, num_texts=1)
@@ -123,7 +123,7 @@ def laws(model, prompt: list[int], length: int) -> dict[tuple[int, ...], float]:
 def test_sums_along_sampled_texts_are_unbiased_against_enumeration_and_the_chain_rule(small) -> None:
     student, teacher = small
     prompt, length, samples = [1, 3], 3, 6000
-    metric = StepErrors(length)
+    metric = StepKLMetric(length)
     prompts = left_padded([prompt] * samples)
     spread = {}
     for writer, speaker in (("student", student), ("teacher", teacher)):

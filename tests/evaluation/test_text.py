@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from lit_distill.evaluation.text import distinct_n, exact_match, repetition_rate, rouge_l
+from lit_distill.evaluation.ngrams import distinct_n, exact_match, repetition_rate, rouge_l
 
 
 def longest_common_subsequence(a, b):

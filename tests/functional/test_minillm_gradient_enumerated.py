@@ -7,13 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lit_distill.functional import (
-    clipped_surrogate,
-    decision_weights,
-    importance_weights,
-    reverse_kl,
-    reward_to_go,
-)
+from lit_distill.functional import clipped_surrogate, decision_weights, importance_weights, reverse_kl, reward_to_go
 
 EOS, VOCABULARY, LENGTH = 0, 3, 3
 

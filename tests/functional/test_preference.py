@@ -7,12 +7,7 @@ import math
 import pytest
 import torch
 
-from lit_distill.functional import (
-    direct_preference_loss,
-    implicit_reward,
-    token_preference_loss,
-    unrepeated_length,
-)
+from lit_distill.functional import direct_preference_loss, implicit_reward, token_preference_loss, unrepeated_length
 
 VARIANTS = ["dpkd", "ipo", "cpo", "simpo", "dpop", "reference_free"]
 SETTINGS = [
@@ -231,7 +226,10 @@ TEXT = (torch.zeros(2),) * 4 + (torch.ones(2),) * 2
         (lambda: direct_preference_loss(*TEXT, variant="dpo"), "variant: expected one of dpkd, ipo, .*'dpo'"),
         (lambda: direct_preference_loss(*TEXT, beta=0), "beta: .*0"),
         (lambda: direct_preference_loss(*TEXT, label_smoothing=0.7), "label_smoothing: .*0.7"),
-        (lambda: direct_preference_loss(*TEXT, variant="ipo", label_smoothing=0.1), "label_smoothing: ipo"),
+        (
+            lambda: direct_preference_loss(*TEXT, variant="ipo", label_smoothing=0.1),
+            "label_smoothing: expected 0 for variant ipo",
+        ),
         (lambda: direct_preference_loss(*TEXT, variant="simpo", length_normalize=False), "length_normalize: simpo"),
         (lambda: direct_preference_loss(torch.zeros(3), *TEXT[1:]), r"student_chosen \[3\]"),
         (lambda: token_preference_loss(*TEXT[:2], variant="cpo"), "variant: .*'cpo'"),

@@ -21,9 +21,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache
 
-from lit_distill.functional.divergences import forward_kl
-from lit_distill.models import CausalLM, FrozenTeacher, Measurement, ModelSpec, check_head, load_model
+from lit_distill.functional import forward_kl
+from lit_distill.losses import ObjectiveEvaluator
+from lit_distill.models import CausalLM, ModelSpec, check_head, load_model
 from lit_distill.objectives import ForwardKL, NextToken
+from lit_distill.teachers import FrozenTeacher
 from lit_distill.types import Sequences
 
 V = 53
@@ -106,7 +108,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(name: str, chunk_
     gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     objectives = {"kd": ForwardKL(), "ce": NextToken()}
-    measure = Measurement(objectives, CausalLM(model), FrozenTeacher(CausalLM(teacher)), "k", chunk_rows)
+    measure = ObjectiveEvaluator(objectives, CausalLM(model), FrozenTeacher(CausalLM(teacher)), "k", chunk_rows)
     loss, _ = measure(text, {"kd": 0.3, "ce": 0.2})
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
@@ -119,7 +121,7 @@ def test_padded_heads_of_different_sizes_are_cut_to_the_common_vocabulary(text: 
     student.resize_token_embeddings(V + 11)
     teacher.resize_token_embeddings(V + 3)
     pair = CausalLM(student, V), FrozenTeacher(CausalLM(teacher, V))
-    _, terms = Measurement({"kd": ForwardKL()}, *pair, "k")(text, {"kd": 1.0})
+    _, terms = ObjectiveEvaluator({"kd": ForwardKL()}, *pair, "k")(text, {"kd": 1.0})
     rows = text.target_mask[:, 1:]
     with torch.no_grad():
         q, p = (
@@ -133,12 +135,12 @@ def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
     model = model_of("untied Llama")
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda _, __, logits: logits.flip(-1))
-    with pytest.raises(ValueError, match=r"model\.student\.path: .* does something to its logits"):
+    with pytest.raises(ValueError, match=r"model\.student\.path: .* changes its logits"):
         check_head(CausalLM(model), "model.student")
 
 
 def test_gradient_checkpointing_changes_no_gradient_and_does_not_hinder_decoding(tmp_path, text: Sequences) -> None:
-    from lit_distill.rollouts import Decoding, decode
+    from lit_distill.generation import SamplingParams, generate
     from lit_distill.types import Prompts
 
     model_of("untied Llama").save_pretrained(tmp_path)
@@ -146,10 +148,10 @@ def test_gradient_checkpointing_changes_no_gradient_and_does_not_hinder_decoding
     for checkpointing in (False, True):
         lm = CausalLM(load_model(ModelSpec(str(tmp_path), gradient_checkpointing=checkpointing), "model.student"))
         lm.train()
-        Measurement({"ce": NextToken()}, lm, None, "k")(text, {"ce": 1.0})[0].backward()
+        ObjectiveEvaluator({"ce": NextToken()}, lm, None, "k")(text, {"ce": 1.0})[0].backward()
         gradients.append([p.grad for p in lm.parameters()])
         prompts = Prompts(text.input_ids[:1, :4], text.attention_mask[:1, :4])
-        said.append(decode(lm, prompts, Decoding(8, temperature=0.0), ()).ids)
+        said.append(generate(lm, prompts, SamplingParams(8, temperature=0.0), ()).ids)
         assert lm.model.training
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(checkpointed, plain)

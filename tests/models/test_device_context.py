@@ -10,10 +10,8 @@ import importlib.util
 import pytest
 import torch
 
-from lit_distill.models import ModelSpec
-from lit_distill.models.spec import load_model
-from lit_distill.objectives import LossTerm, Objective
-from lit_distill.objectives.base import probe
+from lit_distill.models import ModelSpec, load_model
+from lit_distill.objectives import LossTerm, Objective, probe
 
 KEY = "model.student"
 

@@ -14,11 +14,13 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lit_distill.models import CausalLM, FrozenTeacher, LoraSpec, Measurement, ModelSpec, check_specs
-from lit_distill.models.lora import add_lora, fingerprint, keep_only_trained
+from lit_distill.generation import SamplingParams, generate
+from lit_distill.losses import ObjectiveEvaluator
+from lit_distill.models import CausalLM, LoraSpec, ModelSpec, validate_specs
+from lit_distill.models.lora import add_lora, fingerprint, restrict_state_dict_to_trainable
 from lit_distill.models.merging import merged_weights
 from lit_distill.objectives import ForwardKL, NextToken
-from lit_distill.rollouts import Decoding, decode
+from lit_distill.teachers import FrozenTeacher
 from lit_distill.types import Prompts
 
 KEY = "model.student.lora"
@@ -74,7 +76,9 @@ def test_losses_and_gradients_are_those_of_pefts_own_model(build, settings, teac
 
     student = CausalLM(base)
     objectives = {"kd": ForwardKL(), "ce": NextToken()}
-    loss, _ = Measurement(objectives, student, teacher, "model.objectives", chunk_rows=7)(text, {"kd": 1.0, "ce": 0.5})
+    loss, _ = ObjectiveEvaluator(objectives, student, teacher, "model.objectives", chunk_rows=7)(
+        text, {"kd": 1.0, "ce": 0.5}
+    )
     loss.backward()
 
     rows = text.target_mask[:, 1:]
@@ -123,11 +127,11 @@ def test_before_training_adapters_change_nothing_and_are_float32_over_a_base_of_
 
 def test_a_base_of_16_bits_learns_through_float32_adapters(teacher, text) -> None:
     student = CausalLM(adapted(tiny_llama().bfloat16(), target_modules=["q_proj", "lm_head"]))
-    loss, _ = Measurement({"kd": ForwardKL()}, student, teacher, "model.objectives")(text, {"kd": 1.0})
+    loss, _ = ObjectiveEvaluator({"kd": ForwardKL()}, student, teacher, "model.objectives")(text, {"kd": 1.0})
     loss.backward()
     exact = CausalLM(adapted(tiny_llama(), target_modules=["q_proj", "lm_head"]))
     exact.load_state_dict({name: value.float() for name, value in student.state_dict().items()})
-    same, _ = Measurement({"kd": ForwardKL()}, exact, teacher, "model.objectives")(text, {"kd": 1.0})
+    same, _ = ObjectiveEvaluator({"kd": ForwardKL()}, exact, teacher, "model.objectives")(text, {"kd": 1.0})
     same.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, same, rtol=0.02, atol=0.02)
@@ -148,7 +152,7 @@ class Holder(nn.Module):
 
 def test_a_state_dict_holds_what_trains_and_loads_strictly() -> None:
     holder = Holder(CausalLM(adapted(modules_to_save=["lm_head"])))
-    keep_only_trained(holder.student)
+    restrict_state_dict_to_trainable(holder.student)
     state = {name: value.clone() for name, value in holder.state_dict().items()}
     trained = {name for name, p in holder.named_parameters() if p.requires_grad}
     assert state.keys() == trained
@@ -167,7 +171,7 @@ def test_a_state_dict_holds_what_trains_and_loads_strictly() -> None:
     )
     add_lora(model, LoraSpec(r=3, modules_to_save=["lm_head"]), KEY)
     other = Holder(CausalLM(model))
-    keep_only_trained(other.student)
+    restrict_state_dict_to_trainable(other.student)
     other.load_state_dict(state)
     for (name, mine), theirs in zip(other.named_parameters(), holder.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
@@ -221,10 +225,10 @@ def test_student_and_shared_teacher_write_in_turns_with_caches_of_their_own() ->
     student = CausalLM(adapted(base))
     shared = FrozenTeacher(student, shared=True)
     prompts = Prompts(torch.randint(41, (3, 6)), torch.ones(3, 6, dtype=torch.int64))
-    greedy = Decoding(max_new_tokens=9, temperature=0.0)
+    greedy = SamplingParams(max_new_tokens=9, temperature=0.0)
 
     def written(speaker) -> Tensor:
-        return decode(speaker, prompts, greedy, [-1], None).ids
+        return generate(speaker, prompts, greedy, [-1], None).ids
 
     before = written(student)
     assert torch.equal(written(shared), written(separate))
@@ -239,7 +243,7 @@ def test_training_does_not_move_the_shared_teacher_and_leaves_the_base_as_it_was
     frozen = {name: p.detach().clone() for name, p in student.named_parameters() if not p.requires_grad}
     said = shared.target_rows(text)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.1)
-    measure = Measurement({"kd": ForwardKL(), "ce": NextToken()}, student, shared, "model.objectives")
+    measure = ObjectiveEvaluator({"kd": ForwardKL(), "ce": NextToken()}, student, shared, "model.objectives")
     start = {name: p.detach().clone() for name, p in student.named_parameters() if p.requires_grad}
     for _ in range(3):
         optimizer.zero_grad()
@@ -254,7 +258,7 @@ def test_training_does_not_move_the_shared_teacher_and_leaves_the_base_as_it_was
 def test_dropout_of_adapters_is_off_while_text_is_written(text) -> None:
     student = CausalLM(adapted(lora_dropout=0.5)).train()
     assert not torch.equal(*(student.target_rows(text) for _ in range(2)))
-    with student.speaking():
+    with student.generation_mode():
         assert torch.equal(*(student.target_rows(text) for _ in range(2)))
     assert student.training
 
@@ -271,19 +275,19 @@ def test_a_fingerprint_tells_bases_apart_but_not_their_adapters() -> None:
 WRONG_NAMES = {
     "a layer that there is not": (
         {"target_modules": ["q_proj", "qkv"]},
-        r"lora\.target_modules: the model has no 'qkv'\. There are down_proj, embed_tokens, gate_proj, .*v_proj\.",
+        r"lora\.target_modules: the model has no 'qkv'\. It has down_proj, embed_tokens, gate_proj, .*v_proj\.",
     ),
     "an expression that matches nothing": (
         {"target_modules": "q_proj"},
-        "'q_proj' matches no layer. There are down_proj",
+        "'q_proj' matches no layer. The model has down_proj",
     ),
     "a module that there is not": (
         {"modules_to_save": ["score"]},
-        r"lora\.modules_to_save: the model has no 'score'\. There are .*norm",
+        r"lora\.modules_to_save: the model has no 'score'\. It has .*norm",
     ),
     "dropout before the head": (
         {"target_modules": ["lm_head"], "lora_dropout": 0.1},
-        r"lora\.target_modules has the output head.*lora_dropout",
+        r"lora\.target_modules contains the output head.*lora_dropout",
     ),
     "norms of the head": ({"target_modules": ["lm_head"], "use_dora": True}, "use_dora"),
 }
@@ -298,7 +302,7 @@ def test_names_that_cannot_be_are_refused_with_those_there_are(settings, message
 @pytest.mark.parametrize("settings", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}], ids=str)
 def test_weights_that_are_one_are_not_separated(settings) -> None:
     with pytest.raises(
-        ValueError, match=rf"lora\.{next(iter(settings))} has the embeddings or the head, which are one"
+        ValueError, match=rf"lora\.{next(iter(settings))} contains the embeddings or the head, which are one"
     ):
         add_lora(tiny_llama(tie_word_embeddings=True), LoraSpec(**settings), KEY)
 
@@ -310,21 +314,25 @@ WRONG_SPECS = {
     "all dropped": (
         {"lora": LoraSpec(lora_dropout=1.0)},
         None,
-        r"lora\.lora_dropout: expected a share in \[0, 1\), got 1",
+        r"lora\.lora_dropout: expected a probability in \[0, 1\), got 1",
     ),
     "no targets": ({"lora": LoraSpec(target_modules=[])}, None, r"lora\.target_modules is empty"),
-    "no expression": ({"lora": LoraSpec(target_modules="(q")}, None, r"lora\.target_modules: '\(q' is no regular expr"),
+    "no expression": (
+        {"lora": LoraSpec(target_modules="(q")},
+        None,
+        r"lora\.target_modules: '\(q' is not a regular expr",
+    ),
     "a random base": ({**LORA, "from_scratch": True}, None, r"model\.student\.from_scratch: .*model\.student\.lora"),
-    "a teacher that learns": ({}, LORA, r"model\.teacher\.lora: the teacher learns nothing"),
+    "a teacher that learns": ({}, LORA, r"model\.teacher\.lora: the teacher is not trained"),
     "a student that shares": (
         {"shared_with_student": True},
         None,
-        r"model\.student\.shared_with_student: is for the teacher",
+        r"model\.student\.shared_with_student: is an option of the teacher",
     ),
     "nothing to share": (
         {},
         {"shared_with_student": True},
-        r"shared_with_student: is true, but all weights of the student train",
+        r"shared_with_student: is true, but all weights of the student are trained",
     ),
     "another base": (LORA, {"shared_with_student": True, "path": "y"}, r"model\.teacher\.path: .*'x', not 'y'"),
     "another dtype": (
@@ -335,12 +343,12 @@ WRONG_SPECS = {
     "more layers": (
         {**LORA, "keep_layers": 1},
         {"shared_with_student": True},
-        r"model\.teacher\.keep_layers: .* for which this is 1, not None",
+        r"model\.teacher\.keep_layers: .* expected 1, not None",
     ),
     "few bits that train": (
         {"quantization": {"quant_method": "quanto"}},
         None,
-        r"model\.student\.quantization: weights in few bits cannot train",
+        r"model\.student\.quantization: quantised weights cannot be trained",
     ),
 }
 
@@ -348,12 +356,12 @@ WRONG_SPECS = {
 @pytest.mark.parametrize(("student", "teacher", "message"), WRONG_SPECS.values(), ids=WRONG_SPECS)
 def test_specs_that_contradict_each_other_are_refused(student, teacher, message) -> None:
     with pytest.raises(ValueError, match=message):
-        check_specs(ModelSpec(**{"path": "x", **student}), teacher and ModelSpec(**{"path": "x", **teacher}))
+        validate_specs(ModelSpec(**{"path": "x", **student}), teacher and ModelSpec(**{"path": "x", **teacher}))
 
 
 def test_a_shared_teacher_need_not_repeat_what_the_student_says() -> None:
     student = ModelSpec("x", dtype="bfloat16", lora=LoraSpec(), gradient_checkpointing=True)
-    check_specs(student, ModelSpec("x", shared_with_student=True))
+    validate_specs(student, ModelSpec("x", shared_with_student=True))
 
 
 def test_without_peft_the_extra_is_named(monkeypatch) -> None:
@@ -362,4 +370,4 @@ def test_without_peft_the_extra_is_named(monkeypatch) -> None:
     with pytest.raises(
         ValueError, match=r"model\.student\.lora: adapters need peft.*pip install 'lit-distill\[lora\]'"
     ):
-        check_specs(ModelSpec("x", lora=LoraSpec()), None)
+        validate_specs(ModelSpec("x", lora=LoraSpec()), None)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import VOCABULARY, tiny
-from lit_distill.callbacks.folders import save_adapted
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lit_distill.callbacks.folders import save_adapted
 from lit_distill.models import CausalLM, LoraSpec, ModelSpec
 from lit_distill.models.lora import add_lora
 from lit_distill.models.merging import merged_weights

@@ -8,12 +8,12 @@ from command_line import run, tiny_config, write
 from tiny import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_distill.models import CausalLM, FrozenTeacher, ModelSpec
+from lit_distill.losses import ChunkedTokenLoss
+from lit_distill.models import CausalLM, LMHead, ModelSpec
 from lit_distill.models import precision as of
-from lit_distill.models.chunked_head import TokenLoss
-from lit_distill.models.head import Head
 from lit_distill.models.roles import resolve_dtypes, warn_of_emulation
 from lit_distill.objectives import ForwardKL
+from lit_distill.teachers import FrozenTeacher, HiddenRows
 
 
 @pytest.fixture(params=[True, False], ids=["with units", "without"])
@@ -61,11 +61,13 @@ def test_a_product_takes_time() -> None:
 
 def test_the_head_multiplies_in_float32_where_bfloat16_is_emulated(units) -> None:
     torch.manual_seed(0)
-    student, teacher = (Head(torch.randn(40, 8, dtype=torch.bfloat16, requires_grad=i == 0)) for i in range(2))
+    student, teacher = (LMHead(torch.randn(40, 8, dtype=torch.bfloat16, requires_grad=i == 0)) for i in range(2))
     hidden = torch.randn(6, 8, dtype=torch.bfloat16, requires_grad=True)
     teacher_hidden = torch.randn(6, 8, dtype=torch.bfloat16)
     signals = {"labels": torch.zeros(6, dtype=torch.int64)}
-    loss = TokenLoss({"kd": ForwardKL()}, {"kd": 1.0}, student, signals, (teacher_hidden, teacher.for_products()))
+    loss = ChunkedTokenLoss(
+        {"kd": ForwardKL()}, {"kd": 1.0}, student, signals, HiddenRows(teacher_hidden, teacher.for_products())
+    )
     with Products() as products:
         value = loss(hidden)
         value.backward()

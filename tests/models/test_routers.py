@@ -11,7 +11,8 @@ from tiny import tiny_llama
 from training import learner_of, quiet_trainer
 
 from lit_distill.data import ProceduralData
-from lit_distill.models import CausalLM, Measurement
+from lit_distill.losses import ObjectiveEvaluator
+from lit_distill.models import CausalLM
 from lit_distill.models.routers import note_on_routers
 from lit_distill.objectives import NextToken
 from lit_distill.types import Sequences
@@ -23,14 +24,14 @@ def test_what_is_trained_is_the_models_own_loss_without_the_routers(kind: str) -
     ids = torch.randint(3, VOCABULARY, (3, 9))
     targets = torch.ones_like(ids, dtype=torch.bool)
     targets[:, 0] = False
-    measure = Measurement({"ce": NextToken()}, CausalLM(model), None, "model.objectives")
+    measure = ObjectiveEvaluator({"ce": NextToken()}, CausalLM(model), None, "model.objectives")
     loss, terms = measure(Sequences(ids, torch.ones_like(ids), targets), {"ce": 1.0})
     own = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False)
     torch.testing.assert_close(loss / terms["ce"].count, own.loss - 0.5 * own.aux_loss, rtol=1e-4, atol=1e-5)
     assert own.aux_loss > 0.1
     note = note_on_routers(model.config)
     assert note is not None
-    assert "router_aux_loss_coef: 0.5 in its config). That loss is not trained" in note
+    assert "router_aux_loss_coef: 0.5 in its config). This loss is not used" in note
 
 
 @pytest.mark.parametrize(
@@ -57,4 +58,4 @@ def test_a_run_says_it_once_at_its_start(pair, tmp_path, caplog, experts: bool) 
         quiet_trainer(tmp_path, 2).fit(
             learner, ProceduralData(num_train=16, num_validation=4, num_test=4, batch_size=8)
         )
-    assert caplog.text.count("auxiliary loss of the routers") == experts
+    assert caplog.text.count("auxiliary load-balancing loss") == experts

@@ -12,20 +12,20 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from lit_distill.models import LoraSpec, ModelSpec
+from lit_distill.models import LoraSpec, ModelSpec, load_model
+from lit_distill.models.build import ModelBuilder
 from lit_distill.models.lora import fingerprint
-from lit_distill.models.pair import _Loading
-from lit_distill.models.spec import load_model
 
 MODELS = """
 import json, os, sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from unittest.mock import patch
-from lit_distill.models import CausalLM, FrozenTeacher, LoraSpec, ModelSpec
-from lit_distill.models.pair import _Loading
-from lit_distill.parallel import Sharding, gathered
-from lit_distill.rollouts import Decoding, decode, loop, row_uniforms
+from lit_distill.models import CausalLM, LoraSpec, ModelSpec
+from lit_distill.teachers import FrozenTeacher
+from lit_distill.models.build import ModelBuilder
+from lit_distill.distributed import Sharding, gathered
+from lit_distill.generation import SamplingParams, generate, decoder as loop, row_uniforms
 from lit_distill.types import Prompts
 from lightning.fabric.plugins.environments import LightningEnvironment
 
@@ -39,7 +39,7 @@ sharding = Sharding(mesh, **settings)
 found = {}
 
 def load(spec, dtype=None, frozen=False, sharding=sharding):
-    return _Loading(ModelSpec(**spec), "model.student", dtype, sharding).finish(None, frozen)
+    return ModelBuilder(ModelSpec(**spec), "model.student", dtype, sharding).finish(None, frozen)
 
 ids = torch.arange(10).view(2, 5) + 1
 cases = {
@@ -88,7 +88,7 @@ loop.COMPACT_EVERY = 2
 for name, gathers in {"gathered": True, "sharded": False}.items():
     speaker = load(cases["untied"], torch.float32, sharding=Sharding(mesh, **{**settings, "gather_student": gathers}))
     rows = Prompts(prompts[share], torch.ones_like(prompts[share]))
-    said = decode(speaker, rows, Decoding(24), range(38, 41), uniforms)
+    said = generate(speaker, rows, SamplingParams(24), range(38, 41), uniforms)
     found[name] = said.ids[said.mask], said.logprobs[said.mask]
 torch.save(found, f"{folder}/found-{rank}.pt")
 """
@@ -156,7 +156,7 @@ def test_a_base_under_adapters_is_read_by_shards_and_draws_what_one_process_draw
     monkeypatch.setenv("PL_GLOBAL_SEED", "5")
     torch.randn(3)  # earlier draws do not matter
     spec = ModelSpec(str(folder / "untied"), lora=LoraSpec(**ADAPTERS[name]))
-    whole = _Loading(spec, "model.student", None, None).finish(None)
+    whole = ModelBuilder(spec, "model.student", None, None).finish(None)
     weights = dict(whole.model.named_parameters())
     assert any(weight.any() for weight_name, weight in weights.items() if "lora" in weight_name)
     expected = whole.model(input_ids=torch.arange(10).view(2, 5) + 1).logits.flatten(0, 1)
@@ -196,14 +196,14 @@ def test_a_damaged_weight_stops_all_ranks(found) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["gathered", "sharded"])
 def test_ranks_that_end_at_different_times_say_what_one_process_says(found, folder, how) -> None:
+    from lit_distill.generation import SamplingParams, generate, row_uniforms
     from lit_distill.models import CausalLM
-    from lit_distill.rollouts import Decoding, decode, row_uniforms
     from lit_distill.types import Prompts
 
     whole = CausalLM(AutoModelForCausalLM.from_pretrained(folder / "untied"))
     prompts = torch.arange(12).view(4, 3) + 1
     uniforms = row_uniforms(3, [str(row) for row in range(4)], 24)
-    said = decode(whole, Prompts(prompts, torch.ones_like(prompts)), Decoding(24), range(38, 41), uniforms)
+    said = generate(whole, Prompts(prompts, torch.ones_like(prompts)), SamplingParams(24), range(38, 41), uniforms)
     lengths = said.mask.sum(dim=-1)
     assert lengths[:2].max() > lengths[2:].max() + 4 or lengths[2:].max() > lengths[:2].max() + 4
     for rank, here in enumerate(found):

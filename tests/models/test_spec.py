@@ -13,15 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, T5Config
 
-from lit_distill.models import source
-from lit_distill.models.spec import (
-    ModelSpec,
-    build_on_meta,
-    disable_dropout,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from lit_distill.models import ModelSpec, load_model, load_tokenizer
+from lit_distill.models import location as source
+from lit_distill.models.dropout import disable_dropout
+from lit_distill.models.spec import build_on_meta, load_config
 
 KEY = "model.student"
 
@@ -158,7 +153,7 @@ def test_a_path_that_does_not_exist_is_an_error_that_names_the_key(path):
 def test_a_hub_model_out_of_reach_says_what_to_do_without_a_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match=r"model\.student\.path: 'nobody/nothing' is no folder here[\s\S]*HF_HUB_OFFLINE"
+        ValueError, match=r"model\.student\.path: 'nobody/nothing' is not a local folder[\s\S]*HF_HUB_OFFLINE"
     ):
         load_model(ModelSpec("nobody/nothing"), KEY)
 
@@ -234,7 +229,7 @@ def edit_config(**entries):
         (cut_weights, r"could not be loaded\. SafetensorError"),
         (lose_shard, r"lacks 1 of 2 weight files: model-2\.safetensors"),
         (break_index, r"model\.safetensors\.index\.json is not an index"),
-        (lose_weight, r"lacks weights, which would be random: model\.layers\.1\.mlp\.up_proj\.weight\."),
+        (lose_weight, r"lacks weights, which would be initialised randomly: model\.layers\.1\.mlp\.up_proj\.weight\."),
         (reshape_weight, r"shapes contradict config\.json: model\.norm\.weight \(stored \(7,\), config \(32,\)\)"),
         (poison(float("nan")), r"NaN or infinite weights in model\.layers\.2\.mlp\.up_proj\.weight\."),
         (poison(float("-inf")), r"NaN or infinite weights in model\.layers\.2\.mlp\.up_proj\.weight\."),

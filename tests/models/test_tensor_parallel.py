@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lit_distill.models.spec import build_on_meta
-from lit_distill.models.tensor_parallel import split_blocks
+from lit_distill.models.tensor_parallel import apply_tensor_parallel
 
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -44,9 +44,9 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from torch.distributed.device_mesh import init_device_mesh
 from lit_distill.models import ModelSpec
-from lit_distill.models.pair import _Loading
-from lit_distill.parallel import Sharding, gathered, gradient_norm
-from lit_distill.rollouts import Decoding, decode, row_uniforms
+from lit_distill.models.build import ModelBuilder
+from lit_distill.distributed import Sharding, gathered, gradient_norm
+from lit_distill.generation import SamplingParams, generate, row_uniforms
 from lit_distill.types import Prompts
 
 folder = Path(sys.argv[1])
@@ -59,16 +59,16 @@ prompts = Prompts(ids, torch.ones_like(ids))
 found = {}
 for name in sys.argv[2:]:
     with patch("transformers.PreTrainedModel.from_pretrained", side_effect=AssertionError("a whole model was loaded")):
-        lm = _Loading(ModelSpec(str(folder / name)), "model.student", torch.float32, sharding).finish(None)
+        lm = ModelBuilder(ModelSpec(str(folder / name)), "model.student", torch.float32, sharding).finish(None)
     hidden = lm(ids, torch.ones_like(ids))
     logits = lm.head().logits(hidden.flatten(0, 1))
     hidden.square().mean().backward()
-    said = decode(lm, prompts, Decoding(8), [2], row_uniforms(3, ["0", "1"], 8))
+    said = generate(lm, prompts, SamplingParams(8), [2], row_uniforms(3, ["0", "1"], 8))
     mine = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in (p.to_local() for p in lm.parameters())}
     gradients = {n: p.grad for n, p in lm.model.named_parameters() if p.grad is not None}
     found[name] = {
         "logits": logits, "mine": sum(mine.values()), "said": said.ids, "norm": gradient_norm(gradients.values()),
-        "gradients": gathered(gradients, keep=True), "alone": lm.partners is None,
+        "gradients": gathered(gradients, keep=True), "alone": lm.tensor_parallel_group is None,
     }
 torch.save(found, folder / f"found-{rank}.pt")
 torch.distributed.destroy_process_group()
@@ -119,27 +119,31 @@ def test_two_ranks_together_are_one_model_on_half_the_memory(found, folder, name
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_two_ranks_together_say_what_one_says(found, folder, name: str) -> None:
+    from lit_distill.generation import SamplingParams, generate, row_uniforms
     from lit_distill.models import CausalLM
-    from lit_distill.rollouts import Decoding, decode, row_uniforms
     from lit_distill.types import Prompts
 
     ids = torch.arange(10).view(2, 5) + 1
     whole = CausalLM(AutoModelForCausalLM.from_pretrained(folder / name))
-    said = decode(whole, Prompts(ids, torch.ones_like(ids)), Decoding(8), [2], row_uniforms(3, ["0", "1"], 8))
+    said = generate(whole, Prompts(ids, torch.ones_like(ids)), SamplingParams(8), [2], row_uniforms(3, ["0", "1"], 8))
     assert torch.equal(found[0][name]["said"], said.ids)
 
 
 @pytest.mark.parametrize(
     ("config", "size", "said"),
     [
-        (GPT2Config(n_embd=16, n_layer=1, n_head=2), 2, "GPT2LMHeadModel comes without a tensor-parallel plan"),
-        (LlamaConfig(**SHAPE), 4, "num_key_value_heads is 2, which 4 ranks cannot share"),
+        (GPT2Config(n_embd=16, n_layer=1, n_head=2), 2, "GPT2LMHeadModel has no tensor-parallel plan"),
+        (LlamaConfig(**SHAPE), 4, "num_key_value_heads is 2, which 4 ranks cannot split"),
         (LlamaConfig(**SHAPE | {"intermediate_size": 25}), 2, "layers.0.mlp.gate_proj has 25 outputs, which 2 ranks"),
-        (MixtralConfig(**SHAPE, num_local_experts=2), 2, "plan has layers.0.mlp.experts as 'moe_tp_experts'"),
+        (
+            MixtralConfig(**SHAPE, num_local_experts=2),
+            2,
+            "unsupported style 'moe_tp_experts' for layers.0.mlp.experts",
+        ),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(config, size: int, said: str) -> None:
     mesh = SimpleNamespace(size=lambda: size)
     with pytest.raises(ValueError, match=f"^model.teacher.path: .*{said}.*tensor_parallel_size: 1") as error:
-        split_blocks(build_on_meta(config), mesh, "model.teacher")
+        apply_tensor_parallel(build_on_meta(config), mesh, "model.teacher")
     assert "trainer.strategy.init_args" in str(error.value)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lit_distill.models.vocabulary import common_vocabulary_size, stop_token_ids
+from lit_distill.models import common_vocabulary_size, stop_token_ids
 
 TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "c"]
 
@@ -35,7 +35,7 @@ def test_tokens_that_only_one_side_has_at_its_end_are_cut_off_with_a_warning(lon
 def test_an_id_that_means_different_tokens_is_an_error_that_shows_both(make_tokenizer):
     other = ["<unk>", "<s>", "</s>", "a", "c", "b"]
     with pytest.raises(
-        ValueError, match=r"2 of the first 6 ids differ. 4 is 'b' to the student and 'c' to the teacher; 5 "
+        ValueError, match=r"2 of the first 6 ids differ. 4 is 'b' in the student and 'c' in the teacher; 5 "
     ):
         common_vocabulary_size(make_tokenizer(TOKENS), make_tokenizer(other), 6, 6)
 
@@ -46,7 +46,7 @@ def test_a_hole_in_one_of_the_vocabularies_is_a_difference(make_tokenizer):
     del tokens["b"]
     teacher.get_vocab = lambda: tokens
     with pytest.raises(
-        ValueError, match=r"1 of the first 6 ids differ. 4 is 'b' to the student and no token to the teacher"
+        ValueError, match=r"1 of the first 6 ids differ. 4 is 'b' in the student and no token in the teacher"
     ):
         common_vocabulary_size(make_tokenizer(TOKENS), teacher, 6, 6)
 
@@ -54,14 +54,14 @@ def test_a_hole_in_one_of_the_vocabularies_is_a_difference(make_tokenizer):
 @pytest.mark.parametrize(("rows", "role"), [((5, 6), "student"), ((6, 5), "teacher")])
 def test_a_token_without_a_row_in_the_head_is_an_error(rows, role, make_tokenizer):
     with pytest.raises(
-        ValueError, match=rf"model\.{role}: its tokenizer has ids up to 5 \('c'\), but its head only 5 rows"
+        ValueError, match=rf"model\.{role}: its tokenizer has ids up to 5 \('c'\), but its head has only 5 rows"
     ):
         common_vocabulary_size(make_tokenizer(TOKENS), make_tokenizer(TOKENS), *rows)
 
 
 def test_different_ends_of_sequence_are_an_error_that_names_the_keys(make_tokenizer):
     teacher = make_tokenizer(TOKENS, eos="c")
-    with pytest.raises(ValueError, match=r"'</s>' \(2\), the teacher with 'c' \(5\)[\s\S]*model\.student\.tokenizer"):
+    with pytest.raises(ValueError, match=r"'</s>' \(2\), the teacher's 'c' \(5\)[\s\S]*model\.student\.tokenizer"):
         common_vocabulary_size(make_tokenizer(TOKENS), teacher, 6, 6)
 
 
@@ -69,7 +69,7 @@ def test_other_special_tokens_may_differ_with_a_warning(make_tokenizer, caplog):
     student, teacher = make_tokenizer(TOKENS, pad="</s>"), make_tokenizer(TOKENS, pad="<unk>")
     with caplog.at_level(logging.WARNING, logger="lit_distill"):
         assert common_vocabulary_size(student, teacher, 6, 6) == 6
-    assert "pad_token is '</s>', the teacher's '<unk>'" in caplog.text
+    assert "pad_token is '</s>', the teacher's is '<unk>'" in caplog.text
 
 
 def test_equal_tokenizers_say_nothing(make_tokenizer, caplog):

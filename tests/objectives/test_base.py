@@ -72,8 +72,8 @@ def test_weights_that_cannot_be_are_refused(weight: float) -> None:
     ("make", "message"),
     [
         (lambda x: x.sum(), "return LossTerm"),
-        (lambda x: LossTerm(x.sum(-1), 3), r"total is of shape \[3\]; return the sum"),
-        (lambda x: LossTerm(x.sum(), 3, {"m": x.sum(-1)}), r"metrics\['m'\] is of shape \[3\]"),
+        (lambda x: LossTerm(x.sum(-1), 3), r"total has shape \[3\]; return the sum"),
+        (lambda x: LossTerm(x.sum(), 3, {"m": x.sum(-1)}), r"metrics\['m'\] has shape \[3\]"),
         (lambda x: LossTerm(x.sum(), x.sum(-1)), "count must be an int"),
         (lambda x: LossTerm(x.sum(), 2), "counted 2 of 3 rows"),
     ],
@@ -116,7 +116,9 @@ def test_an_objective_that_writes_into_a_signal_is_refused() -> None:
             return sum_over_tokens((student_logits - teacher_logits).square().sum(dim=-1))
 
     signals = {"student_logits": torch.randn(3, 5, requires_grad=True), "teacher_logits": torch.randn(3, 5)}
-    with pytest.raises(ValueError, match=r"model\.objectives\.mine: Halves writes into `teacher_logits`.*x = x / 2"):
+    with pytest.raises(
+        ValueError, match=r"model\.objectives\.mine: Halves modifies `teacher_logits` in place.*x = x / 2"
+    ):
         weighted_sum({"mine": Halves()}, {"mine": 1.0}, signals)
     with torch.inference_mode():
         weighted_sum({"kd": ForwardKL()}, {"kd": 1.0}, {name: torch.randn(3, 5) for name in signals})

@@ -60,7 +60,7 @@ def test_what_is_missing_is_named_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"model\.objectives\.dpkd: .*there is no teacher\. Set model\.teacher\.path"):
         check_needs(objectives, OF_PAIRS, "model.objectives", "the source ResponsePairs")
     with pytest.raises(
-        ValueError, match=r"measures pairs, and the source DatasetResponses gives single texts.*ResponsePairs"
+        ValueError, match=r"works on pairs, but the source DatasetResponses provides single responses.*ResponsePairs"
     ):
         check_needs(
             objectives,
@@ -75,7 +75,7 @@ def test_tokens_and_pairs_are_not_for_one_objective() -> None:
     class Both(Objective):
         def forward(self, student_logits, chosen_mask): ...
 
-    with pytest.raises(ValueError, match=r"model\.objectives\.b: Both asks for signals of pairs and of tokens at once"):
+    with pytest.raises(ValueError, match=r"model\.objectives\.b: Both needs signals of pairs and of tokens at once"):
         check_needs({"b": Both()}, OF_PAIRS, "model.objectives", "the source X")
 
 

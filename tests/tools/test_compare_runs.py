@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_distill.evaluation.report import make_report, write_report
+from lit_distill.report.record import make_report, write_report
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "compare_runs.py"
 VALUES = [3.0, 3.5, 4.75]

@@ -58,7 +58,7 @@ def test_a_folder_with_something_in_it_is_replaced_only_on_request(checkpoint, e
     folder.mkdir()
     export(checkpoint, folder)  # empty: nothing to lose
     (folder / "mine.txt").write_text("")
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="already exists"):
         export(checkpoint, folder)
     assert (folder / "mine.txt").exists()
     export(checkpoint, folder, "--overwrite")
@@ -97,5 +97,5 @@ def test_a_torch_file_that_runs_code_is_refused(export, tmp_path, monkeypatch) -
 
 
 def test_a_missing_file_is_named(export, tmp_path) -> None:
-    with pytest.raises(SystemExit, match=r"no file or folder .*none\.ckpt"):
+    with pytest.raises(SystemExit, match=r"checkpoint .*none\.ckpt does not exist"):
         export(tmp_path / "none.ckpt", tmp_path / "out")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_distill.models.chunked_head import TokenLoss
-from lit_distill.models.head import Head
-from lit_distill.rollouts import reader
+from lit_distill.generation import cached_decoder
+from lit_distill.losses import ChunkedTokenLoss
+from lit_distill.models import LMHead
 
 CHECKOUT = Path(__file__).parents[2]
 TOOLS = CHECKOUT / "tools"
@@ -51,20 +51,20 @@ def test_it_passes(rows_of, subject: str) -> None:
 
 
 def test_a_head_that_is_a_thousandth_too_large_fails(rows_of, monkeypatch) -> None:
-    own = Head.finish
-    monkeypatch.setattr(Head, "finish", lambda self, projection: 1.001 * own(self, projection))
+    own = LMHead.finish
+    monkeypatch.setattr(LMHead, "finish", lambda self, projection: 1.001 * own(self, projection))
     assert "32-true: value against float64 at once, relative" in failed(rows_of("head"))
 
 
 def test_a_gradient_of_half_of_the_rows_fails(rows_of, monkeypatch) -> None:
-    own = TokenLoss._chunks
-    monkeypatch.setattr(TokenLoss, "_chunks", lambda self, rows: own(self, rows // 2))
+    own = ChunkedTokenLoss._chunks
+    monkeypatch.setattr(ChunkedTokenLoss, "_chunks", lambda self, rows: own(self, rows // 2))
     assert "32-true: gradient of the head, relative" in failed(rows_of("head"))
 
 
 def test_recorded_log_probabilities_that_are_of_another_token_fail(rows_of, monkeypatch) -> None:
-    own = reader._logprobs
-    monkeypatch.setattr(reader, "_logprobs", lambda logits, tokens: own(logits, tokens) + 2e-3)
+    own = cached_decoder._logprobs
+    monkeypatch.setattr(cached_decoder, "_logprobs", lambda logits, tokens: own(logits, tokens) + 2e-3)
     wrong = failed(rows_of("rollouts"))
     assert {f"32-true: {who}: log-probabilities against a re-score, nats" for who in ("student", "teacher")} <= wrong
     assert "32-true: teacher's kept rows: log-probabilities against a re-score, nats" not in wrong

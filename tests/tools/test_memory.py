@@ -18,7 +18,7 @@ def test_each_of_two_ranks_holds_what_the_formula_says() -> None:
     command = [sys.executable, "-W", "ignore", str(SCRIPT), "--measure", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     apart, together = done.stdout.splitlines()
-    assert "together" in together
+    assert "tensor parallel" in together
     for line in (apart, together):
         shards, expected_shards, gathered, expected_gathered, *_ = map(float, re.findall(r"\d+\.\d+", line))
         assert shards == pytest.approx(expected_shards, rel=0.002)

@@ -1,1 +1,1 @@
-"""The checks of `tools/gpu_check.py`, a module for each subject."""
+"""The checks of `tools/gpu_check.py`, one module per group."""

@@ -1,4 +1,4 @@
-"""The chunked head against the whole loss at once in float64, and the memory it takes."""
+"""Checks the chunked head against the unchunked loss in float64, and its memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from gpu_checks.machine import Machine
 from gpu_checks.table import Row, below, measured, skipped
-from lit_distill.models.chunked_head import TokenLoss
-from lit_distill.models.head import Head
+from lit_distill.losses import ChunkedTokenLoss
+from lit_distill.models import LMHead
 from lit_distill.objectives import ForwardKL, NextToken
+from lit_distill.teachers import HiddenRows
 
 LIMITS = {"32-true": 1e-5, "bf16-mixed": 2e-2}
 
 
 def checks(machine: Machine) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
-    """Values, and memory."""
+    """The checks of values and of memory."""
     return [("chunked head", partial(values, machine)), ("chunked head", partial(memory, machine))]
 
 
@@ -27,11 +28,13 @@ def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: tuple[Tenso
     """Forward KL and cross-entropy, half of each, as means over the rows, by the chunked head."""
     objectives = {"kl": ForwardKL(), "ce": NextToken()}
     factors = dict.fromkeys(objectives, 0.5 / len(labels))
-    return TokenLoss(objectives, factors, Head(weight), {"labels": labels}, (teacher[0], Head(teacher[1])))(hidden)
+    return ChunkedTokenLoss(
+        objectives, factors, LMHead(weight), {"labels": labels}, HiddenRows(teacher[0], LMHead(teacher[1]))
+    )(hidden)
 
 
 def whole_loss(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: tuple[Tensor, Tensor]) -> Tensor:
-    """The same by its formula, in the precision of what it is given."""
+    """The same loss without chunks, in the precision of its inputs."""
     log_q = (hidden @ weight.T).log_softmax(dim=-1)
     log_p = (teacher[0] @ teacher[1].T).log_softmax(dim=-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
@@ -39,7 +42,7 @@ def whole_loss(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: tuple[Te
 
 
 def values(machine: Machine) -> Iterator[Row]:
-    """Value and gradients in both precisions; of bfloat16 numbers the reference sees the rounded ones."""
+    """Compare value and gradients in both precisions; for bfloat16 the reference uses the rounded inputs."""
     rows, vocabulary, width = (2048, 32_000, 512) if machine.cuda else (256, 4_000, 64)
     for precision, limit in LIMITS.items():
         dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
@@ -65,9 +68,9 @@ def values(machine: Machine) -> Iterator[Row]:
 
 
 def memory(machine: Machine) -> Iterator[Row]:
-    """What it takes beside the rows and their gradient does not grow with them."""
+    """Check that memory, without the rows and their gradient, does not grow with the number of rows."""
     if not machine.cuda:
-        yield skipped("memory beside the rows", "not measurable on a processor")
+        yield skipped("memory beside the rows", "not measurable on a CPU")
         return
     vocabulary, width, device = 151_936, 896, machine.device
     weight = torch.randn(vocabulary, width, device=device).mul_(0.03).requires_grad_()
@@ -89,4 +92,4 @@ def memory(machine: Machine) -> Iterator[Row]:
     yield measured(
         "memory beside 16,384 rows and their gradient, GiB", taken[1] / 2**30, f"their logits: {logits / 2**30:.1f} GiB"
     )
-    yield below("the same, as a multiple of that beside 4,096 rows", taken[1] / taken[0], 1.02)
+    yield below("the same, relative to that beside 4,096 rows", taken[1] / taken[0], 1.02)

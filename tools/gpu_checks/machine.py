@@ -1,4 +1,4 @@
-"""The device that is checked: what it is called, where its files go, and how it is kept quiet."""
+"""The device under test: its description, temporary folder and log settings."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ import torch
 import transformers
 
 import lit_distill
+from lit_distill.models.precision import multiplies_fast
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the checks run, and how large they are."""
+    """Device, folder and problem sizes of the checks."""
 
     device: torch.device
     folder: Path
-    """Temporary."""
+    """Temporary folder of the checks."""
     runs: dict[str, Any] = field(default_factory=dict)
-    """What runs have done, by their config."""
+    """Recorded results of runs, by config."""
 
     @property
     def cuda(self) -> bool:
-        """Whether it is a CUDA device; a processor gets smaller sizes."""
+        """Whether it is a CUDA device; on a CPU the checks use smaller sizes."""
         return self.device.type == "cuda"
+
+    @property
+    def emulates_bf16(self) -> bool:
+        """Whether it is a CPU without bfloat16 units, on which the checks in bf16-mixed are left out."""
+        return not (self.cuda or multiplies_fast(torch.bfloat16, self.device.type))
 
     @property
     def steps(self) -> int:
@@ -41,24 +47,24 @@ class Machine:
         return 20 if self.cuda else 3
 
     def wait(self) -> None:
-        """Until all that was asked of the device is done."""
+        """Wait until the device has finished all queued work."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
     def clear(self) -> None:
-        """Give memory back, and stop looking for waits."""
+        """Free memory, and turn off the detection of synchronisations."""
         gc.collect()
         if self.cuda:
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.empty_cache()
 
     def autocast(self, precision: str) -> torch.autocast:
-        """What Lightning's precision plugin enters for a step."""
+        """The autocast context that Lightning uses for a step."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16-mixed", cache_enabled=False)
 
 
 def describe(device: str) -> dict[str, str]:
-    """Name and versions, for the head of the table."""
+    """Device name and versions, for the header of the table."""
     card = platform.processor() or platform.machine()
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -77,7 +83,7 @@ def describe(device: str) -> dict[str, str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars, notes and warnings of a run between the rows; errors still show."""
+    """Hide progress bars, log lines and warnings of runs; errors are still shown."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()

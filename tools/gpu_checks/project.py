@@ -1,4 +1,4 @@
-"""The project of this checkout made importable, whether it is installed or not."""
+"""Makes this checkout importable, whether it is installed or not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CALLBACKS = "lit_distill.callbacks"
 
 
 def make_importable() -> None:
-    """Let ``import lit_distill.callbacks`` work: an installation has it, in a checkout it lies in ``callbacks/``."""
+    """Make ``import lit_distill.callbacks`` work in a checkout that is not installed, where its files are in ``callbacks/``."""
     if str(CHECKOUT) not in sys.path:
         sys.path.insert(0, str(CHECKOUT))
     import lit_distill

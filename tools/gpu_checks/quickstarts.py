@@ -1,8 +1,8 @@
-"""The quickstart of every method on the device, against the processor in float32.
+"""Runs the quickstart of every method on the device and compares it with the CPU in float32.
 
-The first optimiser step is compared on the same texts: those of the processor's run. A draw whose number lies within rounding of
-the border between two tokens may give the one on the processor and the other on the device, and all of the text after it is then
-another one; so what the device rolls out itself is compared apart, up to the first such token, with the number of equal texts.
+The first optimiser step is compared on the same sequences, those of the CPU's run. Rounding can change a sampled token, and then
+all tokens after it differ. So the rollouts of the device are compared separately: up to the first different token, together with
+the number of equal responses.
 """
 
 from __future__ import annotations
@@ -24,20 +24,25 @@ LOGPROBS = {"32-true": 1e-4, "bf16-mixed": 2e-2}
 
 
 def checks(machine: Machine) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
-    """One for every quickstart in ``configs/``."""
+    """One check per quickstart in ``configs/``."""
     names = sorted(path.stem for path in CONFIGS.glob("*quickstart.yaml"))
     return [(name, partial(quickstart, machine, name)) for name in names]
 
 
 def quickstart(machine: Machine, name: str) -> Iterator[Row]:
-    """A run on the processor until its first step, and runs on the device in both precisions."""
+    """Run one step on the CPU and ``machine.steps`` steps on the device in both precisions."""
     config = method(name, machine)
     if name == "seqkd_quickstart":
-        config = changed(config, {"data.init_args.train.path": _answers(machine), "data.init_args.validation_size": 16})
+        config = changed(
+            config, {"data.init_args.train.path": _teacher_responses(machine), "data.init_args.validation_size": 16}
+        )
     steps, processor = machine.steps, {"trainer__accelerator": "cpu", "trainer__callbacks": []}
     reference = fit(machine, config, 1 if machine.cuda else steps, **processor)
     for precision, limit in LOSS.items():
-        what = f"{precision}: first loss against the processor's, relative"
+        what = f"{precision}: first loss against the CPU's, relative"
+        if precision == "bf16-mixed" and machine.emulates_bf16:
+            yield skipped(what, "this CPU emulates bfloat16")
+            continue
         if machine.cuda or precision != "32-true":
             watch = fit(machine, config, steps, Watch(reference.first), trainer__precision=precision)
             yield below(what, relative(watch.losses[0], reference.losses[0]), limit)
@@ -45,16 +50,16 @@ def quickstart(machine: Machine, name: str) -> Iterator[Row]:
                 yield _rollouts(precision, watch.rollouts, reference.rollouts)
         else:
             watch = reference
-            yield skipped(what, "it is the processor's")
+            yield skipped(what, "it is the CPU run itself")
         finite = sum(map(math.isfinite, watch.losses))
         yield holds(f"{precision}: losses are finite", finite == steps, f"{finite} of {steps}")
 
 
-def _answers(machine: Machine) -> str:
-    """What SeqKD learns from: the teacher's answers, as the head of its config says."""
+def _teacher_responses(machine: Machine) -> str:
+    """Generate the teacher's responses for SeqKD with `predict`, as in the head of its config; returns the path."""
     path = machine.folder / "seqkd.jsonl"
     keys = {
-        "model.prediction": {"speaker": "teacher", "path": str(path), "max_new_tokens": 32},
+        "model.prediction": {"model": "teacher", "path": str(path), "max_new_tokens": 32},
         "trainer.accelerator": machine.device.type,
         "trainer.devices": 1,
         "trainer.enable_progress_bar": False,
@@ -66,7 +71,7 @@ def _answers(machine: Machine) -> str:
 
 
 def _rollouts(precision: str, own: Any, reference: Any) -> Row:
-    """Log-probabilities of the tokens before the first one that differs, and how many texts are equal."""
+    """Compare the log-probabilities before the first different token, and count the equal responses."""
     width = min(own.responses.ids.shape[1], reference.responses.ids.shape[1])
     ours, theirs = own.responses, reference.responses
     same = (ours.ids[:, :width] == theirs.ids[:, :width]) & (ours.mask[:, :width] == theirs.mask[:, :width])
@@ -76,6 +81,6 @@ def _rollouts(precision: str, own: Any, reference: Any) -> Row:
     if theirs.teacher_logprobs is not None:
         scores.append((ours.teacher_logprobs, theirs.teacher_logprobs))
     gaps = [(a[:, :width] - b[:, :width]).abs()[before] for a, b in scores]
-    note = f"{int(whole)} of {len(same)} texts equal, largest {max(float(gap.max()) for gap in gaps):.2g} nats"
-    what = f"{precision}: log-probabilities of rollouts against the processor's, nats"
+    note = f"{int(whole)} of {len(same)} responses equal, largest {max(float(gap.max()) for gap in gaps):.2g} nats"
+    what = f"{precision}: log-probabilities of rollouts against the CPU's, nats"
     return below(what, max(float(gap.mean()) for gap in gaps), LOGPROBS[precision], note)

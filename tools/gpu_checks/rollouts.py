@@ -1,4 +1,4 @@
-"""Mixed rollouts on the device: what was recorded while they were written, against one forward over the whole texts."""
+"""Mixed rollouts on the device: recorded log-probabilities against one forward pass over the finished sequences."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from gpu_checks.machine import Machine
 from gpu_checks.runs import ASSETS
 from gpu_checks.table import Row, below, holds
 from lit_distill.data import ProceduralData
-from lit_distill.models import CausalLM, FrozenTeacher, ModelSpec, build_pair, load_tokenizer, stop_token_ids
-from lit_distill.rollouts import Players, TeacherMixedRollouts, Trajectories
-from lit_distill.types import Batch
+from lit_distill.generation import Decoder
+from lit_distill.models import CausalLM, ModelSpec, build_student_and_teacher, load_tokenizer, stop_token_ids
+from lit_distill.sources import RolloutContext, TeacherMixedRollouts
+from lit_distill.teachers import FrozenTeacher
+from lit_distill.types import Batch, Trajectories
 
 LIMITS = {"32-true": (1e-4, 1e-3), "bf16-mixed": (1e-2, 0.3)}
 """Mean and largest difference in nats."""
 
 
 def checks(machine: Machine) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
-    """Both precisions."""
+    """One check per precision."""
     return [("mixed rollouts", partial(mixed, machine, precision)) for precision in LIMITS]
 
 
 def pair_on(machine: Machine, precision: str) -> tuple[CausalLM, FrozenTeacher, tuple[int, ...]]:
-    """The embedded pair as a run loads it, and the tokens that end a response."""
+    """Load student, teacher and stop tokens of the embedded pair, as a run does."""
     specs = ModelSpec(str(ASSETS / "student")), ModelSpec(str(ASSETS / "teacher"))
     specs[1].dtype = "bfloat16" if precision == "bf16-mixed" else None
     tokenizer = load_tokenizer(specs[0], "model.student")
     with machine.device:
-        student, teacher = build_pair(*specs, tokenizer)
+        student, teacher = build_student_and_teacher(*specs, tokenizer)
     assert teacher is not None
     stops = stop_token_ids(tokenizer, student.model.generation_config)
     return student.to(machine.device), FrozenTeacher(teacher.to(machine.device)), stops
 
 
 def batch_on(machine: Machine, size: int) -> Batch:
-    """Prompts of the generated tasks."""
+    """A batch of prompts of the synthetic tasks."""
     data = ProceduralData(size, num_validation=1, num_test=1, batch_size=size, tokenizer=str(ASSETS / "student"))
     data.setup("fit")
     return next(iter(data.train_dataloader())).to(machine.device)
@@ -46,13 +48,14 @@ def batch_on(machine: Machine, size: int) -> Batch:
 
 @torch.no_grad()
 def mixed(machine: Machine, precision: str) -> Iterator[Row]:
-    """Recorded log-probabilities of student and teacher, and the teacher's from its kept hidden rows."""
+    """Check the recorded log-probabilities of both models, and the teacher's computed from its kept hidden states."""
     student, teacher, stops = pair_on(machine, precision)
     source = TeacherMixedRollouts(alpha=0.4, max_new_tokens=64 if machine.cuda else 24, mini_batch_size=1, seed=1)
     batch = batch_on(machine, 64 if machine.cuda else 8)
-    players = Players(student, teacher, stops, 0, lambda: 1, 0, 1, lambda values: values, lambda _: None)
+    generators = {"student": Decoder(student, stops, teacher)}
+    context = RolloutContext(student, teacher, generators, 0, lambda: 1, 0, 1, lambda values: values, lambda _: None)
     with machine.autocast(precision):
-        trajectories = source.roll_out(batch, players)
+        trajectories = source.roll_out(batch, context)
         own = rescored(student, trajectories)
     theirs = rescored(teacher.lm, trajectories)
     responses = trajectories.responses
@@ -74,12 +77,14 @@ def mixed(machine: Machine, precision: str) -> Iterator[Row]:
     assert from_teacher is not None
     both = bool(from_teacher.any()) and bool((mask & ~from_teacher).any())
     yield holds(
-        f"{precision}: both have written", both, f"{int(mask.sum())} tokens, {int(from_teacher.sum())} the teacher's"
+        f"{precision}: both models have sampled tokens",
+        both,
+        f"{int(mask.sum())} tokens, {int(from_teacher.sum())} the teacher's",
     )
 
 
 def rescored(lm: CausalLM, trajectories: Trajectories) -> Tensor:
-    """``[B, T]`` log-probabilities of the response tokens by the model's own forward over prompt and response, without a cache."""
+    """``[B, T]`` log-probabilities of the response tokens from one forward pass over prompt and response, without a cache."""
     text = trajectories.sequences()
     positions = (text.attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
     was_training = lm.training

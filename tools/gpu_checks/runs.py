@@ -1,4 +1,4 @@
-"""Runs of the command line in this process, on the embedded pair: their losses, first texts and weights."""
+"""Runs the command line in this process on the embedded pair, and records losses, first sequences and weights."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ from torch import Tensor
 import lit_distill
 from gpu_checks.machine import Machine
 from gpu_checks.project import CONFIGS
-from lit_distill.cli import DistillCLI
+from lit_distill.cli.app import DistillCLI
 
 ASSETS = Path(lit_distill.__file__).parent / "assets"
 RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 class StoppedError(Exception):
-    """A run was to end here."""
+    """Raised by `Watch` to end a run on purpose."""
 
 
 class Watch(Callback):
-    """Keeps what a run does.
+    """Records losses, first sequences, rollouts and weights of a run.
 
     Args:
-        replay: learn in the first optimiser step from these texts instead of the source's own.
-        killed_after: raise `StoppedError` after so many optimiser steps.
+        replay: sequences for the first optimiser step, instead of those of the source.
+        killed_after: raise `StoppedError` after this many optimiser steps.
     """
 
     def __init__(self, replay: Any = None, killed_after: int | None = None) -> None:
         self.replay = replay
         self.killed_after = killed_after
         self.first: Any = None
-        """The texts of the first optimiser step, in host memory."""
+        """The sequences of the first optimiser step, in host memory."""
         self.rollouts: Any = None
-        """What was rolled out before the first optimiser step, in host memory."""
+        """The rollouts before the first optimiser step, in host memory."""
         self.terms: list[Tensor] = []
         self.weights: dict[str, Tensor] = {}
 
     @property
     def losses(self) -> list[float]:
-        """Of each optimiser step."""
+        """The loss of each optimiser step."""
         return [float(term) for term in self.terms]
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Look at what the source yields."""
+        """Wrap the source, to record or replace its first sequences."""
         own = module.source.mini_batches
 
-        def watched(batch: Any, players: Any) -> Iterator[Any]:
-            for text in own(batch, players):
+        def watched(batch: Any, context: Any) -> Iterator[Any]:
+            for text in own(batch, context):
                 if self.first is not None:
                     yield text
                     continue
@@ -68,32 +68,32 @@ class Watch(Callback):
         module.source.mini_batches = watched
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """End the run, if its time has come."""
+        """End the run after ``killed_after`` steps."""
         if module.global_step == self.killed_after:
             raise StoppedError
 
     def on_rollouts(self, trainer: Any, module: Any, trajectories: Any) -> None:
-        """Keep the first, if nothing was learnt before."""
+        """Record the first rollouts, if they come before the first optimiser step."""
         if self.rollouts is None and module.global_step == 0:
             self.rollouts = trajectories.to("cpu")
 
     def on_loss_terms(self, trainer: Any, module: Any, terms: Any) -> None:
-        """Keep the loss."""
+        """Record the loss."""
         self.terms.append(terms["loss"])
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        """Keep the weights while shards can be gathered."""
+        """Record the full weights, as long as shards can still be gathered."""
         for name, parameter in module.student.named_parameters():
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             self.weights[name] = whole.detach().float().cpu()
 
 
 def method(name: str, machine: Machine) -> dict[str, Any]:
-    """A quickstart config, cut to a size that a check can afford.
+    """A quickstart config with sizes reduced for a check.
 
     Args:
-        name: of the file in ``configs/``, without its suffix.
-        machine: a processor gets less.
+        name: name of the file in ``configs/``, without its suffix.
+        machine: on a CPU the sizes are smaller.
     """
     config: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     for role in ("student", "teacher"):
@@ -117,11 +117,11 @@ def method(name: str, machine: Machine) -> dict[str, Any]:
 
 
 def changed(config: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    """A copy with other values.
+    """A copy of a config with some values changed.
 
     Args:
-        config: nested.
-        keys: by dotted name, such as ``trainer.precision``.
+        config: nested dictionaries.
+        keys: new values by dotted key, such as ``trainer.precision``.
     """
     config = copy.deepcopy(config)
     for key, value in keys.items():
@@ -141,15 +141,15 @@ def fit(
     name: str | None = None,
     **keys: Any,
 ) -> Watch:
-    """What a run of ``steps`` optimiser steps did; one that did the same before does not run again.
+    """Run ``steps`` optimiser steps and return the records; the result of an identical earlier run is reused.
 
     Args:
-        machine: the device to run on, unless ``keys`` say otherwise.
+        machine: the device to run on, unless ``keys`` set another one.
         config: of the run.
-        steps: until it ends.
-        watch: what keeps it; with one, or a name, it always runs.
-        name: of the run's folder.
-        keys: other values of the config, by dotted name with ``__`` for the dot.
+        steps: number of optimiser steps.
+        watch: callback that records the run. With a watch or a name, no earlier result is reused.
+        name: name of the run's folder.
+        keys: changed values of the config, by dotted key with ``__`` for the dot.
     """
     chosen = {
         "trainer.accelerator": machine.device.type,
@@ -172,21 +172,21 @@ def fit(
 
 
 def command(machine: Machine, word: str, config: dict[str, Any], watch: Watch | None = None) -> Any:
-    """Run a command of the command line; what it prints is dropped."""
+    """Run a command of the command line, and discard its output."""
     path = machine.folder / f"{word}.yaml"
     path.write_text(yaml.safe_dump(config))
     defaults = {"callbacks": [watch]} if watch else {}
-    said = io.StringIO()
-    with patch.object(sys, "argv", ["lit-distill"]), _environment(), redirect_stdout(said), redirect_stderr(said):
+    output = io.StringIO()
+    with patch.object(sys, "argv", ["lit-distill"]), _environment(), redirect_stdout(output), redirect_stderr(output):
         try:
             return DistillCLI([word, "--config", str(path)], trainer_defaults=defaults)
         except SystemExit as exit_:
-            raise RuntimeError(said.getvalue().strip() or "the command line refused its config") from exit_
+            raise RuntimeError(output.getvalue().strip() or "the command line rejected its config") from exit_
 
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Leave no process group and none of its variables behind, so that a next run begins as the first."""
+    """Destroy the process group and restore its environment variables afterwards, so that runs do not affect each other."""
     before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     try:
         yield
@@ -201,20 +201,20 @@ def _environment() -> Iterator[None]:
 
 
 def relative(value: float, reference: float) -> float:
-    """How far a number is from another one, as a share of that."""
+    """Absolute difference of two numbers, relative to ``reference``."""
     return abs(value - reference) / max(abs(reference), 1e-12)
 
 
 def furthest(losses: list[float], others: list[float]) -> float:
-    """The largest relative difference of two runs' losses; infinite if they are not equally many."""
+    """The largest relative difference of two runs' losses; infinite if their number differs."""
     if len(losses) != len(others) or not losses:
         return float("inf")
     return max(map(relative, losses, others))
 
 
 def distance(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
-    """The largest difference of two students' weights, as a share of the largest weight."""
+    """The largest difference of two students' weights, relative to the largest weight."""
     if weights.keys() != others.keys():
-        raise ValueError(f"the students have other weights: {sorted(weights.keys() ^ others.keys())[:4]}")
+        raise ValueError(f"the students have different weight names: {sorted(weights.keys() ^ others.keys())[:4]}")
     largest = max(float(weight.abs().max()) for weight in weights.values())
     return max(float((weights[name] - others[name]).abs().max()) for name in weights) / largest

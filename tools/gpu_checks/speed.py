@@ -1,6 +1,6 @@
-"""How fast the device is, and how much of that a KD step and a decode loop use; how often they wait for the device.
+"""Speed of the device, of a KD step and of the decode loop, and how often they synchronise with the device.
 
-The models have the shapes of real ones and random weights, made on the device.
+The models have the shapes of real models and random weights.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from gpu_checks.machine import Machine
 from gpu_checks.rollouts import pair_on
 from gpu_checks.runs import ASSETS
 from gpu_checks.table import Row, below, measured, skipped
-from lit_distill.models import CausalLM, FrozenTeacher, ModelSpec
+from lit_distill.generation import SamplingParams, generate, generate_mixed, row_uniforms
+from lit_distill.models import CausalLM, ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, NextToken
-from lit_distill.rollouts import Decoding, decode, decode_mixed, row_uniforms
+from lit_distill.teachers import FrozenTeacher
 from lit_distill.types import Batch, Prompts, Sequences
 
 GIB = 2**30
 SYNCHRONISES = "called a synchronizing CUDA operation"
 WAITS_PER_STEP, WAITS_PER_TOKEN = 24, 2.0
-"""Limits: waits must not grow with layers or rows. One in each forward is that of transformers, which looks for padding."""
+"""Limits: synchronisations must not grow with layers or rows. Transformers causes one per forward pass, to look for padding."""
 QWEN_HALF = Qwen2Config(
     vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
     num_key_value_heads=2, tie_word_embeddings=True,
@@ -43,11 +44,11 @@ QWEN_SEVEN = Qwen2Config(
     num_key_value_heads=4, tie_word_embeddings=False,
 )  # fmt: skip
 NEEDED = 48 * GIB
-"""Of the device: 16 bytes for each of 0.5 billion weights, 2 for each of 7.6 billion, activations of 4,096 tokens and logits."""
+"""Bytes needed on the device: 16 per weight of 0.5 billion, 2 per weight of 7.6 billion, activations of 4,096 tokens, logits."""
 
 
 class Pair(NamedTuple):
-    """Two models and the sizes that they are measured at."""
+    """Two models and the problem sizes for the measurement."""
 
     name: str
     student: CausalLM
@@ -59,13 +60,13 @@ class Pair(NamedTuple):
 
 
 def checks(machine: Machine) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
-    """The device alone, and a pair on it."""
+    """The check of the device alone, and that of a model pair."""
     peak: list[float] = []
     return [("device", partial(device, machine, peak)), ("speed", partial(speed, machine, peak))]
 
 
 def device(machine: Machine, peak: list[float]) -> Iterator[Row]:
-    """A matrix product and a copy, as ceilings for what follows; ``peak`` is given the product's FLOP/s."""
+    """Measure a matrix product and a copy as upper bounds; the FLOP/s of the product are appended to ``peak``."""
     size, dtype = (8192, torch.bfloat16) if machine.cuda else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=machine.device, dtype=dtype) for _ in range(2))
     peak.append(2 * size**3 / _seconds(machine, lambda: a @ b, 30 if machine.cuda else 3))
@@ -78,7 +79,7 @@ def device(machine: Machine, peak: list[float]) -> Iterator[Row]:
 
 
 def speed(machine: Machine, peak: list[float]) -> Iterator[Row]:
-    """KD steps and decoding of one pair."""
+    """Measure KD steps and decoding of one pair."""
     if machine.cuda and torch.cuda.get_device_properties(machine.device).total_memory < NEEDED:
         yield skipped("0.5B student and 7B teacher", f"the device has less than {NEEDED / GIB:.0f} GiB")
         small = pair_on(machine, "bf16-mixed")
@@ -102,7 +103,7 @@ def _random_pair(machine: Machine) -> tuple[CausalLM, FrozenTeacher]:
 
 
 class _Watch(L.Callback):
-    """Times the steps after the first ones, and counts what waits for the device in another few."""
+    """Times some steps after the warm-up, then counts the synchronisations with the device in a few more."""
 
     def __init__(self, machine: Machine, warm: int, timed: int, counted: int) -> None:
         self.machine, self.warm, self.timed, self.counted = machine, warm, timed, counted
@@ -111,7 +112,7 @@ class _Watch(L.Callback):
         self._context: Any = None
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Start the clock, then stop it and begin to count; the copy of the next batch is part of a step."""
+        """Start the clock; later stop it and start counting. The copy of the next batch is part of a step."""
         if batch_idx == self.warm:
             self.machine.wait()
             if self.machine.cuda:
@@ -130,7 +131,7 @@ class _Watch(L.Callback):
 
 
 def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
-    """KD steps of a Trainer, as a run has them, without validation, logs and checkpoints."""
+    """Measure KD steps of a Trainer, as in a run, without validation, logs and checkpoints."""
     warm, timed, counted = (3, 8, 4) if machine.cuda else (1, 2, 1)
     generator = torch.Generator().manual_seed(0)
     vocabulary = pair.student.vocabulary_size
@@ -143,7 +144,7 @@ def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
     spec = ModelSpec(str(ASSETS / "student"))
     optimizer = partial(torch.optim.AdamW, lr=1e-5)
     watch = _Watch(machine, warm, timed, counted)
-    with patch("lit_distill.module.build_pair", lambda *_: (pair.student, pair.teacher.lm)):
+    with patch("lit_distill.module.build_student_and_teacher", lambda *_: (pair.student, pair.teacher.lm)):
         module = DistillationModule(spec, objectives, spec, optimizer=optimizer)
         trainer = L.Trainer(
             accelerator=machine.device.type, devices=1, precision="bf16-mixed" if machine.cuda else "32-true",
@@ -154,7 +155,7 @@ def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
         loader = DataLoader(batches, batch_size=None, pin_memory=machine.cuda)  # type: ignore[arg-type]
         trainer.fit(module, loader)
     pair.student.zero_grad()
-    pair.student.to(machine.device)  # Lightning has put it into host memory
+    pair.student.to(machine.device)  # Lightning has moved it to host memory
     tokens = pair.texts * pair.length
     seconds = watch.seconds / timed
     sizes = [sum(p.numel() for p in lm.parameters()) for lm in (pair.student, pair.teacher.lm)]
@@ -163,7 +164,7 @@ def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
     what = f"{pair.name}, KD step of {pair.texts} x {pair.length} tokens"
     yield measured(f"{what}, s", seconds, f"{tokens / seconds:.0f} tokens/s{share}")
     if not machine.cuda:
-        yield skipped(f"{what}: memory and waits", "not measurable on a processor")
+        yield skipped(f"{what}: memory and waits", "not measurable on a CPU")
         return
     yield measured(f"{what}: peak memory, GiB", torch.cuda.max_memory_allocated(machine.device) / GIB)
     waits = sum(watch.waits.values()) / counted
@@ -171,28 +172,28 @@ def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
 
 
 def _decoding(machine: Machine, pair: Pair) -> Iterator[Row]:
-    """The student alone, and mixed with its teacher."""
+    """Measure decoding of the student alone, and of teacher-mixed rollouts."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, pair.student.vocabulary_size, (pair.prompts, 32), generator=generator).to(machine.device)
     prompts = Prompts(ids, torch.ones_like(ids))
-    settings = Decoding(pair.new_tokens)
+    settings = SamplingParams(pair.new_tokens)
     uniforms = row_uniforms(0, [str(row) for row in range(pair.prompts)], pair.new_tokens)
-    coins = (torch.rand(pair.new_tokens, generator=generator) < 0.2).tolist()
+    use_teacher = (torch.rand(pair.new_tokens, generator=generator) < 0.2).tolist()
     ways: dict[str, Callable[[], Any]] = {
-        "student": lambda: decode(pair.student, prompts, settings, (), uniforms),
-        "mixed 0.2": lambda: decode_mixed(pair.student, pair.teacher, coins, prompts, settings, (), uniforms),
+        "student": lambda: generate(pair.student, prompts, settings, (), uniforms),
+        "mixed 0.2": lambda: generate_mixed(pair.student, pair.teacher, use_teacher, prompts, settings, (), uniforms),
     }
-    for name, write in ways.items():
+    for name, decode in ways.items():
         with machine.autocast("bf16-mixed" if machine.cuda else "32-true"):
-            seconds = _seconds(machine, write, 2, warm=1)
+            seconds = _seconds(machine, decode, 2, warm=1)
             waits: Counter[str] = Counter()
             with _waits(machine, waits):
-                write()
+                decode()
         what = f"{pair.name}, {name}: {pair.prompts} prompts, {pair.new_tokens} tokens"
         rate = pair.prompts * pair.new_tokens / seconds
         yield measured(f"{what}, ms a token step", 1000 * seconds / pair.new_tokens, f"{rate:.0f} tokens/s")
         if not machine.cuda:
-            yield skipped(f"{what}: waits for the device", "not measurable on a processor")
+            yield skipped(f"{what}: waits for the device", "not measurable on a CPU")
             continue
         each = sum(waits.values()) / pair.new_tokens
         yield below(f"{what}: waits for the device a step", each, WAITS_PER_TOKEN, _places(waits, pair.new_tokens))
@@ -200,7 +201,7 @@ def _decoding(machine: Machine, pair: Pair) -> Iterator[Row]:
 
 @contextmanager
 def _waits(machine: Machine, places: Counter[str]) -> Iterator[None]:
-    """Count, by the line of Python that asked, what made the host wait for the device."""
+    """Count the synchronisations of host and device, by the line of Python code that caused them."""
     if not machine.cuda:
         yield
         return
@@ -220,7 +221,7 @@ def _places(waits: Counter[str], times: int) -> str:
 
 
 def _seconds(machine: Machine, work: Callable[[], Any], times: int, warm: int = 2) -> float:
-    """Of one call, after ``warm`` others."""
+    """Mean time of one call, after ``warm`` calls that are not timed."""
     for _ in range(warm):
         work()
     machine.wait()

@@ -1,4 +1,4 @@
-"""Rows with a value, a limit and a verdict; a check that fails is a row, and the others go on."""
+"""Result table: rows with a value, a limit and a verdict. A check that raises becomes a failed row; the others still run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Row:
     """pass, fail, measured (there is no limit) or skipped."""
     note: str = ""
     seconds: float = 0.0
-    """Since the row before."""
+    """Time since the previous row."""
 
 
 def below(what: str, value: float, limit: float, note: str = "") -> Row:
-    """A row that passes if the value is a number, and at most the limit."""
+    """A row that passes if the value is finite and at most the limit."""
     return Row("", what, value, limit, "pass" if math.isfinite(value) and value <= limit else "fail", note)
 
 
@@ -45,12 +45,12 @@ def measured(what: str, value: float, note: str = "") -> Row:
 
 
 def skipped(what: str, why: str) -> Row:
-    """A row that says nothing, and why."""
+    """A row for a check that was skipped, with the reason."""
     return Row("", what, verdict="skipped", note=why)
 
 
 class Table:
-    """Prints each row when it is known."""
+    """Collects the rows and prints each one immediately."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -59,21 +59,21 @@ class Table:
 
     @property
     def failed(self) -> bool:
-        """Whether a row does."""
+        """Whether any row failed."""
         return any(row.verdict == "fail" for row in self.rows)
 
     def run(self, name: str, check: Callable[[], Iterable[Row]]) -> None:
-        """Add the rows of a check; what it raises is a row that fails."""
+        """Add the rows of a check; an exception becomes a failed row."""
         since = time.perf_counter()
         try:
             for row in check():
                 row.check, row.seconds = name, round(time.perf_counter() - since, 2)
                 since = time.perf_counter()
                 self._add(row)
-        except Exception as error:  # noqa: BLE001 - of any kind: the other checks go on
-            said = (str(error).strip() or repr(error)).splitlines()[0][:200]
+        except Exception as error:  # noqa: BLE001 - any exception: the other checks still run
+            message = (str(error).strip() or repr(error)).splitlines()[0][:200]
             seconds = round(time.perf_counter() - since, 2)
-            self._add(Row(name, "ran to its end", None, None, "fail", f"{type(error).__name__}: {said}", seconds))
+            self._add(Row(name, "ran to its end", None, None, "fail", f"{type(error).__name__}: {message}", seconds))
             self.tracebacks.append(f"--- {name}\n{traceback.format_exc()}")
 
     def records(self) -> list[dict[str, Any]]:
@@ -86,8 +86,8 @@ class Table:
             print(text, file=sys.stderr)
         count = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in ("pass", "fail", "skipped")}
         failures = [f"failed: {row.check}: {row.what} {row.note}" for row in self.rows if row.verdict == "fail"]
-        said = f"{count['pass']} passed, {count['fail']} failed, {count['skipped']} skipped in {seconds:.0f} s"
-        return "\n".join([*failures, said])
+        total = f"{count['pass']} passed, {count['fail']} failed, {count['skipped']} skipped in {seconds:.0f} s"
+        return "\n".join([*failures, total])
 
     def _add(self, row: Row) -> None:
         self.rows.append(row)

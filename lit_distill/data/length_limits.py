@@ -1,0 +1,100 @@
+"""Drops or truncates items that are longer than the limits, and counts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import datasets
+import numpy as np
+
+KEY = "data.init_args"
+
+
+@dataclass(frozen=True)
+class LengthLimits:
+    """The longest prompt and item allowed, in tokens, and what happens to longer ones.
+
+    Args:
+        max_prompt_length: tokens of the prompt, with BOS.
+        max_length: tokens of prompt and response together, with EOS.
+        overlong: "drop" removes the item; "truncate" removes tokens from the beginning of the prompt (BOS is kept) and
+            from the end of the response (EOS is lost).
+    """
+
+    max_prompt_length: int
+    max_length: int
+    overlong: Literal["drop", "truncate"]
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_length < 1:
+            raise ValueError(f"{KEY}.max_prompt_length must be at least 1, got {self.max_prompt_length}.")
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"{KEY}.max_prompt_length ({self.max_prompt_length}) must be less than "
+                f"{KEY}.max_length ({self.max_length}): the response needs room."
+            )
+        if self.overlong not in {"drop", "truncate"}:
+            raise ValueError(f"{KEY}.overlong must be 'drop' or 'truncate', got {self.overlong!r}.")
+
+    def cut(self, prompt: list[int], response: list[int], kept: int) -> tuple[list[int], list[int]]:
+        """Prompt and response, truncated to the limits; items that are short enough are returned unchanged.
+
+        Args:
+            prompt: token ids.
+            response: token ids with EOS, or an empty list.
+            kept: number of tokens at the start of the prompt that are never removed.
+        """
+        if len(prompt) > self.max_prompt_length:
+            kept = min(kept, self.max_prompt_length - 1)
+            prompt = prompt[:kept] + prompt[len(prompt) - (self.max_prompt_length - kept) :]
+        return prompt, response[: self.max_length - len(prompt)]
+
+
+def fit_lengths(rows: datasets.Dataset, split: str, limits: LengthLimits) -> tuple[datasets.Dataset, np.ndarray, str]:
+    """The remaining rows, the number of tokens of each after truncation, and one line that reports what was removed.
+
+    Raises:
+        ValueError: if no row remains.
+    """
+    prompts, responses = (_sizes(rows, name) for name in ("prompt_ids", "response_ids"))
+    long_prompt = prompts > limits.max_prompt_length
+    long_total = ~long_prompt & (prompts + responses > limits.max_length)
+    if limits.overlong == "drop":
+        stays = ~long_prompt & ~long_total
+    else:
+        stays = np.ones(len(prompts), dtype=bool)
+        long_total |= np.minimum(prompts, limits.max_prompt_length) + responses > limits.max_length
+    lengths = np.minimum(np.minimum(prompts, limits.max_prompt_length) + responses, limits.max_length)[stays]
+
+    report = f"{split}: {int(stays.sum())} items"
+    num_changed = int((long_prompt | long_total).sum())
+    if num_changed:
+        reasons = [
+            f"{int(count.sum())} with {what} over {limit} tokens ({KEY}.{name})"
+            for count, what, limit, name in (
+                (long_prompt, "the prompt", limits.max_prompt_length, "max_prompt_length"),
+                (long_total, "prompt and response", limits.max_length, "max_length"),
+            )
+            if count.any()
+        ]
+        report += f", {num_changed} {'dropped' if limits.overlong == 'drop' else 'cut'}: {', '.join(reasons)}"
+    if not stays.any():
+        raise ValueError(
+            f"{report}. None of the {len(prompts)} items is left: raise the limit, or set {KEY}.overlong to 'truncate'."
+        )
+    return (rows if stays.all() else rows.select(np.flatnonzero(stays))), lengths, report
+
+
+def longest_prompt(rows: datasets.Dataset, limits: LengthLimits) -> int:
+    """Number of tokens of the longest prompt, after truncation to the limit."""
+    return min(int(_sizes(rows, "prompt_ids").max(initial=0)), limits.max_prompt_length)
+
+
+def _sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """``[rows]`` number of tokens of each row."""
+    if not len(rows):
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate(
+        [np.fromiter(map(len, batch[column]), np.int64) for batch in rows.select_columns([column]).iter(10_000)]
+    )

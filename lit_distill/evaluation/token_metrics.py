@@ -1,0 +1,94 @@
+"""Validation and test metrics: how well the student predicts held-out text, and how well it agrees with the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lit_distill.evaluation.quality import AgreementTerms, PerplexityTerms, TermMeanMetric
+from lit_distill.losses import ObjectiveEvaluator
+from lit_distill.objectives import Objective
+
+if TYPE_CHECKING:
+    from lit_distill.models import CausalLM
+    from lit_distill.teachers import FrozenTeacher
+    from lit_distill.types import Sequences
+
+QUALITY = ".quality"  # no objective of a config has a dot in its name
+
+
+def measurable(objectives: Mapping[str, Objective], has_teacher: bool) -> dict[str, Objective]:
+    """The training objectives that can be evaluated on a dataset: they need only logits and labels."""
+    known = {"student_logits", "labels"} | ({"teacher_logits"} if has_teacher else set())
+    return {name: objective for name, objective in objectives.items() if objective.needs <= known}
+
+
+def metric_names(objectives: Mapping[str, Objective], has_teacher: bool) -> list[str]:
+    """The names of `TokenMetrics.metrics`, available before any weights are loaded."""
+    quality, trained = AgreementTerms if has_teacher else PerplexityTerms, measurable(objectives, has_teacher)
+    names = [name for name in (*quality.metric_names, *trained) if not name.endswith("nll")]
+    return [*names, "perplexity", *(["teacher_perplexity"] if has_teacher else []), *(["loss"] if trained else [])]
+
+
+class TokenMetrics(nn.Module):
+    """Token-level metrics over the texts of all batches and ranks, with the training objectives that are `measurable`.
+
+    Args:
+        objectives: training objectives by name; the weighted sum of the measurable ones is the held-out ``loss``.
+        student: the model to evaluate.
+        teacher: the model to compare it with, if there is one.
+        chunk_rows: rows of logits computed at a time.
+    """
+
+    def __init__(
+        self,
+        objectives: Mapping[str, Objective],
+        student: CausalLM,
+        teacher: FrozenTeacher | None,
+        chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.trained = measurable(objectives, has_teacher=teacher is not None)
+        quality = AgreementTerms() if teacher else PerplexityTerms()
+        evaluated: dict[str, Objective] = {QUALITY: quality, **self.trained}
+        self.evaluator = ObjectiveEvaluator(evaluated, student, teacher, "model.objectives", chunk_rows)
+        self.means = TermMeanMetric((*quality.metric_names, *self.trained))
+
+    def attach(self, name: str, objective: Objective) -> None:
+        """Evaluate ``objective`` on the same rows too, so that no model runs twice; its term does not change any metric.
+
+        Args:
+            name: name of the objective; a second objective with this name replaces the first.
+            objective: may need ``student_logits``, ``labels`` and, if there is a teacher, ``teacher_logits``.
+        """
+        self.evaluator.objectives[f".{name}"] = objective
+
+    def update(self, texts: Iterable[Sequences]) -> None:
+        """Add the tokens of the texts."""
+        for text in texts:
+            _, terms = self.evaluator(text, dict.fromkeys(self.evaluator.objectives, 1.0))
+            quality = terms[QUALITY]
+            totals = {**quality.metrics, **{name: terms[name].total for name in self.trained}}
+            counts = {name: terms[name].count if name in self.trained else quality.count for name in totals}
+            self.means.update(totals, counts)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The metrics by name, ``[]`` each; empty if there were no tokens. NaN and infinity are not replaced."""
+        means = dict(self.means.compute())  # a copy: torchmetrics keeps the original
+        if not means.pop("count"):
+            return {}
+        metrics = {name: mean for name, mean in means.items() if not name.endswith("nll")}
+        metrics["perplexity"] = means["nll"].exp()
+        if "teacher_nll" in means:
+            metrics["teacher_perplexity"] = means["teacher_nll"].exp()
+        if self.trained:
+            losses = [objective.weight * means[name] for name, objective in self.trained.items()]
+            metrics["loss"] = torch.stack(losses).sum()
+        return metrics
+
+    def reset(self) -> None:
+        """Reset the metrics."""
+        self.means.reset()

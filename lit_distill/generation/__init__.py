@@ -1,0 +1,18 @@
+"""Generation of responses: generator interface, sampling, the project's decode loop, and the records that `predict` writes."""
+
+from lit_distill.generation.base import DecodableModel, Generator
+from lit_distill.generation.decoder import Decoder, generate, generate_mixed
+from lit_distill.generation.prediction import Prediction, prediction_records
+from lit_distill.generation.sampling import SamplingParams, row_uniforms
+
+__all__ = [
+    "DecodableModel",
+    "Decoder",
+    "Generator",
+    "Prediction",
+    "SamplingParams",
+    "generate",
+    "generate_mixed",
+    "prediction_records",
+    "row_uniforms",
+]

@@ -1,0 +1,23 @@
+"""Sources of training sequences: responses of the dataset, the student, the teacher, or a student-teacher mixture."""
+
+from lit_distill.sources.advantages import AdvantageConfig
+from lit_distill.sources.base import RolloutContext, Source, check_signals, split_corpus
+from lit_distill.sources.dataset import DatasetResponses
+from lit_distill.sources.mixed import TeacherMixedRollouts
+from lit_distill.sources.pairs import ResponsePairs
+from lit_distill.sources.replay import ReplayRollouts
+from lit_distill.sources.sampled import StudentRollouts, TeacherRollouts
+
+__all__ = [
+    "AdvantageConfig",
+    "DatasetResponses",
+    "ReplayRollouts",
+    "ResponsePairs",
+    "RolloutContext",
+    "Source",
+    "StudentRollouts",
+    "TeacherMixedRollouts",
+    "TeacherRollouts",
+    "check_signals",
+    "split_corpus",
+]

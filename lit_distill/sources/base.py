@@ -1,0 +1,203 @@
+"""Interface of sources: a source turns one batch of the data module into the mini-batches of the optimiser steps."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_distill.generation.sampling import phase_keys
+from lit_distill.objectives import check_needs
+from lit_distill.types import Trajectories, join_responses
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lit_distill.generation import Decoder, SamplingParams
+    from lit_distill.models import CausalLM
+    from lit_distill.objectives import Objective
+    from lit_distill.teachers import FrozenTeacher
+    from lit_distill.types import Batch, Pairs, Prompts, Sequences
+
+TEXT_SIGNALS = frozenset({"student_logits", "labels"})
+"""Signals that are available for any sequence."""
+
+
+@dataclass(frozen=True)
+class RolloutContext:
+    """What a source needs for one batch: models, generators, the step and the ranks."""
+
+    student: CausalLM
+    teacher: FrozenTeacher | None
+    generators: Mapping[str, Decoder]
+    """By model: ``student`` and, if the run has a teacher, ``teacher``."""
+    step: int
+    """Optimiser steps done so far. The seed and this step determine every random number of a phase."""
+    total_steps: Callable[[], int]
+    """Optimiser steps of the whole run. Call it only if it is needed: a run that is limited by time alone has no such number."""
+    rank: int
+    """Index of this data rank: rank r of W has the items r, r + W, … of every batch."""
+    world_size: int
+    """Number of ranks that share the data. Batch sizes in the YAML are totals over all of them."""
+    sum_over_ranks: Callable[[Tensor], Tensor]
+    """Sums a tensor over all ranks."""
+    on_rollouts: Callable[[Trajectories], None]
+    """Calls the hook ``on_rollouts`` of the Trainer's callbacks."""
+    needs: frozenset[str] = frozenset()
+    """The signals that the objectives need; other signals are not put into mini-batches."""
+    entropies: bool = False
+    """Whether a callback needs the entropies of teacher-mixed rollouts."""
+
+
+def split_corpus(corpus: Sequences | None, steps: int) -> Iterator[Sequences]:
+    """Divide the corpus rows of a batch evenly among its optimiser steps.
+
+    Raises:
+        ValueError: if there is no corpus, or fewer rows than steps.
+    """
+    if corpus is None:
+        raise ValueError(
+            "model.corpus_objectives: there is no corpus. Set data.init_args.corpus; for your own text it takes a path."
+        )
+    if len(corpus) < steps:
+        raise ValueError(
+            f"data.init_args.corpus.batch_size: {len(corpus)} rows on each rank, but a batch has {steps} optimiser steps. Set at "
+            "least one row per step and rank."
+        )
+    bounds = [len(corpus) * step // steps for step in range(steps + 1)]
+    yield from (corpus.slice(first, last) for first, last in pairwise(bounds))
+
+
+def check_signals(
+    source: Source,
+    objectives: Mapping[str, Objective],
+    corpus_objectives: Mapping[str, Objective],
+    has_teacher: bool,
+) -> None:
+    """Check, before anything loads, that source, corpus and teacher provide every signal that the objectives need.
+
+    Raises:
+        ValueError: with the key, the missing signal and what to do.
+    """
+    teachers = frozenset({"teacher_logits"} if has_teacher else ())
+    given = source.provides | (source.provides_with_teacher if has_teacher else frozenset())
+    name = f"the source {type(source).__name__}"
+    check_needs(objectives, given, "model.objectives", name)
+    source.check(objectives)
+    if source.needs_teacher and not has_teacher:
+        raise ValueError(f"model.source: {name} needs a teacher. Set model.teacher.path.")
+    check_needs(corpus_objectives, TEXT_SIGNALS | teachers, "model.corpus_objectives", "a plain-text corpus")
+
+
+class Source(ABC):
+    """Provides the sequences of each optimiser step, and decides how often each sequence is used."""
+
+    provides: frozenset[str]
+    """The signals that come with its sequences."""
+    provides_with_teacher: frozenset[str] = frozenset({"teacher_logits"})
+    """Further signals if the run has a teacher."""
+    needs_teacher = False
+    """Whether the source uses the teacher to generate or to score responses."""
+    reads_prompts = True
+    """Whether the source needs the prompts of a batch, padded on the left for decoding."""
+
+    @abstractmethod
+    def mini_batches(self, batch: Batch, context: RolloutContext) -> Iterator[Sequences | Pairs]:
+        """Yield the sequences of one optimiser step after the other, made from ``batch``.
+
+        Raises:
+            ValueError: if the batch lacks what the source needs.
+        """
+
+    def steps_per_batch(self, batch_size: int) -> int:
+        """Number of optimiser steps for a batch of ``batch_size`` items over all ranks."""
+        return 1
+
+    def check(self, objectives: Mapping[str, Objective]) -> None:  # noqa: B027 - most sources accept any
+        """Reject objectives whose settings contradict those of the source, before anything loads.
+
+        Raises:
+            ValueError: with both keys.
+        """
+
+    def check_trainer(self, trainer: Any) -> None:  # noqa: B027
+        """Reject, before anything loads, a Trainer or a data module that lacks what the source needs to fit.
+
+        Raises:
+            ValueError: with the key.
+        """
+
+    def observe_validation(self, metrics: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """React to the metrics of a validation during `fit`. They are equal on all ranks; ``loss`` is the loss of the objectives.
+
+        Raises:
+            ValueError: if a metric that the source needs is missing.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics to log under ``rollout/`` at an optimiser step; they must be equal on all ranks."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for the checkpoint, equal on all ranks: tensors and numbers, and lists and dictionaries of them."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Restore the state from `state_dict`; ``state`` is empty if the checkpoint was written with another source."""
+
+
+def require_prompts(batch: Batch, source: Source) -> Prompts:
+    """The prompts of the batch.
+
+    Raises:
+        ValueError: if the batch has no prompts.
+    """
+    if batch.prompts is None:
+        raise ValueError(f"model.source: {type(source).__name__} needs prompts, but the data module provides none.")
+    return batch.prompts
+
+
+def generate_responses(
+    model: Literal["student", "teacher"],
+    batch: Batch,
+    prompts: Prompts,
+    context: RolloutContext,
+    sampling: SamplingParams,
+    seed: int,
+    phase: int | str,
+    decode_batch_size: int | None = None,
+) -> Trajectories:
+    """Generate one model's responses to the prompts of a batch.
+
+    A rank without items generates for a dummy prompt, so that collective operations do not hang; its response is masked out.
+
+    Args:
+        model: the model that generates.
+        batch: the items.
+        prompts: the prompts of the batch.
+        context: generators of this run.
+        sampling: sampling parameters.
+        seed: seed of the random numbers.
+        phase: together with ``seed`` and the id of an item, it determines the random numbers of that item.
+        decode_batch_size: number of responses to decode at a time; all at once by default.
+    """
+    start = time.perf_counter()
+    size = decode_batch_size or len(prompts)
+    parts = []
+    for first in range(0, len(prompts), size):
+        items = batch.ids[first : first + size]
+        part = prompts.slice(first, first + size)
+        responses = context.generators[model].generate(part, phase_keys(phase, items), sampling, seed)
+        parts.append(responses.masked_if_dummy(items))
+    return Trajectories(
+        ids=batch.ids,
+        prompt_texts=batch.prompt_texts,
+        prompts=prompts,
+        responses=join_responses(parts),
+        signals={},
+        alpha=float(model == "teacher"),
+        seconds=time.perf_counter() - start,
+    )

@@ -1,0 +1,148 @@
+"""DPKD's source: pairs of a chosen response and a rejected one, which the student generates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lit_distill.generation import SamplingParams
+from lit_distill.generation.sampling import run_seed
+from lit_distill.objectives import PAIR_SIGNALS, TEACHER_OF_PAIRS, Objective
+from lit_distill.sources.base import RolloutContext, Source, generate_responses, require_prompts
+from lit_distill.sources.dataset import DatasetResponses
+from lit_distill.sources.minibatches import KEY, check_phase, check_sizes, mini_batches
+from lit_distill.types import Pairs, Sequences
+
+if TYPE_CHECKING:
+    from lit_distill.teachers import FrozenTeacher
+    from lit_distill.types import Batch
+
+
+class ResponsePairs(Source):
+    """The chosen response comes from the dataset or the teacher; the student generates the rejected one for each batch.
+
+    Objectives on tokens, such as `NextToken`, use the chosen response. A batch of ``data.init_args.batch_size`` prompts is a
+    phase: the student generates again every ``batch_size / mini_batch_size * inner_epochs`` optimiser steps. If the batch is as
+    large as the training data, that is once per epoch; ``decode_batch_size`` then limits the memory. Teacher responses that
+    `predict` wrote to a file are used as a dataset. There is no gradient through sampling. Every random number is a function of
+    ``seed``, the optimiser step and the item.
+
+    Args:
+        chosen: dataset, or teacher; the teacher then generates them during training.
+        mini_batch_size: pairs of one optimiser step, over all ranks; by default the whole batch.
+        inner_epochs: number of passes over the pairs of a phase. With more than one, the teacher scores each pair only once.
+        shuffle: shuffle the pairs for each inner epoch. Each rank shuffles its own, so the mini-batches depend on the number of
+            ranks.
+        max_new_tokens: longest response, of both models.
+        temperature: of both models; 0 takes the most probable token.
+        top_k: sample from the k most probable tokens only; 0 samples from all.
+        top_p: sample from the smallest set of tokens with this much probability.
+        decode_batch_size: responses decoded at a time on each rank; all at once by default.
+        seed: seed of all random numbers; ``seed_everything`` by default.
+
+    Source: DPKD, https://arxiv.org/abs/2406.19774.
+    """
+
+    provides = DatasetResponses.provides | (PAIR_SIGNALS - TEACHER_OF_PAIRS)
+    provides_with_teacher = Source.provides_with_teacher | TEACHER_OF_PAIRS
+
+    def __init__(
+        self,
+        chosen: Literal["dataset", "teacher"] = "dataset",
+        mini_batch_size: int | None = None,
+        inner_epochs: int = 1,
+        shuffle: bool = True,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        decode_batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        check_sizes(mini_batch_size=mini_batch_size, inner_epochs=inner_epochs, decode_batch_size=decode_batch_size)
+        self.chosen = chosen
+        self.needs_teacher = chosen == "teacher"
+        self.mini_batch_size = mini_batch_size
+        self.inner_epochs = inner_epochs
+        self.shuffle = shuffle
+        self.sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p)
+        self.decode_batch_size = decode_batch_size
+        self.seed = run_seed(seed)
+        self._teacher_scores = False
+
+    def check(self, objectives: Mapping[str, Objective]) -> None:
+        """Reject a set of objectives without one on pairs; record whether one needs the teacher's log-probabilities."""
+        if not any(objective.on_pairs for objective in objectives.values()):
+            raise ValueError(
+                "model.source: ResponsePairs lets the student generate responses that no objective uses. "
+                "Add an objective on pairs, such as `dpkd: DirectPreference`, or set source: DatasetResponses or TeacherRollouts."
+            )
+        self._teacher_scores = any(objective.needs & TEACHER_OF_PAIRS for objective in objectives.values())
+
+    def check_trainer(self, trainer: Any) -> None:
+        """Reject mini-batches that are larger than the phase, and ``chosen: dataset`` for data without responses."""
+        check_phase(self.mini_batch_size, trainer)
+        if self.chosen == "dataset" and not getattr(trainer.datamodule, "responses", True):
+            raise ValueError(
+                f"{KEY}.chosen: the data has no responses. Set data.init_args.responses: true, or chosen: teacher."
+            )
+
+    def steps_per_batch(self, batch_size: int) -> int:
+        """Inner epochs times mini-batches."""
+        return self.inner_epochs * -(-batch_size // (self.mini_batch_size or batch_size))
+
+    def mini_batches(self, batch: Batch, context: RolloutContext) -> Iterator[Pairs]:
+        """Generate the rejected and, with ``chosen: teacher``, the chosen responses; yield the pairs ``inner_epochs`` times."""
+        rejected = self._responses("student", batch, context, "rejected")
+        if self.chosen == "teacher":
+            pairs = Pairs(self._responses("teacher", batch, context, "chosen"), rejected)
+        elif batch.sequences is None:
+            raise ValueError(
+                f"{KEY}.chosen: the data has no responses. Set data.init_args.responses: true, or chosen: teacher."
+            )
+        else:
+            pairs = Pairs(batch.sequences, rejected)
+        if self.inner_epochs > 1 and self._teacher_scores:
+            pairs = self._scored(pairs, context.teacher)
+        size = self.mini_batch_size or len(pairs) * context.world_size
+        key = (self.seed, context.step) if self.shuffle else None
+        yield from mini_batches(pairs, size, self.inner_epochs, context.world_size, key)
+
+    def _responses(
+        self,
+        model: Literal["student", "teacher"],
+        batch: Batch,
+        context: RolloutContext,
+        role: Literal["chosen", "rejected"],
+    ) -> Sequences:
+        prompts, phase = (
+            require_prompts(batch, self),
+            f"{context.step}/{role}",
+        )  # different random numbers for chosen and rejected
+        trajectories = generate_responses(
+            model, batch, prompts, context, self.sampling, self.seed, phase, self.decode_batch_size
+        )
+        if role == "rejected":  # callbacks receive the student's responses only
+            context.on_rollouts(trajectories)
+        return trajectories.sequences()
+
+    def _scored(self, pairs: Pairs, teacher: FrozenTeacher | None) -> Pairs:
+        """Add the teacher's log-probability of every token; chosen and rejected responses share its forward passes."""
+        assert teacher is not None
+        text, width = pairs.concatenate(), pairs.chosen.input_ids.shape[1]
+        scores = torch.zeros(text.input_ids.shape, device=text.input_ids.device)
+        size = 2 * (self.decode_batch_size or len(pairs))
+        for first in range(0, len(text), size):
+            part = slice(first, first + size)
+            here = Sequences(text.input_ids[part], text.attention_mask[part], text.target_mask[part])
+            labels = here.input_ids[here.target_mask]
+            logprobs = teacher.rows(here).label_logprobs(labels)
+            scores[part] = scores[part].masked_scatter(here.target_mask, logprobs)
+        chosen, rejected = scores[: len(pairs), :width], scores[len(pairs) :, : pairs.rejected.input_ids.shape[1]]
+        return Pairs(
+            replace(pairs.chosen, signals={"teacher_logprobs": chosen}),
+            replace(pairs.rejected, signals={"teacher_logprobs": rejected}),
+        )

@@ -1,0 +1,124 @@
+"""A local model as the teacher: frozen, in evaluation mode and its own dtype; not part of checkpoints or the optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_distill.models.fsdp import clear_forward_order, is_sharded
+from lit_distill.models.lm_head import LMHead, label_logprobs
+from lit_distill.models.lora import adapter_layers, adapters_disabled
+from lit_distill.models.precision import forward_only
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from transformers import PreTrainedConfig
+    from transformers.cache_utils import Cache
+
+    from lit_distill.models import CausalLM
+    from lit_distill.types import Sequences
+
+
+class HiddenRows(NamedTuple):
+    """`TeacherRows` from hidden states: exact, and logits are computed only for the requested rows."""
+
+    hidden: Tensor
+    """[N, H]."""
+    head: LMHead
+
+    def logits(self, rows: slice) -> Tensor:
+        """See `TeacherRows`."""
+        return self.head.logits(self.hidden[rows])
+
+    def label_logprobs(self, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
+        """See `TeacherRows`."""
+        return label_logprobs(self.head, self.hidden, labels, chunk_rows)
+
+
+class FrozenTeacher:
+    """A causal language model that is never trained.
+
+    It is deliberately not an `nn.Module`: so Lightning does not save, optimise or broadcast it with the module that owns it, and
+    does not set it to training mode or convert its dtype.
+
+    Args:
+        lm: the model; it is set to evaluation mode and its parameters stop requiring gradients, unless ``shared``.
+        shared: whether ``lm`` is the student. Its adapters are then disabled whenever the teacher runs.
+    """
+
+    def __init__(self, lm: CausalLM, shared: bool = False) -> None:
+        self.lm = lm if shared else lm.eval().requires_grad_(False)
+        self.shared = shared
+        self._adapters = adapter_layers(lm) if shared else []
+
+    @contextmanager
+    def _frozen_mode(self, device_type: str) -> Iterator[None]:
+        """Evaluation mode, with all attention kernels; if the weights are the student's, also with its adapters disabled."""
+        eval_mode = self.lm.eval_mode() if self.lm.training else nullcontext()
+        with eval_mode, adapters_disabled(self._adapters), forward_only(device_type):
+            yield
+
+    def _move_to(self, inputs: Tensor) -> None:
+        """Move the model to the device of the inputs, since Lightning moves only registered modules."""
+        if not is_sharded(self.lm) and next(self.lm.parameters()).device != inputs.device:
+            self.lm.to(inputs.device)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states ``[B, S, H]`` in the teacher's own dtype, not the trainer's precision; see `CausalLM.forward`."""
+        self._move_to(input_ids)
+        with torch.autocast(input_ids.device.type, enabled=False), self._frozen_mode(input_ids.device.type):
+            hidden: Tensor = self.lm(input_ids, attention_mask, cache)
+        clear_forward_order(self.lm)
+        return hidden
+
+    def rows(self, sequences: Sequences) -> HiddenRows:
+        """The rows of all targets; hidden states that were recorded in a rollout are reused."""
+        recorded = sequences.teacher_hidden
+        if recorded is None:
+            hidden = self.target_rows(
+                sequences
+            )  # before head(), since this moves the teacher to the device of the texts
+            return HiddenRows(hidden, self.head())
+        targets = sequences.target_mask[:, -recorded.shape[1] :]  # recorded for the last columns only
+        return HiddenRows(recorded.to(targets.device)[targets], self.head())
+
+    @torch.no_grad()
+    def target_rows(self, sequences: Sequences) -> Tensor:
+        """Hidden rows ``[N, H]`` for the N targets."""
+        self._move_to(sequences.input_ids)
+        device_type = sequences.input_ids.device.type
+        with torch.autocast(device_type, enabled=False), self._frozen_mode(device_type):
+            rows = self.lm.target_rows(sequences)
+        clear_forward_order(self.lm)
+        return rows
+
+    def head(self) -> LMHead:
+        """The teacher's LM head over the common vocabulary, in its own dtype, or in float32 if the device emulates that dtype."""
+        with adapters_disabled(self._adapters):
+            return self.lm.head().for_products()
+
+    decoding_head = head
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's config."""
+        return self.lm.config
+
+    @property
+    def tensor_parallel_group(self) -> ProcessGroup | None:
+        """See `CausalLM`."""
+        return self.lm.tensor_parallel_group
+
+    @property
+    def forward_is_collective(self) -> bool:
+        """See `CausalLM`."""
+        return self.lm.forward_is_collective
+
+    def generation_mode(self) -> AbstractContextManager[None]:
+        """See `CausalLM`."""
+        return self.lm.generation_mode()

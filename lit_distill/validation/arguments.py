@@ -1,0 +1,37 @@
+"""Checks on the arguments of the module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Refuse sizes below 1 among the arguments of the module.
+
+    Raises:
+        ValueError: with the key.
+    """
+    for key, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"model.{key}: expected at least 1, got {value}.")
+
+
+def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> None:
+    """Refuse names of objectives that are missing, used twice, or not usable in names of metrics.
+
+    Raises:
+        ValueError: with the key.
+    """
+    names, others = list(objectives), list(corpus_objectives)
+    if not names:
+        raise ValueError("model.objectives: at least one is needed, such as `kd: ForwardKL`.")
+    if both := sorted(set(names) & set(others)):
+        raise ValueError(f"model.corpus_objectives: {both[0]!r} is also in model.objectives; give it another name.")
+    for name in (*names, *others):
+        if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"model.objectives: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and not the name "
+                "of a method of dictionaries, such as `keys`."
+            )

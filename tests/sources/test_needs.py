@@ -1,0 +1,82 @@
+"""A step carries only what something reads: prompts, signals and entropies exist where they are asked for."""
+
+from __future__ import annotations
+
+import pytest
+from lightning.pytorch import Callback
+from training import learner_of, quiet_trainer
+
+from lit_distill.data import ProceduralData
+from lit_distill.generation import Decoder
+from lit_distill.objectives import ForwardKL, NextToken, PolicyGradient
+from lit_distill.sources import StudentRollouts, TeacherMixedRollouts
+from lit_distill.types import Sequences
+
+
+class Witness(Callback):
+    """Keeps the batch, the rollouts and the first mini-batch of a step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.batch = batch
+        evaluate = pl_module._text
+
+        def watched(text, factors):
+            self.text = text
+            return evaluate(text, factors)
+
+        watched.objectives = evaluate.objectives
+        watched.counts = evaluate.counts
+        pl_module._text = watched
+
+    def on_rollouts(self, trainer, pl_module, trajectories) -> None:
+        self.rollouts = trajectories
+
+
+class Reader(Callback):
+    reads_entropies = True
+
+
+def step(pair, tmp_path, objectives, source=None, *callbacks: Callback) -> Witness:
+    witness = Witness()
+    learner = learner_of(pair, objectives, source)
+    data = ProceduralData(num_train=8, num_validation=2, num_test=2, batch_size=4)
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[witness, *callbacks]).fit(learner, data)
+    return witness
+
+
+def mixed() -> TeacherMixedRollouts:
+    return TeacherMixedRollouts(max_new_tokens=4, mini_batch_size=4, inner_epochs=1)
+
+
+def test_prompts_are_padded_only_for_a_source_that_generates(pair, tmp_path) -> None:
+    assert step(pair, tmp_path, {"kd": ForwardKL()}).batch.prompts is None
+    generates = step(pair, tmp_path, {"kd": ForwardKL()}, StudentRollouts(max_new_tokens=4))
+    assert len(generates.batch.prompts) == 4
+
+
+def test_a_mini_batch_has_the_signals_that_its_objectives_need_and_no_others(pair, tmp_path) -> None:
+    text = step(pair, tmp_path, {"long": PolicyGradient(), "ce": NextToken()}, mixed()).text
+    assert isinstance(text, Sequences)
+    assert set(text.signals) == PolicyGradient().needs - {"student_logits", "labels"}
+    rollouts = step(pair, tmp_path, {"ce": NextToken()}, mixed())
+    assert not rollouts.text.signals
+    assert "rewards" in rollouts.rollouts.signals  # callbacks see all of them
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_entropies_are_computed_only_for_a_callback_that_reads_them(pair, tmp_path, monkeypatch, reads: bool) -> None:
+    calls = []
+    monkeypatch.setattr(
+        "lit_distill.generation.cached_decoder.entropy", lambda logits: calls.append(1) or logits.sum(-1)
+    )
+    callbacks = [Reader()] if reads else []
+    responses = step(pair, tmp_path, {"long": PolicyGradient()}, mixed(), *callbacks).rollouts.responses
+    assert (responses.student_entropy is not None) == (responses.teacher_entropy is not None) == reads
+    assert bool(calls) == reads
+
+
+def test_the_own_generator_keeps_its_interface(student, teacher) -> None:
+    alone, both = Decoder(student, (0,)), Decoder(student, (0,), teacher)
+    assert alone.exact
+    assert not alone.mixes_teacher
+    assert both.mixes_teacher
