@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -42,10 +42,14 @@ class BeforeAfter(Callback):
         self.metrics: dict[str, dict[str, float]] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
-        """Evaluate the teacher, and the student before training."""
+        """Evaluate the teacher, and the student before training; a resumed run has these rows from its checkpoint."""
         trainer.datamodule.setup("test")  # type: ignore[attr-defined]
+        if self.metrics:
+            return
         before = self._held_out(trainer, pl_module)
-        self.metrics["student before"] = before | self._generated(trainer, pl_module, "student")
+        steps = pl_module.trained_steps  # of a checkpoint without the rows
+        row = f"student, step {steps}" if steps else "student before"
+        self.metrics[row] = before | self._generated(trainer, pl_module, "student")
         if pl_module.teacher is not None:  # the student's evaluation has computed the teacher's perplexity
             teacher = {"perplexity": before["teacher_perplexity"], "reverse_kl": 0.0} if before else {}
             self.metrics["teacher"] = teacher | self._generated(trainer, pl_module, "teacher")
@@ -56,6 +60,19 @@ class BeforeAfter(Callback):
         after = self._held_out(trainer, pl_module) | self._generated(trainer, pl_module, "student")
         self.metrics = {before: self.metrics[before], "student after": after, **{t: self.metrics[t] for t in teacher}}
         rank_zero_info("\n" + self.table())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows of the student before training and of the teacher, and the settings that they depend on."""
+        rows = {name: row for name, row in self.metrics.items() if name != "student after"}
+        return {"metrics": rows, "settings": self._settings()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep these rows, unless they were computed with other settings."""
+        if state_dict["settings"] == self._settings():
+            self.metrics = dict(state_dict["metrics"])
+
+    def _settings(self) -> list[float]:
+        return [self.sampling.max_new_tokens, self.sampling.temperature, self.seed]
 
     def table(self) -> str:
         """The metrics on held-out data as text, a row for each model; reverse KL to the teacher in nats per token."""

@@ -95,3 +95,20 @@ def test_before_and_after_have_a_row_each_and_equal_an_evaluation(finished, pair
         for name, value in table.metrics[row].items():
             if name in ("perplexity", "reverse_kl", "rouge_l", "exact_match"):
                 torch.testing.assert_close(value, again[f"test/{name}"].item(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_has_the_row_of_the_student_before_training(finished) -> None:
+    cli, path = finished
+    rows = {name: row for name, row in before_after(cli).metrics.items() if name != "student after"}
+    last = cli.trainer.checkpoint_callback.last_model_path
+    more = ("--trainer.max_steps", str(cli.trainer.global_step + 2), "--trainer.max_epochs", "9", "--ckpt_path", last)
+    resumed = before_after(run("fit", "--config", path, *more)).metrics
+    assert list(resumed) == ["student before", "student after", "teacher"]
+    assert {name: resumed[name] for name in rows} == rows
+    assert resumed["student after"] != resumed["student before"]
+    other = ("--trainer.callbacks", "[{class_path: BeforeAfter, init_args: {max_new_tokens: 3}}]")
+    assert next(iter(before_after(run("fit", "--config", path, *more, *other)).metrics)).startswith("student, step ")
+
+
+def before_after(cli):
+    return next(callback for callback in cli.trainer.callbacks if type(callback).__name__ == "BeforeAfter")
