@@ -117,11 +117,21 @@ def test_the_same_settings_say_nothing_and_change_no_bit(pair, tmp_path, said) -
 def test_what_is_read_anew_takes_effect_without_a_word(pair, tmp_path, said) -> None:
     objectives = {"kd": ForwardKL(), "ce": NextToken(weight=0.5)}
     first = Run(learner(pair, DatasetResponses, objectives), tmp_path, max_steps=2)
-    module = learner(pair, DatasetResponses, {"kd": ForwardKL(weight=0.1)}, micro_batch_size=2)
+    module = learner(pair, DatasetResponses, {"kd": ForwardKL(weight=0.1), "ce": NextToken()}, micro_batch_size=2)
     settings = {"limit_val_batches": 1.0, "val_check_interval": 2}
     second = Run(module, tmp_path, ckpt_path=first.last, items=data(num_workers=1), max_steps=4, **settings)
     assert second.journal.validated == [4]
     assert said == []
+
+
+def test_other_objectives_take_effect_and_are_named(pair, tmp_path, said) -> None:
+    first = Run(learner(pair, DatasetResponses, {"kd": ForwardKL(), "ce": NextToken()}), tmp_path, max_steps=2)
+    Run(learner(pair, DatasetResponses, {"kd": ForwardKL()}), tmp_path, ckpt_path=first.last, max_steps=4)
+    (line,) = said
+    assert line == (
+        "model.objectives: kd: ForwardKL, ce: NextToken, lm: NextToken in the checkpoint, "
+        "kd: ForwardKL, lm: NextToken from now on."
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Any]
 OPTIMIZER, SCHEDULER = "optimizer", "lr_scheduler"
+OBJECTIVES = "model.objectives"
 NO_SETTING = {"params", "initial_lr", "base_lrs", "lr_lambdas", "last_epoch", "verbose"} | {
     "_step_count", "_last_lr", "_get_lr_called_within_step", "_initial_step", "_is_initial"
 }  # fmt: skip
@@ -54,6 +55,7 @@ def settings_of(run: ResumableRun, data: Any, total_steps: Callable[[], int]) ->
         "student": identity_of(run.student_spec, "model.student"),
         "teacher": teacher and identity_of(teacher, "model.teacher"),
         "data": data.content("train") if hasattr(data, "content") else None,
+        "objectives": {name: type(objective).__name__ for name, objective in run.all_objectives.items()},
         **_optimizer_settings(run, total_steps),
     }
 
@@ -118,7 +120,9 @@ def other_class(then: Settings, now: Settings) -> str | None:
 
 
 def changes(then: Settings, now: Settings) -> Iterator[Change]:
-    """Changed options of optimiser and scheduler, whose classes are the same, that take effect in the resumed run."""
+    """Changed objectives, and changed options of optimiser and scheduler of the same classes, that take effect in the resumed run."""
+    if (objectives := then.get("objectives")) is not None and objectives != now["objectives"]:
+        yield Change(OBJECTIVES, _listed(objectives), _listed(now["objectives"]))
     seen: set[str] = set()
     for key in (OPTIMIZER, SCHEDULER):
         for before, here in zip(then[key]["options"], now[key]["options"], strict=False) if then[key] else ():
@@ -182,6 +186,10 @@ def _optimizer_settings(run: ResumableRun, total_steps: Callable[[], int]) -> di
         OPTIMIZER: {"class": _name(optimizer), "options": [_plain(group) for group in groups]},
         SCHEDULER: scheduler and {"class": _name(scheduler), "options": [_plain(scheduler.state_dict())]},
     }
+
+
+def _listed(objectives: Settings) -> str:
+    return ", ".join(f"{name}: {kind}" for name, kind in objectives.items())
 
 
 def _name(thing: object) -> str:

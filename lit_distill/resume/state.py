@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_distill.distributed.stored import without_tensors
 from lit_distill.models.record import check_same_adapters, student_metadata
 from lit_distill.resume.changes import (
+    OBJECTIVES,
     apply_changes,
     changes,
     check_changes,
@@ -108,7 +109,7 @@ def _load_optimizer(run: ResumableRun, checkpoint: dict[str, Any], then: dict[st
     differences = list(changes(then, now))
     for change in differences:
         rank_zero_info(f"{change.key}: {change.before} in the checkpoint, {change.now} from now on.")
-    if differences:
+    if any(change.key != OBJECTIVES for change in differences):  # those need no change of the optimiser's state
         apply_changes(checkpoint, run, steps)
 
 
