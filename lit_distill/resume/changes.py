@@ -120,7 +120,7 @@ def other_class(then: Settings, now: Settings) -> str | None:
 
 
 def changes(then: Settings, now: Settings) -> Iterator[Change]:
-    """Changed objectives, and changed options of optimiser and scheduler of the same classes, that take effect in the resumed run."""
+    """Changed objectives, and changed options of an optimiser and a scheduler of the same class: all take effect on resume."""
     if (objectives := then.get("objectives")) is not None and objectives != now["objectives"]:
         yield Change(OBJECTIVES, _listed(objectives), _listed(now["objectives"]))
     seen: set[str] = set()
