@@ -40,14 +40,19 @@ from lit_distill.models.roles import device_and_precision, resolve_dtypes, warn_
 from lit_distill.models.routers import note_on_routers
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.optim import NonFiniteGradientGuard, configure_optimizer, learning_rate
-from lit_distill.resume.hooks import CallbackHooks
-from lit_distill.resume.position import batches_of_run, validation_was_due
-from lit_distill.resume.state import load_run, save_run, scheduled_steps
-from lit_distill.resume.unfinished import UnfinishedPhase, phase_of
+from lit_distill.resume import (
+    CallbackHooks,
+    UnfinishedPhase,
+    batches_of_run,
+    load_run,
+    phase_of,
+    save_run,
+    scheduled_steps,
+    validation_was_due,
+)
 from lit_distill.sources import DatasetResponses, RolloutContext, Source, check_signals, split_corpus
 from lit_distill.teachers import FrozenTeacher
 from lit_distill.types import Batch, Pairs, Prompts, Responses, Sequences
-from lit_distill.validation.context_length import check_lengths, check_tokens
 
 MetricType = TypeVar("MetricType", bound=Metric)
 CHECK_EVERY = 100
@@ -164,13 +169,12 @@ class DistillationModule(L.LightningModule):
         validation.check_strategy(self.trainer)
         if stage == "fit":
             validation.check_fit(self)
-            self.automatic_optimization = (
-                False  # set it only now: Lightning rejects trainer.gradient_clip_val with manual optimisation
-            )
+            # Only now: with manual optimisation from the start, Lightning would reject trainer.gradient_clip_val.
+            self.automatic_optimization = False
             if hasattr(data := self.trainer.datamodule, "training_prompts"):  # type: ignore[attr-defined]
                 data.training_prompts = self.source.reads_prompts
-        check_lengths(self, stage)
-        check_tokens(self)
+        validation.check_lengths(self, stage)
+        validation.check_tokens(self)
 
     def configure_optimizers(self) -> Any:
         """The optimiser and, if configured, a learning-rate scheduler over the optimiser steps of the whole run."""

@@ -289,15 +289,26 @@ class Trajectories(TensorRecord):
         Args:
             needs: the signals to include; all by default.
         """
-        prompt, mask = self.prompts, self.responses.mask
-        width = prompt.input_ids.shape[1]
-        return Sequences(
-            input_ids=torch.cat([prompt.input_ids, self.responses.ids], dim=-1),
-            attention_mask=torch.cat([prompt.attention_mask, mask.long()], dim=-1),
-            target_mask=F.pad(mask, (width, 0)),
-            signals={n: F.pad(v, (width, 0)) for n, v in self.signals.items() if needs is None or n in needs},
-            teacher_hidden=self.responses.teacher_hidden,
-        )
+        signals = {name: values for name, values in self.signals.items() if needs is None or name in needs}
+        return join_prompts(self.prompts, self.responses, signals)
+
+
+def join_prompts(prompts: Prompts, responses: Responses, signals: Mapping[str, Tensor]) -> Sequences:
+    """Prompts ``[B, P]`` and responses ``[B, T]`` as sequences ``[B, P + T]`` whose targets are the response tokens.
+
+    Args:
+        prompts: padded on the left.
+        responses: to the prompts.
+        signals: ``[B, T]`` each: values for the response tokens, by name.
+    """
+    width, mask = prompts.input_ids.shape[1], responses.mask
+    return Sequences(
+        input_ids=torch.cat([prompts.input_ids, responses.ids], dim=-1),
+        attention_mask=torch.cat([prompts.attention_mask, mask.long()], dim=-1),
+        target_mask=F.pad(mask, (width, 0)),
+        signals={name: F.pad(values, (width, 0)) for name, values in signals.items()},
+        teacher_hidden=responses.teacher_hidden,
+    )
 
 
 def join_responses(parts: Sequence[Responses]) -> Responses:

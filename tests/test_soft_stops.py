@@ -136,11 +136,11 @@ def test_so_it_is_for_every_stop_at_every_batch_of_two_epochs(pair, straight, tm
         ("replay", "should_stop", 2),
         ("mixed", "max_steps", 6),
         *(
-            pytest.param(name, stop, at, marks=pytest.mark.slow)
+            (name, stop, at)
             for name, (_, _, steps) in SOURCES.items()
             for stop, at in (("should_stop", 3), ("max_steps", 5), ("SIGTERM", 6 if steps == 1 else 2))
         ),
-        *(pytest.param("pairs", "max_steps", at, marks=pytest.mark.slow) for at in (13, 16, 30)),
+        *(("pairs", "max_steps", at) for at in (13, 16, 30)),
     ],
 )
 def test_so_it_is_for_every_source_also_inside_a_phase(pair, whole_of, tmp_path, name: str, stop: str, at: int) -> None:

@@ -42,7 +42,7 @@ from lit_distill.cli.trainer import DistillTrainer
 from lit_distill.distributed.watchdog import exit_with_rank_zero
 from lit_distill.generation import Prediction
 from lit_distill.module import DistillationModule
-from lit_distill.resume.state import check_continuation
+from lit_distill.resume import check_continuation
 from lit_distill.validation import (
     check_callback_classes,
     check_seed,

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
 from lit_distill.functional import ExposureBias, exposure_bias, forward_kl
 from lit_distill.models.lm_head import chunk_rows_for
-from lit_distill.types import Sequences
+from lit_distill.types import join_prompts
 
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM
     from lit_distill.teachers import FrozenTeacher
-    from lit_distill.types import Prompts, Responses
+    from lit_distill.types import Prompts, Responses, Sequences
 
 GENERATORS = ("student", "teacher")
 STEP = "step"
@@ -24,14 +23,8 @@ STEP = "step"
 
 def written_text(prompts: Prompts, responses: Responses) -> Sequences:
     """Prompts ``[B, P]`` and responses ``[B, T]``, concatenated; the signal ``step`` counts the response tokens from 0."""
-    width, mask = prompts.input_ids.shape[1], responses.mask
-    steps = torch.arange(mask.shape[1], device=mask.device, dtype=torch.float32).expand(mask.shape)
-    return Sequences(
-        input_ids=torch.cat([prompts.input_ids, responses.ids], dim=-1),
-        attention_mask=torch.cat([prompts.attention_mask, mask.long()], dim=-1),
-        target_mask=F.pad(mask, (width, 0)),
-        signals={STEP: F.pad(steps, (width, 0))},
-    )
+    steps = torch.arange(responses.mask.shape[1], device=responses.mask.device, dtype=torch.float32)
+    return join_prompts(prompts, responses, {STEP: steps.expand(responses.mask.shape)})
 
 
 @torch.no_grad()

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
-if TYPE_CHECKING:
-    from transformers.cache_utils import Cache
+from lit_distill.models.caching import ForwardFunction
 
+if TYPE_CHECKING:
     from lit_distill.generation.sampling import SamplingParams
     from lit_distill.models import LMHead
     from lit_distill.types import Prompts, Responses
@@ -42,7 +41,7 @@ class Generator(Protocol):
         ...
 
 
-class DecodableModel(Protocol):
+class DecodableModel(ForwardFunction, Protocol):
     """A causal language model that can generate: a student or a local teacher."""
 
     @property
@@ -58,10 +57,6 @@ class DecodableModel(Protocol):
     @property
     def tensor_parallel_group(self) -> ProcessGroup | None:
         """The ranks that share each block by tensor parallelism, or None."""
-        ...
-
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
-        """Hidden states ``[B, S, H]``; see `CausalLM.forward`."""
         ...
 
     def decoding_head(self) -> LMHead:

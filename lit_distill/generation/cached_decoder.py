@@ -57,9 +57,8 @@ class CachedDecoder:
         """How many response tokens are in the cache; -1 before the prompt is processed."""
         self.logprobs = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
         """[B, T] log-probability of every token scored so far."""
-        self.measure_entropy = measure_entropy
-        self.entropies = torch.zeros_like(self.logprobs)
-        """[B, T] entropy of the distribution of every token scored so far; zeros if it is not measured."""
+        self.entropies = torch.zeros_like(self.logprobs) if measure_entropy else None
+        """[B, T] entropy of the distribution of every token scored so far, if it is measured."""
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None
         """[B, T, H] the hidden state that predicts each token, if they are kept."""
@@ -77,7 +76,7 @@ class CachedDecoder:
     def append(self, step: int, logits: Tensor, tokens: Tensor) -> None:
         """Record the log-probability of the ``[b]`` tokens that were sampled from ``logits``."""
         self.logprobs[self.rows, step] = _logprobs(logits, tokens)
-        if self.measure_entropy:
+        if self.entropies is not None:
             self.entropies[self.rows, step] = entropy(logits)
 
     def finish(self, length: int) -> None:
@@ -137,7 +136,7 @@ class CachedDecoder:
             logits = self.head.logits(part.flatten(0, 1)) / self.temperature
             tokens = self.ids[self.rows, columns]
             self.logprobs[self.rows, columns] = _logprobs(logits, tokens.flatten()).view(tokens.shape)
-            if self.measure_entropy:
+            if self.entropies is not None:
                 self.entropies[self.rows, columns] = entropy(logits).view(tokens.shape)
 
 

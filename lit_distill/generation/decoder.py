@@ -148,8 +148,8 @@ def generate_mixed(
         second.logprobs[:, :length] * mask,
         None if second.hidden is None else second.hidden[:, :length],
         torch.tensor(model_indices[:length], dtype=torch.bool, device=ids.device) & mask,
-        first.entropies[:, :length] * mask if entropies else None,
-        second.entropies[:, :length] * mask if entropies else None,
+        None if first.entropies is None else first.entropies[:, :length] * mask,
+        None if second.entropies is None else second.entropies[:, :length] * mask,
     )
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, Any]
 OPTIMIZER, SCHEDULER = "optimizer", "lr_scheduler"
-OBJECTIVES = "model.objectives"
 NO_SETTING = {"params", "initial_lr", "base_lrs", "lr_lambdas", "last_epoch", "verbose"} | {
     "_step_count", "_last_lr", "_get_lr_called_within_step", "_initial_step", "_is_initial"
 }  # fmt: skip
@@ -119,10 +118,14 @@ def other_class(then: Settings, now: Settings) -> str | None:
     return None
 
 
-def changes(then: Settings, now: Settings) -> Iterator[Change]:
-    """Changed objectives, and changed options of an optimiser and a scheduler of the same class: all take effect on resume."""
+def objective_changes(then: Settings, now: Settings) -> Iterator[Change]:
+    """Objectives that were added, removed or are of another class. They take effect on resume without a change of any state."""
     if (objectives := then.get("objectives")) is not None and objectives != now["objectives"]:
-        yield Change(OBJECTIVES, _listed(objectives), _listed(now["objectives"]))
+        yield Change("model.objectives", _listed(objectives), _listed(now["objectives"]))
+
+
+def changes(then: Settings, now: Settings) -> Iterator[Change]:
+    """Changed options of an optimiser and a scheduler of the same class, which take effect on resume."""
     seen: set[str] = set()
     for key in (OPTIMIZER, SCHEDULER):
         for before, here in zip(then[key]["options"], now[key]["options"], strict=False) if then[key] else ():

@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_distill.distributed.stored import without_tensors
 from lit_distill.models.record import check_same_adapters, student_metadata
 from lit_distill.resume.changes import (
-    OBJECTIVES,
     apply_changes,
     changes,
     check_changes,
     check_state,
+    objective_changes,
     other_class,
     reset_optimizer_state,
     settings_of,
@@ -107,9 +107,9 @@ def _load_optimizer(run: ResumableRun, checkpoint: dict[str, Any], then: dict[st
         check_state(checkpoint["optimizer_states"][0]["param_groups"], run)
         return
     differences = list(changes(then, now))
-    for change in differences:
+    for change in (*objective_changes(then, now), *differences):
         rank_zero_info(f"{change.key}: {change.before} in the checkpoint, {change.now} from now on.")
-    if any(change.key != OBJECTIVES for change in differences):  # those need no change of the optimiser's state
+    if differences:
         apply_changes(checkpoint, run, steps)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lit_distill.models import CausalLM
     from lit_distill.objectives import Objective
     from lit_distill.teachers import FrozenTeacher
-    from lit_distill.types import Batch, Pairs, Prompts, Sequences
+    from lit_distill.types import Batch, Pairs, Prompts, Responses, Sequences
 
 TEXT_SIGNALS = frozenset({"student_logits", "labels"})
 """Signals that are available for any sequence."""
@@ -160,6 +160,28 @@ def require_prompts(batch: Batch, source: Source) -> Prompts:
     return batch.prompts
 
 
+def in_decode_batches(
+    batch: Batch,
+    prompts: Prompts,
+    decode_batch_size: int | None,
+    generate: Callable[[Prompts, tuple[str, ...], int], Responses],
+) -> Responses:
+    """Responses to all prompts of a batch, generated a decoding batch at a time; the dummy row of a rank without items is masked.
+
+    Args:
+        batch: the items.
+        prompts: of the batch.
+        decode_batch_size: responses generated at a time; all at once by default.
+        generate: called with the prompts of a decoding batch, the ids of its items and the index of its first prompt.
+    """
+    size = decode_batch_size or len(prompts)
+    parts = []
+    for first in range(0, len(prompts), size):
+        items = batch.ids[first : first + size]
+        parts.append(generate(prompts.slice(first, first + size), items, first).masked_if_dummy(items))
+    return join_responses(parts)
+
+
 def generate_responses(
     model: Literal["student", "teacher"],
     batch: Batch,
@@ -185,18 +207,18 @@ def generate_responses(
         decode_batch_size: number of responses to decode at a time; all at once by default.
     """
     start = time.perf_counter()
-    size = decode_batch_size or len(prompts)
-    parts = []
-    for first in range(0, len(prompts), size):
-        items = batch.ids[first : first + size]
-        part = prompts.slice(first, first + size)
-        responses = context.generators[model].generate(part, phase_keys(phase, items), sampling, seed)
-        parts.append(responses.masked_if_dummy(items))
+    generator = context.generators[model]
+    responses = in_decode_batches(
+        batch,
+        prompts,
+        decode_batch_size,
+        lambda part, items, _: generator.generate(part, phase_keys(phase, items), sampling, seed),
+    )
     return Trajectories(
         ids=batch.ids,
         prompt_texts=batch.prompt_texts,
         prompts=prompts,
-        responses=join_responses(parts),
+        responses=responses,
         signals={},
         alpha=float(model == "teacher"),
         seconds=time.perf_counter() - start,

@@ -13,9 +13,9 @@ from lit_distill.generation import SamplingParams
 from lit_distill.generation.sampling import keyed_generator, phase_keys, run_seed
 from lit_distill.objectives import Objective, PolicyGradient
 from lit_distill.sources.advantages import AdvantageConfig
-from lit_distill.sources.base import RolloutContext, Source, require_prompts
+from lit_distill.sources.base import RolloutContext, Source, in_decode_batches, require_prompts
 from lit_distill.sources.minibatches import KEY, check_phase, check_sizes, mini_batches
-from lit_distill.types import Responses, Trajectories, join_responses
+from lit_distill.types import Responses, Trajectories
 
 if TYPE_CHECKING:
     from lit_distill.types import Batch, Prompts, Sequences
@@ -129,9 +129,9 @@ class TeacherMixedRollouts(Source):
         prompts = require_prompts(batch, self)
         self._check_truncation()  # a schedule may have raised alpha
         start = time.perf_counter()
-        size = self.decode_batch_size or len(prompts)
-        parts = [self._decode(batch, prompts, context, first, first + size) for first in range(0, len(prompts), size)]
-        responses = join_responses(parts)
+        responses = in_decode_batches(
+            batch, prompts, self.decode_batch_size, lambda *part: self._decode(context, *part)
+        )
         return Trajectories(
             ids=batch.ids,
             prompt_texts=batch.prompt_texts,
@@ -142,20 +142,19 @@ class TeacherMixedRollouts(Source):
             seconds=time.perf_counter() - start,
         )
 
-    def _decode(self, batch: Batch, prompts: Prompts, context: RolloutContext, first: int, last: int) -> Responses:
+    def _decode(self, context: RolloutContext, prompts: Prompts, items: tuple[str, ...], first: int) -> Responses:
         uniforms = torch.rand(
             self.sampling.max_new_tokens, generator=keyed_generator(self.seed, context.step, "coins", first)
         )
-        items = batch.ids[first:last]
         responses = context.generators["student"].generate_mixed(
-            prompts.slice(first, last),
+            prompts,
             phase_keys(context.step, items),
             self.sampling,
             self.seed,
             use_teacher=(uniforms < self.alpha).tolist(),
             entropies=context.entropies,
         )
-        return self._offload_hidden(responses.masked_if_dummy(batch.ids))
+        return self._offload_hidden(responses)
 
     def _offload_hidden(self, responses: Responses) -> Responses:
         if not self.hidden_on_host or responses.teacher_hidden is None:

@@ -3,6 +3,7 @@
 from lit_distill.validation.arguments import check_names, check_sizes
 from lit_distill.validation.callbacks import check_callback_classes
 from lit_distill.validation.command import check_seed, check_trainer_options, check_writable
+from lit_distill.validation.context_length import check_lengths, check_tokens
 from lit_distill.validation.fit import check_fit, check_strategy, check_trainer
 from lit_distill.validation.monitors import logged_metrics
 from lit_distill.validation.run_length import has_validation
@@ -12,11 +13,13 @@ __all__ = [
     "check_callback_classes",
     "check_finite",
     "check_fit",
+    "check_lengths",
     "check_names",
     "check_same_model",
     "check_seed",
     "check_sizes",
     "check_strategy",
+    "check_tokens",
     "check_trainer",
     "check_trainer_options",
     "check_writable",

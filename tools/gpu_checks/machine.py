@@ -20,6 +20,8 @@ import transformers
 import lit_distill
 from lit_distill.models.precision import multiplies_fast
 
+EMULATED = "this CPU emulates bfloat16"
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -36,10 +38,9 @@ class Machine:
         """Whether it is a CUDA device; on a CPU the checks use smaller sizes."""
         return self.device.type == "cuda"
 
-    @property
-    def emulates_bf16(self) -> bool:
-        """Whether it is a CPU without bfloat16 units, on which the checks in bf16-mixed are left out."""
-        return not (self.cuda or multiplies_fast(torch.bfloat16, self.device.type))
+    def emulates(self, precision: str) -> bool:
+        """Whether it is a CPU without units for this precision, on which a run in it is left out."""
+        return precision == "bf16-mixed" and not (self.cuda or multiplies_fast(torch.bfloat16, self.device.type))
 
     @property
     def steps(self) -> int:

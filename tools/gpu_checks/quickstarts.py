@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from gpu_checks.machine import Machine
+from gpu_checks.machine import EMULATED, Machine
 from gpu_checks.project import CONFIGS
 from gpu_checks.runs import Watch, changed, command, fit, method, relative
 from gpu_checks.table import Row, below, holds, skipped
@@ -40,8 +40,8 @@ def quickstart(machine: Machine, name: str) -> Iterator[Row]:
     reference = fit(machine, config, 1 if machine.cuda else steps, **processor)
     for precision, limit in LOSS.items():
         what = f"{precision}: first loss against the CPU's, relative"
-        if precision == "bf16-mixed" and machine.emulates_bf16:
-            yield skipped(what, "this CPU emulates bfloat16")
+        if machine.emulates(precision):
+            yield skipped(what, EMULATED)
             continue
         if machine.cuda or precision != "32-true":
             watch = fit(machine, config, steps, Watch(reference.first), trainer__precision=precision)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 
-from gpu_checks.machine import Machine
+from gpu_checks.machine import EMULATED, Machine
 from gpu_checks.runs import StoppedError, Watch, distance, fit, furthest, method
 from gpu_checks.table import Row, below, skipped
 
@@ -30,7 +30,8 @@ def fsdp2(machine: Machine) -> Iterator[Row]:
     """FSDP2 on one rank gives the same result as a run without it."""
     config = method("quickstart", machine)
     for precision, limit, weights in (("32-true", 1e-5, 1e-4), ("bf16-mixed", 2e-2, None)):
-        if precision == "bf16-mixed" and machine.emulates_bf16:
+        if machine.emulates(precision):
+            yield skipped(precision, EMULATED)
             continue
         whole = fit(machine, config, STEPS, trainer__precision=precision)
         shards = fit(machine, config, STEPS, trainer__precision=precision, trainer__strategy="fsdp2")
@@ -80,8 +81,8 @@ def lora(machine: Machine) -> Iterator[Row]:
     if machine.cuda:
         own = fit(machine, config, STEPS)
         yield below("32-true: losses against the CPU's, relative", furthest(own.losses, reference.losses), 1e-4)
-    if machine.emulates_bf16:
-        yield skipped("bf16-mixed", "this CPU emulates bfloat16")
+    if machine.emulates("bf16-mixed"):
+        yield skipped("bf16-mixed", EMULATED)
         return
     mixed = fit(machine, config, STEPS, trainer__precision="bf16-mixed")
     yield below("bf16-mixed: losses against the CPU's, relative", furthest(mixed.losses, reference.losses), 2e-2)
@@ -91,7 +92,8 @@ def gradient_checkpointing(machine: Machine) -> Iterator[Row]:
     """Gradient checkpointing does not change the losses."""
     config = method("quickstart", machine)
     for precision, limit in (("32-true", 1e-5), ("bf16-mixed", 1e-2)):
-        if precision == "bf16-mixed" and machine.emulates_bf16:
+        if machine.emulates(precision):
+            yield skipped(precision, EMULATED)
             continue
         plain = fit(machine, config, STEPS, trainer__precision=precision)
         config["model"]["student"]["gradient_checkpointing"] = True
