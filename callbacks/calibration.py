@@ -11,6 +11,7 @@ from lit_distill.callbacks.figures import show_figure
 from lit_distill.callbacks.reliability import draw_reliability
 from lit_distill.evaluation.calibration import Calibration, PairConfidence, StudentConfidence
 from lit_distill.evaluation.verbalizer import Verbalizer, VerbalizerTask
+from lit_distill.types import arguments_of
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -45,16 +46,12 @@ class CalibrationMonitor(Callback):
         every_n_validations: int | None = None,
     ) -> None:
         if num_bins < 2:
-            raise ValueError(f"calibration.num_bins: expected at least 2, got {num_bins}.")
+            raise ValueError(f"num_bins: expected at least 2, got {num_bins}.")
         if every_n_validations is not None and every_n_validations < 1:
-            raise ValueError(
-                f"calibration.every_n_validations: expected at least 1, or null for never, got {every_n_validations}."
-            )
+            raise ValueError(f"every_n_validations: expected at least 1, or null for never, got {every_n_validations}.")
         self.num_bins = num_bins
         self.next_token = next_token
         self.tasks = dict(tasks or {})
-        for name, task in self.tasks.items():
-            task.check(f"calibration.tasks.{name}")
         self.every_n_validations = every_n_validations
         self._validations = 0
         self._ready: dict[str, VerbalizerTask] = {}
@@ -65,8 +62,8 @@ class CalibrationMonitor(Callback):
         """Read the tasks, so that their errors are raised before any weights load."""
         if stage == "test" or (self.every_n_validations and stage in {"fit", "validate"}):
             for name, task in self.tasks.items():
-                key = f"calibration.tasks.{name}"
-                self._ready[name] = VerbalizerTask(task, pl_module.tokenizer, key, self.num_bins)
+                with arguments_of(task):
+                    self._ready[name] = VerbalizerTask(task, pl_module.tokenizer, self.num_bins)
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
         """Names of the metrics that a validation logs; does not need the weights."""
@@ -111,16 +108,9 @@ class CalibrationMonitor(Callback):
         if evaluate_tasks:
             models = {"student": pl_module.student, "teacher": pl_module.teacher}
             for name, task in self._ready.items():
-                self._results[name] = {
-                    role: task.ask(
-                        model,
-                        pl_module.device,
-                        pl_module.data_ranks,
-                        trainer.precision_plugin.forward_context,
-                    )
-                    for role, model in models.items()
-                    if model is not None
-                }
+                share = (pl_module.device, pl_module.data_ranks, trainer.precision_plugin.forward_context)
+                with arguments_of(self.tasks[name]):
+                    self._results[name] = {role: task.ask(model, *share) for role, model in models.items() if model}
         for name, results in self._results.items():
             place = stage if name == NEXT else f"{stage}/{name}"
             pl_module.log_metrics_at_step(

@@ -21,6 +21,7 @@ from lit_distill.callbacks.preemption import PreemptionHandler
 from lit_distill.distributed import AtomicCheckpointIO
 from lit_distill.distributed.watchdog import drain_at_exit
 from lit_distill.files import acquire_run_lock, lock_error, release_run_lock
+from lit_distill.types import arguments_of
 from lit_distill.validation import has_validation, logged_metrics
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Check the name of the monitored metric."""
-        check_monitor(self.monitor, trainer)
+        with arguments_of(self):
+            check_monitor(self.monitor, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Install the signal handlers again, for a run without a sanity check."""

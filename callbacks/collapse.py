@@ -66,4 +66,4 @@ def check_monitor(monitor: str | None, trainer: Trainer) -> None:
     if monitor is None or monitor in logged:
         return
     if close := get_close_matches(monitor, logged, n=1, cutoff=0.85):
-        raise ValueError(f"checkpoint.monitor: {monitor} is not logged. Did you mean {close[0]}?")
+        raise ValueError(f"monitor: {monitor} is not logged. Did you mean {close[0]}?")

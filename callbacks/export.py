@@ -20,6 +20,7 @@ from lit_distill.models.merging import adapted_model, check_exportable
 from lit_distill.models.readback import Expected, expected_of, expected_of_weights
 from lit_distill.models.safetensors_reader import parameters_on_meta
 from lit_distill.models.spec import spec_of
+from lit_distill.types import arguments_of
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -45,7 +46,7 @@ class HuggingFaceExport(Callback):
         self, enabled: bool = True, dtype: str | None = None, merge_lora: bool = True, verify: bool = True
     ) -> None:
         if dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(f"export.dtype: expected float32, bfloat16, float16 or null, got {dtype!r}.")
+            raise ValueError(f"dtype: expected float32, bfloat16, float16 or null, got {dtype!r}.")
         self.enabled = enabled
         self.dtype = dtype
         self.merge_lora = merge_lora
@@ -55,7 +56,8 @@ class HuggingFaceExport(Callback):
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Refuse, before any weights load, a student that cannot be exported."""
         if self.enabled and stage == "fit":
-            check_exportable(pl_module.student_spec, self.merge_lora)
+            with arguments_of(self):
+                check_exportable(pl_module.student_spec, self.merge_lora)
 
     def on_fit_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Write the folders and log their paths.

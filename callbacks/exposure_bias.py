@@ -19,7 +19,7 @@ from lit_distill.evaluation.exposure_bias import (
     written_text,
 )
 from lit_distill.generation import SamplingParams
-from lit_distill.types import Batch
+from lit_distill.types import ArgumentError, Batch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,17 +55,15 @@ class ExposureBiasMonitor(PromptEvaluator):
         seed: int = 0,
         every_n_validations: int | None = None,
     ) -> None:
-        super().__init__("exposure_bias", max_prompts, every_n_validations)
+        super().__init__(max_prompts, every_n_validations)
         if num_samples < 1:
-            raise ValueError(f"exposure_bias.num_samples: expected at least 1, got {num_samples}.")
+            raise ValueError(f"num_samples: expected at least 1, got {num_samples}.")
         self.sampling = SamplingParams(max_new_tokens, temperature=1.0)
         powers = [2**n for n in range(3, max_new_tokens.bit_length()) if 2**n <= max_new_tokens] or [max_new_tokens]
         self.lengths = powers if lengths is None else lengths
         self.chosen = lengths is not None
         if not all(1 <= length <= max_new_tokens for length in self.lengths):
-            raise ValueError(
-                f"exposure_bias.lengths: expected lengths from 1 to exposure_bias.max_new_tokens ({max_new_tokens}), got {lengths}."
-            )
+            raise ValueError(f"lengths: expected lengths from 1 to max_new_tokens ({max_new_tokens}), got {lengths}.")
         self.num_samples = num_samples
         self.seed = seed
         self._errors = StepKLMetric(max_new_tokens)
@@ -74,9 +72,10 @@ class ExposureBiasMonitor(PromptEvaluator):
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Refuse a run without a teacher, before any weights load."""
         if self.max_prompts and stage != "predict" and pl_module.teacher_spec is None:
-            raise ValueError(
-                f"exposure_bias.max_prompts: {self.max_prompts}, but there is no teacher to compare with. "
-                "Set model.teacher.path, or exposure_bias.max_prompts: 0."
+            raise ArgumentError(
+                self,
+                f"max_prompts: {self.max_prompts}, but there is no teacher to compare with. "
+                "Set model.teacher.path, or max_prompts: 0.",
             )
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
@@ -115,7 +114,7 @@ class ExposureBiasMonitor(PromptEvaluator):
         beyond = [length for length in self.lengths if length > found.longest]
         if beyond and self.chosen:
             rank_zero_info(
-                f"exposure_bias.lengths: the longest text has {found.longest} tokens, so "
+                f"ExposureBiasMonitor.lengths: the longest text has {found.longest} tokens, so "
                 f"nothing is logged at {', '.join(map(str, beyond))}."
             )
         pl_module.log_metrics_at_step(

@@ -56,12 +56,12 @@ class GenerationEvaluator(PromptEvaluator):
         teacher: bool = True,
         num_samples: int = 8,
     ) -> None:
-        super().__init__("generation", max_prompts, every_n_validations)
+        super().__init__(max_prompts, every_n_validations)
         self.sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p)
         self.seeds = _checked_seeds([seed] if seeds is None else seeds, temperature)
         if reference_lengths != sorted(set(reference_lengths)) or min(reference_lengths, default=1) < 1:
             raise ValueError(
-                f"generation.reference_lengths: expected ascending numbers of words, at least 1, got {reference_lengths}."
+                f"reference_lengths: expected ascending numbers of words, at least 1, got {reference_lengths}."
             )
         self.reference_lengths = reference_lengths
         self.teacher = teacher
@@ -154,10 +154,10 @@ def summarize_seeds(metrics: list[dict[str, torch.Tensor]]) -> dict[str, dict[st
 
 def _checked_seeds(seeds: list[int], temperature: float) -> list[int]:
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"generation.seeds: expected one or more different numbers, got {seeds}.")
+        raise ValueError(f"seeds: expected one or more different numbers, got {seeds}.")
     if len(seeds) > 1 and temperature == 0:
         raise ValueError(
-            f"generation.seeds: {seeds} with temperature 0, at which every seed gives the same response. "
-            "Give one seed, or generation.temperature: 1.0."
+            f"seeds: {seeds} with temperature 0, at which every seed gives the same response. "
+            "Give one seed, or temperature: 1.0."
         )
     return seeds

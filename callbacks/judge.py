@@ -72,7 +72,7 @@ class Judge(PromptEvaluator):
         cache: str | None = None,
         num_samples: int = 8,
     ) -> None:
-        super().__init__("Judge", max_prompts, every_n_validations)
+        super().__init__(max_prompts, every_n_validations)
         for name, value, least in (("num_workers", num_workers, 1), ("num_samples", num_samples, 0)):
             if value < least:
                 raise ValueError(f"Judge.{name}: expected at least {least}, got {value}.")

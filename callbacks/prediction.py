@@ -13,6 +13,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_distill.types import ArgumentError, arguments_of
+
 if sys.platform != "win32":
     import fcntl
 
@@ -39,30 +41,34 @@ class PredictionWriter(Callback):
             return
         path = Path(pl_module.prediction.path)
         if path.is_dir():
-            raise ValueError(f"model.prediction.path: {path} is a folder. Give the name of a .jsonl file.")
+            raise ArgumentError(pl_module.prediction, f"path: {path} is a folder. Give the name of a .jsonl file.")
         locked_by_other = False
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", encoding="utf-8")
             locked_by_other = not _lock(self._file)
         if trainer.strategy.broadcast(locked_by_other):  # so that all ranks stop
-            raise ValueError(
-                f"model.prediction.path: another `predict` is writing to {path}. Wait until it ends, or give another path."
+            raise ArgumentError(
+                pl_module.prediction,
+                f"path: another `predict` is writing to {path}. Wait until it ends, or give another path.",
             )
         if path.exists():
-            records = _read(path)
+            with arguments_of(pl_module.prediction):
+                records = _read(path)
             other = {record["model"] for record in records} - {pl_module.prediction.model}
             if other:
-                raise ValueError(
-                    f"model.prediction.path: {path} contains responses of the {other.pop()}, but "
-                    f"prediction.model is {pl_module.prediction.model}. Give another path, or remove the file."
+                raise ArgumentError(
+                    pl_module.prediction,
+                    f"path: {path} contains responses of the {other.pop()}, but model is {pl_module.prediction.model}. "
+                    "Give another path, or remove the file.",
                 )
             now = pl_module.prediction.sampling_settings()
             if otherwise := [record["decoding"] for record in records if record["decoding"] not in (None, now)]:
                 changed = [name for name in now if otherwise[0].get(name) != now[name]]
-                raise ValueError(
-                    f"model.prediction.path: {path} contains responses with {_listed(otherwise[0], changed)}, but now "
-                    f"{_listed(now, changed)} is set. Give another path, or the same settings."
+                raise ArgumentError(
+                    pl_module.prediction,
+                    f"path: {path} contains responses with {_listed(otherwise[0], changed)}, but now "
+                    f"{_listed(now, changed)} is set. Give another path, or the same settings.",
                 )
             pl_module.predicted_ids = frozenset(record["id"] for record in records)
             if pl_module.predicted_ids:
@@ -140,7 +146,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
                     records.append(known)
     except (ValueError, KeyError, TypeError) as error:  # not JSON in UTF-8, or other records
         raise ValueError(
-            f"model.prediction.path: {path}, line {len(records) + 1} was not written by `predict`. Give another path, or remove "
+            f"path: {path}, line {len(records) + 1} was not written by `predict`. Give another path, or remove "
             "the file."
         ) from error
     return records

@@ -24,7 +24,6 @@ class PromptEvaluator(Callback, ABC):
     """Selects prompts, spread over the validation and test data, and passes them to the subclass.
 
     Args:
-        key: the callback's key in the YAML, for messages.
         max_prompts: about how many prompts of a split, spread over it; 0 switches the callback off, -1 takes all.
         every_n_validations: during `fit`, run at every n-th validation only; None runs at no validation.
     """
@@ -32,11 +31,11 @@ class PromptEvaluator(Callback, ABC):
     needs_references = False
     """Whether batches without references are skipped."""
 
-    def __init__(self, key: str, max_prompts: int, every_n_validations: int | None) -> None:
+    def __init__(self, max_prompts: int, every_n_validations: int | None) -> None:
         if max_prompts < -1:
-            raise ValueError(f"{key}.max_prompts: expected -1 (all), 0 (off) or more, got {max_prompts}.")
+            raise ValueError(f"max_prompts: expected -1 (all), 0 (off) or more, got {max_prompts}.")
         if every_n_validations is not None and every_n_validations < 1:
-            raise ValueError(f"{key}.every_n_validations: expected at least 1, got {every_n_validations}.")
+            raise ValueError(f"every_n_validations: expected at least 1, got {every_n_validations}.")
         self.max_prompts = max_prompts
         self.every_n_validations = every_n_validations
         self._validations = 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch import Callback, Trainer
 
 from lit_distill.files import atomic_write
+from lit_distill.types import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +51,9 @@ class RolloutRecorder(Callback):
         signals: bool = False,
     ) -> None:
         if every_n_phases < 1:
-            raise ValueError(f"RolloutRecorder.every_n_phases: expected at least 1, got {every_n_phases}.")
+            raise ValueError(f"every_n_phases: expected at least 1, got {every_n_phases}.")
         if format not in ("jsonl", "parquet"):
-            raise ValueError(f"RolloutRecorder.format: expected jsonl or parquet, got {format!r}.")
+            raise ValueError(f"format: expected jsonl or parquet, got {format!r}.")
         self.path = path
         self.every_n_phases = every_n_phases
         self.format = format
@@ -85,14 +86,15 @@ class RolloutRecorder(Callback):
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(
-                f"RolloutRecorder.path: {self._folder} is not a writable folder ({error.strerror}). Give another."
+            raise ArgumentError(
+                self, f"path: {self._folder} is not a writable folder ({error.strerror}). Give another."
             ) from error
         files = sorted(self._folder.glob(f"rollouts-*rank*.{self.format}"))
         if step == 0 and any(file.stat().st_size for file in files):
-            raise ValueError(
-                f"RolloutRecorder.path: {self._folder} contains the rollouts of another run. Give another path, remove the files, "
-                "or resume that run with --ckpt_path."
+            raise ArgumentError(
+                self,
+                f"path: {self._folder} contains the rollouts of another run. Give another path, remove the files, "
+                "or resume that run with --ckpt_path.",
             )
         share = pl_module.data_ranks
         trainer.strategy.barrier("rollouts of others")  # no rank writes before all have checked

@@ -49,7 +49,7 @@ class RolloutMonitor(Callback):
 
     def __init__(self, every_n_phases: int = 10, num_samples: int = 8) -> None:
         if every_n_phases < 1:
-            raise ValueError(f"rollouts.every_n_phases: expected at least 1, got {every_n_phases}.")
+            raise ValueError(f"every_n_phases: expected at least 1, got {every_n_phases}.")
         self.every_n_phases = every_n_phases
         self.num_samples = num_samples
         self._phases = 0

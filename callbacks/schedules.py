@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lit_distill.functional import cosine_schedule, linear_schedule, stepwise_schedule
 from lit_distill.sources import TeacherMixedRollouts
+from lit_distill.types import ArgumentError, arguments_of, check_sizes
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -27,7 +28,6 @@ class Schedule:
         end: the value after ``steps``; for linear and cosine.
         steps: optimiser steps from start to end; the whole run's ``trainer.max_steps`` by default.
         values: for stepwise: maps a step to the value from that step on.
-        key: the callback's name, for messages.
     """
 
     def __init__(
@@ -37,36 +37,30 @@ class Schedule:
         end: float | None,
         steps: int | None,
         values: Mapping[int, float] | None,
-        key: str,
     ) -> None:
         if (shape in ("linear", "cosine")) != (end is not None):
-            raise ValueError(
-                f"{key}: `end` is {end} with shape {shape}. Linear and cosine need it, the others do not accept it."
-            )
+            raise ValueError(f"end: {end} with shape {shape}. Linear and cosine need it, the others do not accept it.")
         if (shape == "stepwise") != bool(values):
-            raise ValueError(
-                f"{key}: `values` is {values} with shape {shape}. Only stepwise needs it, such as {{500: 0.1}}."
-            )
-        if steps is not None and steps < 1:
-            raise ValueError(f"{key}: steps: expected at least 1, got {steps}.")
+            raise ValueError(f"values: {values} with shape {shape}. Only stepwise needs it, such as {{500: 0.1}}.")
+        check_sizes(steps=steps)
         self.shape = shape
         self.start = start
         self.end = end
         self.steps = steps
         self.stepped = dict(values or {})
-        self.key = key
 
     def check_range(self, low: float, high: float) -> None:
         """Refuse a schedule with values outside [low, high]."""
-        for value in (self.start, self.end, *self.stepped.values()):
+        given = [("start", self.start), ("end", self.end), *(("values", value) for value in self.stepped.values())]
+        for name, value in given:
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{self.key}: expected values in [{low}, {high}], got {value}.")
+                raise ValueError(f"{name}: expected values in [{low}, {high}], got {value}.")
 
     def resolve(self, trainer: Trainer) -> None:
         """Use the length of the run if ``steps`` was not given."""
         if self.end is not None and self.steps is None:
             if trainer.max_steps < 1:
-                raise ValueError(f"{self.key}: steps: neither steps nor trainer.max_steps is set. Set one of the two.")
+                raise ValueError("steps: neither steps nor trainer.max_steps is set. Set one of the two.")
             self.steps = trainer.max_steps
 
     def __call__(self, step: int) -> float:
@@ -104,11 +98,11 @@ class TeacherMixSchedule(Callback):
         rate: float = 0.05,
     ) -> None:
         if (shape == "adaptive") != (target is not None) or (target is not None and not target > 0):
-            raise ValueError(f"TeacherMixSchedule: target is {target} with shape {shape}. Adaptive needs one > 0.")
+            raise ValueError(f"target: {target} with shape {shape}. Adaptive needs one > 0.")
         if not rate > 0:
-            raise ValueError(f"TeacherMixSchedule: rate: expected a number > 0, got {rate}.")
+            raise ValueError(f"rate: expected a number > 0, got {rate}.")
         fixed: Shape = "constant" if shape == "adaptive" else shape
-        self.schedule = Schedule(fixed, start, end, steps, values, "TeacherMixSchedule")
+        self.schedule = Schedule(fixed, start, end, steps, values)
         self.schedule.check_range(0.0, 1.0)
         self.target = target
         self.rate = rate
@@ -117,12 +111,14 @@ class TeacherMixSchedule(Callback):
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Refuse a source other than `TeacherMixedRollouts`."""
         if not isinstance(pl_module.source, TeacherMixedRollouts):
-            raise ValueError(
+            raise ArgumentError(
+                self,
                 f"TeacherMixSchedule: the source {type(pl_module.source).__name__} does not mix in the teacher. "
-                "Set model.source: TeacherMixedRollouts, or remove the callback."
+                "Set model.source: TeacherMixedRollouts, or remove the callback.",
             )
         if stage == "fit":
-            self.schedule.resolve(trainer)
+            with arguments_of(self):
+                self.schedule.resolve(trainer)
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
         """Names of the logged metrics; does not need the weights."""
@@ -176,18 +172,19 @@ class ObjectiveWeightSchedule(Callback):
         values: dict[int, float] | None = None,
     ) -> None:
         self.objective = objective
-        self.schedule = Schedule(shape, start, end, steps, values, f"ObjectiveWeightSchedule of {objective}")
+        self.schedule = Schedule(shape, start, end, steps, values)
         self.schedule.check_range(0.0, float("inf"))
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Refuse the name of an objective that the run does not have."""
         known = pl_module.all_objectives
         if self.objective not in known:
-            raise ValueError(
-                f"ObjectiveWeightSchedule: objective: there is no objective {self.objective!r}. Give one of: {', '.join(known)}."
+            raise ArgumentError(
+                self, f"objective: there is no objective {self.objective!r}. Give one of: {', '.join(known)}."
             )
         if stage == "fit":
-            self.schedule.resolve(trainer)
+            with arguments_of(self):
+                self.schedule.resolve(trainer)
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
         """Names of the logged metrics; does not need the weights."""

@@ -52,7 +52,7 @@ from lit_distill.resume import (
 )
 from lit_distill.sources import DatasetResponses, RolloutContext, Source, check_signals, split_corpus
 from lit_distill.teachers import FrozenTeacher
-from lit_distill.types import Batch, Pairs, Prompts, Responses, Sequences
+from lit_distill.types import ArgumentError, Batch, Pairs, Prompts, Responses, Sequences, arguments_of, check_sizes
 
 MetricType = TypeVar("MetricType", bound=Metric)
 CHECK_EVERY = 100
@@ -106,7 +106,7 @@ class DistillationModule(L.LightningModule):
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
-        validation.check_sizes(micro_batch_size=micro_batch_size, head_chunk_rows=head_chunk_rows)
+        check_sizes(micro_batch_size=micro_batch_size, head_chunk_rows=head_chunk_rows)
         validation.check_names(objectives, corpus_objectives or {})
         validate_specs(student, teacher)
         self.student_spec = student
@@ -132,12 +132,16 @@ class DistillationModule(L.LightningModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's tokenizer; the data module uses it too."""
-        return load_tokenizer(self.student_spec, "model.student")
+        with arguments_of(self):
+            return load_tokenizer(self.student_spec, "student")
 
     def configure_model(self) -> None:
         """Load student and teacher. The Trainer calls it once device and strategy are set up."""
-        if hasattr(self, "student"):
-            return
+        if not hasattr(self, "student"):
+            with arguments_of(self):
+                self._load_models()
+
+    def _load_models(self) -> None:
         device_type, precision = device_and_precision(self)
         avoid_cudnn_attention(device_type)
         self.student_spec, self.teacher_spec = resolve_dtypes(self.student_spec, self.teacher_spec, device_type)
@@ -150,8 +154,8 @@ class DistillationModule(L.LightningModule):
         self.generators = {"student": Decoder(self.student, self.stop_ids, self.teacher, self._on_decoding_step)}
         if self.teacher is not None:
             self.generators["teacher"] = Decoder(self.teacher, self.stop_ids, on_step=self._on_decoding_step)
-        self._text = self._evaluator(self.objectives, "model.objectives")
-        self._corpus = self._evaluator(self.corpus_objectives, "model.corpus_objectives")
+        self._text = self._evaluator(self.objectives, "objectives")
+        self._corpus = self._evaluator(self.corpus_objectives, "corpus_objectives")
         self.token_metrics = TokenMetrics(
             dict(self.objectives.items()), self.student, self.teacher, self.head_chunk_rows
         )
@@ -166,20 +170,23 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Reject unsupported Trainer options and data settings, before any weights load."""
-        validation.check_strategy(self.trainer)
+        with arguments_of(self):
+            validation.check_strategy(self.trainer)
+            if stage == "fit":
+                validation.check_fit(self)
+            validation.check_lengths(self, stage)
+            validation.check_tokens(self)
         if stage == "fit":
-            validation.check_fit(self)
             # Only now: with manual optimisation from the start, Lightning would reject trainer.gradient_clip_val.
             self.automatic_optimization = False
             if hasattr(data := self.trainer.datamodule, "training_prompts"):  # type: ignore[attr-defined]
                 data.training_prompts = self.source.reads_prompts
-        validation.check_lengths(self, stage)
-        validation.check_tokens(self)
 
     def configure_optimizers(self) -> Any:
         """The optimiser and, if configured, a learning-rate scheduler over the optimiser steps of the whole run."""
         steps = partial(scheduled_steps, self)
-        return configure_optimizer(self.optimizer_factory, self.lr_scheduler_factory, self.parameters(), steps)
+        with arguments_of(self):
+            return configure_optimizer(self.optimizer_factory, self.lr_scheduler_factory, self.parameters(), steps)
 
     @property
     def trained_steps(self) -> int:
@@ -201,6 +208,10 @@ class DistillationModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Do one optimiser step for each mini-batch that the source makes from ``batch``."""
         self.guard.ids = batch.ids
+        with arguments_of(self):
+            self._train_on(batch)
+
+    def _train_on(self, batch: Batch) -> None:
         phase = phase_of(batch, self.source, self._rollout_context(), self.unfinished, self.device)
         self.unfinished = None
         corpus = split_corpus(batch.corpus, phase.steps) if self.corpus_objectives else repeat(None, phase.steps)
@@ -362,7 +373,7 @@ class DistillationModule(L.LightningModule):
     ) -> Responses:
         """Generate with student or teacher; each response depends on ``seed`` and the id of its item alone."""
         if model not in self.generators:
-            raise ValueError(f"model.prediction.model: the run has no {model}. Set model.teacher.path.")
+            raise ArgumentError(self, f"prediction.model: the run has no {model}. Set model.teacher.path.")
         return self.generators[model].generate(prompts, ids, sampling, seed)
 
     def response_texts(self, responses: Responses) -> list[str]:

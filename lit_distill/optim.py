@@ -15,8 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from lit_distill.distributed import data_ranks, gradient_norm, local_part
 
-KEY = "model.lr_scheduler"
-
 
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     """Group the trainable parameters: matrices get the optimiser's weight decay, norms and biases get none."""
@@ -72,7 +70,7 @@ def check_total_steps(scheduler: LRScheduler, steps: float) -> None:
     if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
         end = f"has {steps:.0f}" if math.isfinite(steps) else "has no end"
         raise ValueError(
-            f"{KEY}.total_steps: OneCycleLR ends after {scheduler.total_steps} optimiser steps, and the run {end}. "
+            f"lr_scheduler.total_steps: OneCycleLR ends after {scheduler.total_steps} optimiser steps, and the run {end}. "
             "Give the steps of the whole run, or use WarmupCosine, which takes this number from the run."
         )
 
@@ -87,7 +85,7 @@ class WarmupConstant(LambdaLR):
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0) -> None:
         if warmup_steps < 0:
-            raise ValueError(f"{KEY}.warmup_steps: expected 0 or more, got {warmup_steps}.")
+            raise ValueError(f"warmup_steps: expected 0 or more, got {warmup_steps}.")
         self.warmup_steps = warmup_steps
         super().__init__(optimizer, self.factor)
 
@@ -110,9 +108,9 @@ class WarmupCosine(LambdaLR):
         self, optimizer: Optimizer, warmup_steps: int = 0, total_steps: int | None = None, final_ratio: float = 0.0
     ) -> None:
         if warmup_steps < 0:
-            raise ValueError(f"{KEY}.warmup_steps: expected 0 or more, got {warmup_steps}.")
+            raise ValueError(f"warmup_steps: expected 0 or more, got {warmup_steps}.")
         if not 0 <= final_ratio <= 1:
-            raise ValueError(f"{KEY}.final_ratio: expected a number in [0, 1], got {final_ratio}.")
+            raise ValueError(f"final_ratio: expected a number in [0, 1], got {final_ratio}.")
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.final_ratio = final_ratio
@@ -158,7 +156,7 @@ class NonFiniteGradientGuard:
 
     def __init__(self, action: Literal["stop", "skip"]) -> None:
         if action not in ("stop", "skip"):
-            raise ValueError(f"model.on_nonfinite: expected stop or skip, got {action!r}.")
+            raise ValueError(f"on_nonfinite: expected stop or skip, got {action!r}.")
         self.action = action
         self.ids: tuple[str, ...] = ()
         """Items of the current training batch on this rank."""

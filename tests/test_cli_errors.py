@@ -72,7 +72,7 @@ def test_what_was_probably_meant_is_said(command, capsys) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("data.init_args.batch_size", 0, "data.init_args.batch_size must be at least 1, got 0"),
+        ("data.init_args.batch_size", 0, "data.init_args.batch_size: expected at least 1, got 0"),
         ("generation.max_prompts", -5, "generation.max_prompts: expected -1"),
         ("model.micro_batch_size", 0, "model.micro_batch_size: expected at least 1, got 0"),
         ("model.teacher", None, "Set model.teacher.path"),

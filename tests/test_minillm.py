@@ -201,7 +201,7 @@ def test_the_monitor_reports_what_the_trajectories_say(pair, tmp_path) -> None:
         ({"top_p": 0.9}, "no valid importance weight"),
         ({"temperature": 0.0}, "temperature: expected a number > 0"),
         ({"inner_epochs": 0}, "inner_epochs: expected at least 1"),
-        ({"temperature": 0.7}, r"model\.objectives\.long\.temperature is 1.0, but .*temperature 0\.7"),
+        ({"temperature": 0.7}, r"^objectives\.long\.temperature: 1.0, but .*temperature 0\.7"),
         ({"mini_batch_size": 9}, r"mini_batch_size: 9 .* data\.init_args\.batch_size"),
     ],
 )
@@ -211,5 +211,5 @@ def test_settings_that_cannot_be_are_refused(pair, tmp_path, setting: dict, mess
 
 
 def test_without_a_teacher_nothing_can_be_mixed_in(pair) -> None:
-    with pytest.raises(ValueError, match=r"model\.source: .*TeacherMixedRollouts.*model\.teacher\.path"):
+    with pytest.raises(ValueError, match=r"^source: .*TeacherMixedRollouts.*model\.teacher\.path"):
         DistillationModule(ModelSpec(str(pair[0])), {"long": PolicyGradient()}, source=TeacherMixedRollouts())

@@ -259,7 +259,7 @@ def test_ranks_that_cannot_be_grouped_are_refused(size: int, said: str) -> None:
         strategy.parallel_devices = [torch.device("cpu")] * 2
         strategy.setup_environment()
 
-    with pytest.raises(ValueError, match=rf"^trainer\.strategy\.init_args\.tensor_parallel_size: {said}"):
+    with pytest.raises(ValueError, match=rf"^tensor_parallel_size: {said}"):
         start()
 
 

@@ -35,7 +35,7 @@ from lit_distill.callbacks import (
     RunProgress,
     RunReport,
 )
-from lit_distill.cli.errors import ERRORS, attach_config_keys, trainer_message, user_message
+from lit_distill.cli.errors import ERRORS, ConfigKeys, trainer_message, user_message
 from lit_distill.cli.parser import DistillParser, check_configs, without_template
 from lit_distill.cli.runs import best_checkpoint, check_checkpoint, continue_log, last_checkpoint, run_loggers
 from lit_distill.cli.trainer import DistillTrainer
@@ -197,11 +197,16 @@ class DistillCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build all objects; an error about their arguments gets the YAML key."""
         config = self._whole_config()
-        keys = {callback: key for key, callback in CALLBACKS.items()} | {Prediction: "model.prediction"}
-        with attach_config_keys(config.as_dict(), keys):
+        fixed = {DistillationModule: "model", Prediction: "model.prediction"}
+        self._keys = ConfigKeys(config.as_dict(), fixed | {callback: key for key, callback in CALLBACKS.items()})
+        with self._keys.attached():
             super().instantiate_classes()
         if self.subcommand == "fit":
             check_trainer(self.trainer)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with self._keys.attached():
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         """Check that these settings can resume the checkpoint, and continue the log of its run."""
@@ -237,7 +242,7 @@ class DistillCLI(LightningCLI):
             check_trainer_options(config, self.subcommand)
         try:
             return super().instantiate_trainer(**kwargs)
-        except (*ERRORS, MisconfigurationException) as error:
+        except ERRORS as error:
             raise ValueError(trainer_message(error, config.as_dict())) from error
 
     def _whole_config(self) -> Any:

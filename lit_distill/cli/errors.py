@@ -1,25 +1,27 @@
-"""Turns exceptions into messages that start with the YAML key, or that say what to do."""
+"""Puts the YAML key in front of errors about arguments, and turns other errors into messages that say what to do."""
 
 from __future__ import annotations
 
 import errno
+import inspect
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import is_dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+from jsonargparse import add_instantiator
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_distill.distributed.ranks import LOST_A_RANK
+from lit_distill.types import ArgumentError, begins_with_argument
 
-BUILDERS = ("__init__", "__post_init__")
-ERRORS = (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError, NotImplementedError)
-"""What libraries raise for wrong arguments. Lightning's `MisconfigurationException` is a subclass of none of these."""
+ERRORS = (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError, MisconfigurationException)
+"""What libraries raise for wrong arguments. Lightning's `MisconfigurationException` is a subclass of none of the others."""
 DISK_ERRORS = {
     errno.ENOSPC: "Free some disk space; the last checkpoint is still good, and --ckpt_path last resumes from it.",
     errno.EDQUOT: "Your disk quota is used up; the last checkpoint is still good, and --ckpt_path last resumes from it.",
@@ -29,29 +31,116 @@ DISK_ERRORS = {
     errno.ENOTDIR: "Give a folder that can be written.",
 }
 """What the user can do about errors of the operating system that are not bugs."""
-_NAMED = re.compile(r"(?P<first>[A-Za-z_]\w*)(?P<rest>(\.\w+)*)(?=:| must)")
-_DECODING_PREFIX = re.compile(r"^decoding\.")
+Built = TypeVar("Built")
+_current: ContextVar[ConfigKeys | None] = ContextVar("_current", default=None)
 
 
-@contextmanager
-def attach_config_keys(config: Mapping[str, Any], keys: Mapping[type, str]) -> Iterator[None]:
-    """Turn errors of constructors in this context into a ValueError with the key of their part of ``config``.
+class ConfigError(ValueError):
+    """An error in the config; the message begins with the YAML key."""
+
+
+class Place(NamedTuple):
+    """Where an object stands in the config."""
+
+    key: str
+    arguments: str
+    """The key that its arguments stand below."""
+    given: Mapping[str, Any]
+
+
+class ConfigKeys:
+    """The YAML keys of the objects of a run.
 
     Args:
         config: the parsed config: dictionaries, with ``class_path`` and ``init_args`` where a class can be chosen.
-        keys: the keys of classes that have a fixed key and no ``class_path``.
-
-    Raises:
-        ValueError: with the key; an error that belongs to no part of ``config`` is raised unchanged.
+        fixed: the keys of classes that have a key of their own and no ``class_path``.
     """
-    try:
-        yield
-    except (*ERRORS, MisconfigurationException) as error:
-        for cause in _causes(error):
-            for kind, given in reversed(list(_constructor_calls(cause.__traceback__))):
-                if where := _place(kind, given, config, keys):
-                    raise ValueError(_with_key(str(cause), where, kind, roots=set(config))) from error
-        raise
+
+    def __init__(self, config: Mapping[str, Any], fixed: Mapping[type, str]) -> None:
+        self.config = config
+        self.fixed = fixed
+        self._built: list[tuple[object, Mapping[str, Any]]] = []
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Give errors about arguments their key, in constructors that jsonargparse calls and wherever `ArgumentError` is raised.
+
+        Raises:
+            ConfigError: with the key; an error that belongs to no part of the config is raised unchanged.
+        """
+        token = _current.set(self)
+        try:
+            yield
+        except ERRORS as error:
+            for cause in _causes(error):
+                if isinstance(cause, ConfigError):
+                    raise ConfigError(str(cause)) from error
+                if isinstance(cause, ArgumentError) and (place := self._place_of(cause.owner)):
+                    raise ConfigError(_with_key(str(cause), place, type(cause.owner))) from error
+            raise
+        finally:
+            _current.reset(token)
+
+    def build(self, kind: type[Built], arguments: tuple[Any, ...], named: dict[str, Any]) -> Built:
+        """Call a constructor; its errors get the key."""
+        try:
+            built = kind(*arguments, **named)
+        except (ConfigError, ArgumentError):
+            raise
+        except ERRORS as error:
+            place = self._find(kind, named)
+            if place is None:
+                raise
+            raise ConfigError(_with_key(str(error), place, kind)) from error
+        self._built.append((built, named))
+        return built
+
+    def _place_of(self, owner: object) -> Place | None:
+        named = next((named for built, named in self._built if built is owner), {})
+        return self._find(type(owner), named)
+
+    def _find(self, kind: type, named: Mapping[str, Any]) -> Place | None:
+        """The place of a class in the config; if it occurs several times, the one with the same arguments."""
+        if kind in self.fixed:
+            return Place(self.fixed[kind], self.fixed[kind], {})
+        found = list(_places(self.config, kind, ""))
+        exact = [place for place in found if _fits(place.given, named)]
+        return next(iter([*exact, *found]), None)
+
+
+def _build(class_type: type[Built], *args: Any, **kwargs: Any) -> Built:
+    keys = _current.get()
+    return class_type(*args, **kwargs) if keys is None else keys.build(class_type, args, kwargs)
+
+
+add_instantiator(_build, object, subclasses=True)
+
+
+def _places(node: Any, kind: type, key: str) -> Iterator[Place]:
+    """The places of a class: where ``class_path`` names it, or, for a dataclass, where exactly its fields are given."""
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from _places(item, kind, f"{key}[{index}]")
+    elif isinstance(node, Mapping):
+        path = node.get("class_path")
+        if isinstance(path, str) and path.rpartition(".")[2] == kind.__name__:
+            yield Place(key, f"{key}.init_args", node.get("init_args") or {})
+        elif is_dataclass(kind) and set(node) == set(inspect.signature(kind).parameters):
+            yield Place(key, key, node)
+        for part, value in node.items():
+            yield from _places(value, kind, f"{key}.{part}" if key else str(part))
+
+
+def _fits(given: Mapping[str, Any], named: Mapping[str, Any]) -> bool:
+    """Whether an object was built with the plain values of a config; nested objects cannot be compared."""
+    plain = {name: value for name, value in given.items() if not isinstance(value, Mapping | list)}
+    return all(named.get(name) == value for name, value in plain.items())
+
+
+def _with_key(message: str, place: Place, kind: type) -> str:
+    if begins_with_argument(message, kind):
+        return f"{place.arguments}.{message}"
+    return f"{place.key}: {message}" if kind.__name__ in message else f"{place.key}: {kind.__name__}: {message}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -97,45 +186,3 @@ def user_message(error: BaseException | None, packages: Sequence[Path]) -> str |
             return f"trainer.callbacks: {error}"
         error = error.__cause__
     return None
-
-
-def _constructor_calls(frames: TracebackType | None) -> Iterator[tuple[type, Mapping[str, Any]]]:
-    """The classes whose constructors are in the traceback, outermost first, with the constructors' local variables."""
-    while frames is not None:
-        frame = frames.tb_frame
-        if frame.f_code.co_name in BUILDERS and "self" in frame.f_locals:
-            yield type(frame.f_locals["self"]), frame.f_locals
-        frames = frames.tb_next
-
-
-def _place(kind: type, given: Mapping[str, Any], config: Mapping[str, Any], keys: Mapping[type, str]) -> str | None:
-    """The key of the class ``kind`` in the config; if it occurs several times, the one with the same arguments."""
-    if kind in keys:
-        return keys[kind]
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    found = list(_places(config, name, ""))
-    exact = [key for key, arguments in found if all(given.get(a, value) == value for a, value in arguments.items())]
-    return next(iter([*exact, *(key for key, _ in found)]), None)
-
-
-def _places(node: Any, name: str, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if isinstance(node, list):
-        for index, item in enumerate(node):
-            yield from _places(item, name, f"{key}[{index}]")
-    elif isinstance(node, Mapping):
-        path = node.get("class_path")
-        if isinstance(path, str) and (path == name or path.rpartition(".")[2] == name.rpartition(".")[2]):
-            yield key, node.get("init_args") or {}
-        for part, value in node.items():
-            yield from _places(value, name, f"{key}.{part}" if key else str(part))
-
-
-def _with_key(message: str, key: str, kind: type, roots: set[str]) -> str:
-    arguments = "" if is_dataclass(kind) or "." not in key else ".init_args"
-    message = _DECODING_PREFIX.sub("", message)
-    named = _NAMED.match(message)
-    if named and (named["first"] in roots or named["first"] == kind.__name__) and named["rest"]:
-        return message  # the message has its key already
-    if named and not named["rest"] and named["first"] != kind.__name__:
-        return f"{key}{arguments}.{message}"
-    return f"{key}: {message}" if kind.__name__ in message else f"{key}: {kind.__name__}: {message}"

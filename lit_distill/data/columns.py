@@ -8,7 +8,6 @@ from typing import Any
 from lit_distill.data.files import ORIGIN
 
 CANONICAL = ("instruction", "input", "output", "id", "references")
-KEY = "data.init_args.fields"
 PREDICTION_COLUMNS = ("finished", "stop_token", "add_special_tokens")
 
 
@@ -28,7 +27,7 @@ class ColumnMapping:
         unknown = sorted(set(self.columns) - set(CANONICAL))
         if unknown:
             raise ValueError(
-                f"{KEY}: {unknown[0]!r} is not a field. The fields are {', '.join(CANONICAL)}; each maps to a column."
+                f"fields: {unknown[0]!r} is not a field. The fields are {', '.join(CANONICAL)}; each maps to a column."
             )
 
     def known(self, columns: Collection[str]) -> list[str]:
@@ -50,7 +49,7 @@ class ColumnMapping:
             if self.columns[name] not in columns:
                 there = ", ".join(column for column in columns if column != ORIGIN)
                 raise ValueError(
-                    f"{KEY}.{name}: there is no column {self.columns[name]!r} in {source}. The columns are {there}."
+                    f"fields.{name}: there is no column {self.columns[name]!r} in {source}. The columns are {there}."
                 )
 
     def has(self, name: str, columns: Collection[str]) -> bool:
@@ -81,7 +80,7 @@ class ColumnMapping:
             if name == "input":
                 return ""
             column = self.columns.get(name, name)
-            mapping = f", or map it by {KEY}.{name}" if name in CANONICAL else ""
+            mapping = f", or map it by fields.{name}" if name in CANONICAL else ""
             raise ValueError(f"{where}: the field `{column}` is missing. Add it{mapping}, or remove the item.")
         if isinstance(value, list | dict):
             raise ValueError(

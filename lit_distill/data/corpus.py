@@ -20,8 +20,8 @@ from lit_distill.data.files import content_hash, decode_utf8, read_objects
 from lit_distill.data.records import RECORD_FILES, find_files, load_hub, refuse_hub_options
 from lit_distill.data.special_tokens import required_eos
 from lit_distill.data.tokenize import VERSION, cache_file, digest, encode, tokenizer_content
+from lit_distill.types import ArgumentError, arguments_of
 
-KEY = "data.init_args.corpus"
 FEATURES = Features({"input_ids": List(Value("int32"))})
 DOCUMENTS_AT_ONCE = 1_000
 
@@ -41,18 +41,18 @@ class PackedText:
     def __post_init__(self) -> None:
         if self.length < 2:
             raise ValueError(
-                f"{KEY}.length must be at least 2, got {self.length}: a token is predicted from the tokens before it."
+                f"length: expected at least 2, got {self.length}: a token is predicted from the tokens before it."
             )
         if self.batch_size < 1:
-            raise ValueError(f"{KEY}.batch_size must be at least 1, got {self.batch_size}.")
+            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}.")
 
     def documents(self) -> tuple[str, Iterator[str]]:
         """A fingerprint of the content, and the texts. Override only this method to read text from another source."""
-        raise ValueError(f"{KEY}: {type(self).__name__} does not implement documents(), which returns the text.")
+        raise ArgumentError(self, f"{type(self).__name__} does not implement documents(), which returns the text.")
 
     def origin(self) -> str:
-        """Key and name of the source of the texts, for error messages."""
-        return f"{KEY}: {type(self).__name__}"
+        """Argument and name of the source of the texts, for error messages."""
+        return type(self).__name__
 
     def rows(self, tokenizer: Any) -> datasets.Dataset:
         """Rows of ``length`` token ids, with EOS after every document; the last tokens are left out if they do not fill a row.
@@ -60,10 +60,11 @@ class PackedText:
         Raises:
             ValueError: if a file cannot be read (the message names file and line), or if the text does not fill one row.
         """
-        source, texts = self.documents()
-        cached = cache_file(digest("corpus", VERSION, source, tokenizer_content(tokenizer), self.length))
-        if not cached.exists():
-            _write(cached, texts, tokenizer, self.length, self.origin())
+        with arguments_of(self):
+            source, texts = self.documents()
+            cached = cache_file(digest("corpus", VERSION, source, tokenizer_content(tokenizer), self.length))
+            if not cached.exists():
+                _write(cached, texts, tokenizer, self.length, self.origin())
         return datasets.Dataset.from_file(str(cached))
 
 
@@ -89,17 +90,17 @@ class Corpus(PackedText):
 
     def documents(self) -> tuple[str, Iterator[str]]:
         """A fingerprint, and the texts of the files in their order or of the hub dataset."""
-        files = find_files(self.path, (".txt", *RECORD_FILES), f"{KEY}.path")
+        files = find_files(self.path, (".txt", *RECORD_FILES), "path")
         if files is None:
-            hub = load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key=KEY)
+            hub = load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key="")
             return digest(hub._fingerprint, self.text_field), self._from_hub(hub)
-        refuse_hub_options(self.config, self.revision, KEY)
+        refuse_hub_options(self.config, self.revision, "")
         texts = (text for file in files for text in self._from_file(file))
         return digest(content_hash(files), self.text_field), texts
 
     def origin(self) -> str:
-        """Key and files, for error messages."""
-        return f"{KEY}.path: {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
+        """Argument and files, for error messages."""
+        return f"path: {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
 
     def _from_file(self, file: Path) -> Iterator[str]:
         if file.suffix == ".txt":
@@ -115,9 +116,7 @@ class Corpus(PackedText):
             with pq.ParquetFile(file) as parquet:
                 names = parquet.schema_arrow.names
                 if self.text_field not in names:
-                    raise ValueError(
-                        f"{KEY}.text_field: {file} has no column {self.text_field!r}, only {', '.join(names)}."
-                    )
+                    raise ValueError(f"text_field: {file} has no column {self.text_field!r}, only {', '.join(names)}.")
                 number = 0
                 for batch in parquet.iter_batches(columns=[self.text_field]):
                     for value in batch.column(0).to_pylist():
@@ -129,7 +128,7 @@ class Corpus(PackedText):
     def _from_hub(self, records: datasets.Dataset) -> Iterator[str]:
         if self.text_field not in records.column_names:
             names = ", ".join(records.column_names)
-            raise ValueError(f"{KEY}.text_field: {self.path} has no column {self.text_field!r}, only {names}.")
+            raise ValueError(f"text_field: {self.path} has no column {self.text_field!r}, only {names}.")
         for number, record in enumerate(records.select_columns([self.text_field]), start=1):
             yield self._text(record[self.text_field], f"{self.path}, row {number}")
 
@@ -137,7 +136,7 @@ class Corpus(PackedText):
         if not isinstance(value, str):
             problem = "is missing" if value is None else f"is {type(value).__name__}, not text"
             raise ValueError(
-                f"{where}: the field `{self.text_field}` {problem}. Correct it, or set {KEY}.text_field to another column."
+                f"{where}: the field `{self.text_field}` {problem}. Correct it, or set text_field to another column."
             )
         return value
 
@@ -190,7 +189,7 @@ def _write(target: Path, texts: Iterable[str], tokenizer: Any, length: int, orig
             problem = (
                 f"has {tail} tokens, too few for one row of {length}" if tail else "is empty: there is no text in it"
             )
-            raise ValueError(f"{origin} {problem}. Give more text{f', or a smaller {KEY}.length' if tail else ''}.")
+            raise ValueError(f"{origin} {problem}. Give more text{', or a smaller length' if tail else ''}.")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

@@ -20,9 +20,8 @@ from lit_distill.data.records import Records
 from lit_distill.data.sampler import CorpusOrder, GlobalBatchSampler, validation_mask
 from lit_distill.data.templates import Template
 from lit_distill.data.tokenize import check_ids, first_id_beyond, tokenize_records, unshared_token
-from lit_distill.types import Batch
+from lit_distill.types import ArgumentError, Batch, arguments_of
 
-KEY = "data.init_args"
 SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 FALLBACK_SPLITS = {"test": "validation", "predict": "train"}
 
@@ -88,15 +87,13 @@ class InstructionData(LightningDataModule):
         }
         for name, (value, minimum) in least.items():
             if value < minimum:
-                raise ValueError(f"{KEY}.{name} must be at least {minimum}, got {value}.")
+                raise ValueError(f"{name}: expected at least {minimum}, got {value}.")
         if validation_size < 0 or (isinstance(validation_size, float) and validation_size >= 1):
             raise ValueError(
-                f"{KEY}.validation_size must be a number of items, or a share below 1.0, got {validation_size}."
+                f"validation_size: expected a number of items, or a share below 1.0, got {validation_size}."
             )
         if validation_size and validation is not None:
-            raise ValueError(
-                f"{KEY}.validation_size is {validation_size}, but {KEY}.validation is given too. Remove one of them."
-            )
+            raise ValueError(f"validation_size: {validation_size} was given, and validation too. Remove one of them.")
         self.records = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.validation_size = validation_size
         self.fields = ColumnMapping(fields)
@@ -148,31 +145,40 @@ class InstructionData(LightningDataModule):
         Override only this method to read data from another source. The fingerprint of the dataset must depend on its content.
         """
         records = self.records[name]
-        return None if records is None else records.read(f"{KEY}.{name}", self.fields.used(self.template.variables))
+        return None if records is None else records.read(f"{name}", self.fields.used(self.template.variables))
 
     def prepare_data(self) -> None:
         """Tokenise into the cache; Lightning calls this in one process per machine."""
-        tokenizer = self._tokenizer()
-        for name in self._splits(None):
-            self._rows(name, tokenizer)
-        if self.corpus is not None and "train" in self._splits(None):
-            self.corpus.rows(tokenizer)
+        with arguments_of(self):
+            tokenizer = self._tokenizer()
+            for name in self._splits(None):
+                self._rows(name, tokenizer)
+            if self.corpus is not None and "train" in self._splits(None):
+                self.corpus.rows(tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits of the stage and log how many items were dropped or truncated."""
+        with arguments_of(self):
+            self._load(stage)
+        # without this method, Lightning fits without validation; with an empty loader it would warn
+        self.__dict__.pop("val_dataloader", None)
+        if stage == "fit" and "validation" not in self._datasets:
+            self.__dict__["val_dataloader"] = None
+
+    def _load(self, stage: str | None) -> None:
         tokenizer = self._tokenizer()
         for name in self._splits(stage):
             rows = self._rows(name, tokenizer)
             if rows is None:
                 continue
             if name in self._uses_fallback:
-                rank_zero_info(f"{KEY}.{name}: no records are given, using the {FALLBACK_SPLITS[name]} split.")
+                rank_zero_info(f"{name}: no records are given, using the {FALLBACK_SPLITS[name]} split.")
             if name == "predict":
                 check_ids(rows["id"])
             rows, lengths, report = fit_lengths(rows, name, self.limits)
             rank_zero_info(report)
             if dropped := self._dropped.pop(name, 0):
-                rank_zero_info(f"{name}: {dropped} records with an empty response dropped ({KEY}.empty_responses)")
+                rank_zero_info(f"{name}: {dropped} records with an empty response dropped (empty_responses)")
             corpus = None
             if self.corpus is not None and name == "train":
                 corpus = self.corpus.rows(tokenizer)
@@ -181,10 +187,6 @@ class InstructionData(LightningDataModule):
             self._datasets[name] = BatchDataset(rows, self.limits, padding_id(tokenizer), responses, corpus), lengths
         if stage is not None:
             self._dataset(SPLITS[getattr(stage, "value", stage)][0])  # raises if the stage has no data
-        # without this method, Lightning fits without validation; with an empty loader it would warn
-        self.__dict__.pop("val_dataloader", None)
-        if stage == "fit" and "validation" not in self._datasets:
-            self.__dict__["val_dataloader"] = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of ``batch_size`` items; the last items of an epoch are left out if they do not fill a batch."""
@@ -192,8 +194,8 @@ class InstructionData(LightningDataModule):
         dataset.prompts = self.training_prompts
         rank, world_size = self._replica()
         if self.batch_size < world_size:
-            raise ValueError(
-                f"{KEY}.batch_size is {self.batch_size}, but {world_size} ranks need at least one item each."
+            raise ArgumentError(
+                self, f"batch_size: {self.batch_size}, but {world_size} ranks need at least one item each."
             )
         corpus = None
         if self.corpus is not None and dataset.corpus is not None:
@@ -234,8 +236,8 @@ class InstructionData(LightningDataModule):
     def _dataset(self, name: str) -> tuple[BatchDataset, np.ndarray]:
         if name not in self._datasets:
             others = {"validation": " or validation_size", "test": " or validation", "predict": " or train"}
-            raise ValueError(
-                f"{KEY}.{name}: this stage needs records, but there are none. Give {name}{others.get(name, '')}."
+            raise ArgumentError(
+                self, f"{name}: this stage needs records, but there are none. Give {name}{others.get(name, '')}."
             )
         return self._datasets[name]
 
@@ -277,7 +279,7 @@ class InstructionData(LightningDataModule):
             drop_empty=self.empty_responses == "drop",
         )
         if not len(rows):
-            raise ValueError(f"{KEY}.{name}: all of the {len(records)} records have an empty response.")
+            raise ValueError(f"{name}: all of the {len(records)} records have an empty response.")
         self._dropped[name] = len(records) - len(rows)
         return rows
 
@@ -293,11 +295,11 @@ class InstructionData(LightningDataModule):
         for name, (dataset, _) in self._datasets.items():
             for part in ("prompt", "response"):
                 if (found := first_id_beyond(dataset.rows, f"{part}_ids", size)) is not None:
-                    where = f"{KEY}.{name}: the {part} of the item {dataset.rows[found[0]]['id']!r}"
-                    raise ValueError(unshared_token(where, found[1], self._tokenizer()))
+                    where = f"{name}: the {part} of the item {dataset.rows[found[0]]['id']!r}"
+                    raise ArgumentError(self, unshared_token(where, found[1], self._tokenizer()))
             corpus = None if dataset.corpus is None else first_id_beyond(dataset.corpus, "input_ids", size)
             if corpus is not None:
-                raise ValueError(unshared_token(f"{KEY}.corpus: row {corpus[0]}", corpus[1], self._tokenizer()))
+                raise ArgumentError(self, unshared_token(f"corpus: row {corpus[0]}", corpus[1], self._tokenizer()))
 
     def _replica(self) -> tuple[int, int]:
         """Rank of this process among those that share the data, and their number; a tensor-parallel group counts as one."""
@@ -309,7 +311,7 @@ class InstructionData(LightningDataModule):
             tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
             if tokenizer is None:
                 raise ValueError(
-                    f"{KEY}.tokenizer: there is no tokenizer, neither here nor in the model. Give a folder or hub id."
+                    "tokenizer: there is no tokenizer, neither here nor in the model. Give a folder or hub id."
                 )
             return tokenizer
         from transformers import AutoTokenizer
@@ -317,6 +319,4 @@ class InstructionData(LightningDataModule):
         try:
             return AutoTokenizer.from_pretrained(self.tokenizer)
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{KEY}.tokenizer: no tokenizer could be loaded from {self.tokenizer!r}: {error}"
-            ) from error
+            raise ValueError(f"tokenizer: no tokenizer could be loaded from {self.tokenizer!r}: {error}") from error

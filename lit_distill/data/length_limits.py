@@ -8,7 +8,7 @@ from typing import Literal
 import datasets
 import numpy as np
 
-KEY = "data.init_args"
+from lit_distill.types import check_sizes
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,14 @@ class LengthLimits:
     overlong: Literal["drop", "truncate"]
 
     def __post_init__(self) -> None:
-        if self.max_prompt_length < 1:
-            raise ValueError(f"{KEY}.max_prompt_length must be at least 1, got {self.max_prompt_length}.")
+        check_sizes(max_prompt_length=self.max_prompt_length)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
-                f"{KEY}.max_prompt_length ({self.max_prompt_length}) must be less than "
-                f"{KEY}.max_length ({self.max_length}): the response needs room."
+                f"max_prompt_length: {self.max_prompt_length} must be less than "
+                f"max_length ({self.max_length}): the response needs room."
             )
         if self.overlong not in {"drop", "truncate"}:
-            raise ValueError(f"{KEY}.overlong must be 'drop' or 'truncate', got {self.overlong!r}.")
+            raise ValueError(f"overlong: expected 'drop' or 'truncate', got {self.overlong!r}.")
 
     def cut(self, prompt: list[int], response: list[int], kept: int) -> tuple[list[int], list[int]]:
         """Prompt and response, truncated to the limits; items that are short enough are returned unchanged.
@@ -71,7 +70,7 @@ def fit_lengths(rows: datasets.Dataset, split: str, limits: LengthLimits) -> tup
     num_changed = int((long_prompt | long_total).sum())
     if num_changed:
         reasons = [
-            f"{int(count.sum())} with {what} over {limit} tokens ({KEY}.{name})"
+            f"{int(count.sum())} with {what} over {limit} tokens ({name})"
             for count, what, limit, name in (
                 (long_prompt, "the prompt", limits.max_prompt_length, "max_prompt_length"),
                 (long_total, "prompt and response", limits.max_length, "max_length"),
@@ -81,7 +80,7 @@ def fit_lengths(rows: datasets.Dataset, split: str, limits: LengthLimits) -> tup
         report += f", {num_changed} {'dropped' if limits.overlong == 'drop' else 'cut'}: {', '.join(reasons)}"
     if not stays.any():
         raise ValueError(
-            f"{report}. None of the {len(prompts)} items is left: raise the limit, or set {KEY}.overlong to 'truncate'."
+            f"{report}. None of the {len(prompts)} items is left: raise the limit, or set overlong to 'truncate'."
         )
     return (rows if stays.all() else rows.select(np.flatnonzero(stays))), lengths, report
 

@@ -33,23 +33,27 @@ class Records:
     config: str | None = None
     revision: str | None = None
 
-    def read(self, key: str, columns: Collection[str] | None = None) -> datasets.Dataset:
+    def read(self, key: str = "", columns: Collection[str] | None = None) -> datasets.Dataset:
         """The raw columns as a dataset; the fingerprint of local files is a hash of their content.
 
         Args:
-            key: the YAML key of these records, for error messages.
+            key: the argument that gives these records, for error messages; empty if that is this object.
             columns: the columns to read, by default all. Other columns of files keep their name, but their values are null.
 
         Raises:
             ValueError: if the path does not exist or a file is broken; the message names the key, or the file and line.
         """
-        files = find_files(self.path, RECORD_FILES, f"{key}.path")
+        files = find_files(self.path, RECORD_FILES, _name(key, "path"))
         if files is None:
             return load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key=key)
         refuse_hub_options(self.config, self.revision, key)
         used = [] if columns is None else sorted(columns)
         fingerprint = hashlib.sha256("/".join([content_hash(files), *used]).encode()).hexdigest()[:32]
         return datasets.Dataset(read_tables(files, columns), fingerprint=fingerprint)
+
+
+def _name(key: str, argument: str) -> str:
+    return f"{key}.{argument}" if key else argument
 
 
 def find_files(path: str | list[str], suffixes: Sequence[str], key: str) -> list[Path] | None:
@@ -92,7 +96,7 @@ def refuse_hub_options(config: str | None, revision: str | None, key: str) -> No
     for name, value in (("config", config), ("revision", revision)):
         if value is not None:
             raise ValueError(
-                f"{key}.{name}: {value!r} was given, but {key}.path names files. It is for hub datasets only."
+                f"{_name(key, name)}: {value!r} was given, but path names files. It is for hub datasets only."
             )
 
 
@@ -109,6 +113,6 @@ def load_hub(
         return datasets.load_dataset(name, name=config, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{key}.path: {name!r} is not a file (looked in {Path.cwd()}), and loading it as a dataset of the Hugging Face hub "
+            f"{_name(key, 'path')}: {name!r} is not a file (looked in {Path.cwd()}), and loading it from the Hugging Face hub "
             f"(split {split!r}, config {config!r}, revision {revision!r}) failed: {error}"
         ) from error

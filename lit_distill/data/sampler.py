@@ -86,9 +86,7 @@ def validation_mask(count: int, size: int | float, seed: int) -> np.ndarray:  # 
     """
     number = max(1, round(size * count)) if isinstance(size, float) else size
     if number >= count:
-        raise ValueError(
-            f"data.init_args.validation_size is {size}, but train has only {count} items. Make it smaller."
-        )
+        raise ValueError(f"validation_size: {size} was given, but train has only {count} items. Make it smaller.")
     mask = np.zeros(count, dtype=bool)
     mask[np.random.default_rng([seed, VALIDATION]).permutation(count)[:number]] = True
     return mask

@@ -75,7 +75,7 @@ def required_eos(tokenizer: Any) -> int:
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"data.init_args.tokenizer: {tokenizer.name_or_path!r} has no EOS token, so responses could never end. "
+            f"tokenizer: {tokenizer.name_or_path!r} has no EOS token, so responses could never end. "
             "Set `eos_token` in its tokenizer_config.json."
         )
     return tokenizer.eos_token_id

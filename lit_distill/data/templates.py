@@ -6,8 +6,6 @@ from collections.abc import Callable, Collection
 from string import Formatter
 from typing import Any
 
-KEY = "data.init_args.template"
-
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -49,8 +47,8 @@ class Template:
         for name in self.variables:
             if name not in known:
                 raise ValueError(
-                    f"{KEY}: {self.text!r} needs the field {name!r}, which the data do not have. "
-                    f"The fields are {', '.join(known)}. Use one of these, or map the field with data.init_args.fields."
+                    f"template: {self.text!r} needs the field {name!r}, which the data do not have. "
+                    f"The fields are {', '.join(known)}. Use one of these, or map the field with fields."
                 )
 
     def render(self, field: Callable[[str], str], tokenizer: Any) -> str:
@@ -77,7 +75,7 @@ def check_chat_template(template: Template, tokenizer: Any) -> None:
     """
     if template.is_chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{KEY}: the template is 'chat', but the tokenizer {tokenizer.name_or_path!r} has no chat template. "
+            f"template: the template is 'chat', but the tokenizer {tokenizer.name_or_path!r} has no chat template. "
             "Use 'alpaca' or your own string."
         )
 
@@ -88,15 +86,15 @@ def _parse(text: str) -> list[tuple[str, str | None]]:
         parsed = list(Formatter().parse(text))
     except ValueError as error:
         raise ValueError(
-            f"{KEY}: {text!r} is not a template: {error}. Write a literal brace as {{{{ or }}}}."
+            f"template: {text!r} is not a template: {error}. Write a literal brace as {{{{ or }}}}."
         ) from error
     for _, name, spec, conversion in parsed:
         if name is not None and (not name.strip() or spec or conversion or name != name.strip()):
             raise ValueError(
-                f"{KEY}: {text!r} may only contain field names in braces, as {{instruction}}; no {{}}, formats or conversions."
+                f"template: {text!r} may only contain field names in braces, as {{instruction}}; no {{}}, formats or conversions."
             )
     if not any(name is not None for _, name, _, _ in parsed):
         raise ValueError(
-            f"{KEY}: {text!r} is neither 'alpaca' nor 'chat', and contains no field in braces, such as {{instruction}}."
+            f"template: {text!r} is neither 'alpaca' nor 'chat', and contains no field in braces, such as {{instruction}}."
         )
     return [(literal, name) for literal, name, _, _ in parsed]

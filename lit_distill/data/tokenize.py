@@ -59,9 +59,9 @@ def tokenize_records(
             line, or the key.
     """
     if not len(records):
-        raise ValueError(f"data.init_args.{split}: there are no records. Give at least one.")
+        raise ValueError(f"{split}: there are no records. Give at least one.")
     columns = [name for name in records.column_names if name != ORIGIN]
-    source = f"data.init_args.{split}"
+    source = f"the {split} records"
     if ORIGIN in records.column_names:
         source += f" ({records[0][ORIGIN].rpartition(', ')[0]})"
     fields.check(columns, source)
@@ -140,7 +140,7 @@ def check_ids(ids: Iterable[str]) -> None:
     counts = Counter(ids)
     if duplicates := [name for name, count in counts.items() if count > 1]:
         raise ValueError(
-            f"data.init_args.predict: {len(duplicates)} duplicate ids, such as {duplicates[0]!r} "
+            f"predict: {len(duplicates)} duplicate ids, such as {duplicates[0]!r} "
             f"({counts[duplicates[0]]} times). `predict` uses the ids to continue an unfinished file. Give each item its own id; "
             "data.init_args.fields.id names the column."
         )
@@ -210,7 +210,7 @@ def _require_output(fields: ColumnMapping, columns: list[str], source: str) -> N
         else "Map `output` to one of them, or set data.init_args.responses to false for prompts only."
     )
     raise ValueError(
-        f"data.init_args.fields.output: there is no column {fields.columns['output']!r} for the responses in {source}. "
+        f"fields.output: there is no column {fields.columns['output']!r} for the responses in {source}. "
         f"The columns are {', '.join(columns)}. {advice}"
     )
 

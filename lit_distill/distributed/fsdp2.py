@@ -27,9 +27,9 @@ from lit_distill.distributed.gradients import ShardPrecision
 from lit_distill.distributed.ranks import DataRanks
 from lit_distill.distributed.sharding import Sharding
 from lit_distill.distributed.stored import load_into, open_checkpoint
+from lit_distill.types import ArgumentError
 
 NAME = "fsdp2"
-KEY = "trainer.strategy.init_args"
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -116,10 +116,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         ranks, size = self.num_nodes * self.num_processes, self.tensor_parallel_size
         if size < 1:
-            raise ValueError(f"{KEY}.tensor_parallel_size: expected at least 1, got {size}.")
+            raise ArgumentError(self, f"tensor_parallel_size: expected at least 1, got {size}.")
         if ranks % size:
-            raise ValueError(
-                f"{KEY}.tensor_parallel_size: {size} does not divide the {ranks} ranks. Set trainer.devices to a multiple of it."
+            raise ArgumentError(
+                self,
+                f"tensor_parallel_size: {size} does not divide the {ranks} ranks. Set trainer.devices to a multiple of it.",
             )
         self._data_parallel_size, self._tensor_parallel_size = ranks // size, size
         super().setup_environment()

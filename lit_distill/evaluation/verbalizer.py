@@ -17,12 +17,12 @@ from lit_distill.data import Records, Template
 from lit_distill.data.collate import pad_sequences, padding_id
 from lit_distill.data.files import ORIGIN
 from lit_distill.data.special_tokens import prompt_prefix, with_prefix
-from lit_distill.data.templates import KEY as TEMPLATE_KEY
 from lit_distill.data.templates import check_chat_template
 from lit_distill.data.tokenize import encode
 from lit_distill.distributed import SINGLE_PROCESS, DataRanks
 from lit_distill.evaluation.calibration import Calibration, CalibrationMetric, collect
 from lit_distill.evaluation.word_tree import WordTree
+from lit_distill.types import ArgumentError, check_sizes
 
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM
@@ -56,31 +56,15 @@ class Verbalizer:
     config: str | None = None
     revision: str | None = None
 
-    def check(self, key: str) -> None:
-        """Raise for settings that are wrong for any data.
-
-        Args:
-            key: the YAML key of the task.
-
-        Raises:
-            ValueError: if a setting is wrong; the message names its key.
-        """
+    def __post_init__(self) -> None:
         if len(self.words) < 2:
-            raise ValueError(f"{key}.words: expected at least two words to choose between, got {self.words}.")
+            raise ValueError(f"words: expected at least two words to choose between, got {self.words}.")
         if self.max_items < 1 and self.max_items != -1:
-            raise ValueError(f"{key}.max_items: expected at least 1, or -1 for all, got {self.max_items}.")
-        if self.batch_size < 1:
-            raise ValueError(f"{key}.batch_size: expected at least 1, got {self.batch_size}.")
-        self.parsed_template(key)
+            raise ValueError(f"max_items: expected at least 1, or -1 for all, got {self.max_items}.")
+        check_sizes(batch_size=self.batch_size)
+        Template(self.template)
 
-    def parsed_template(self, key: str) -> Template:
-        """The parsed template; errors name the key of the template."""
-        try:
-            return Template(self.template)
-        except ValueError as error:
-            raise ValueError(str(error).replace(TEMPLATE_KEY, f"{key}.template")) from error
-
-    def label(self, value: object, where: str, key: str) -> int:
+    def label(self, value: object, where: str) -> int:
         """The index of a class given by its index or its word; true and false are 1 and 0."""
         if isinstance(value, str):
             found = [i for i, word in enumerate(self.words) if word == value]
@@ -91,7 +75,7 @@ class Verbalizer:
             return found[0]
         raise ValueError(
             f"{where}: the field `{self.label_field}` is {value!r}, which is neither an index from 0 to "
-            f"{len(self.words) - 1} nor one of the words {self.words}. Correct it, {key}.words or {key}.label_field."
+            f"{len(self.words) - 1} nor one of the words {self.words}. Correct it, or the task's words or label_field."
         )
 
 
@@ -105,32 +89,29 @@ class Question(NamedTuple):
     """File and line of the record, for error messages."""
 
 
-def read_questions(task: Verbalizer, tokenizer: Any, key: str) -> list[Question]:
+def read_questions(task: Verbalizer, tokenizer: Any) -> list[Question]:
     """The prompts of the task, tokenised like those of `InstructionData`, from short to long.
 
     Raises:
-        ValueError: for a missing field, an unknown label or an empty prompt; the message names the key, or file and line.
+        ValueError: for a missing field, an unknown label or an empty prompt; the message names the argument, or file and line.
     """
-    records = Records(task.path, task.split, task.config, task.revision).read(key)
+    records = Records(task.path, task.split, task.config, task.revision).read()
     if 0 <= task.max_items < len(records):
         records = records.select([i * len(records) // task.max_items for i in range(task.max_items)])
-    template = task.parsed_template(key)
-    try:
-        check_chat_template(template, tokenizer)
-    except ValueError as error:
-        raise ValueError(str(error).replace(TEMPLATE_KEY, f"{key}.template")) from error
+    template = Template(task.template)
+    check_chat_template(template, tokenizer)
     columns = [name for name in records.column_names if name != ORIGIN]
     needed = {**dict.fromkeys(template.variables, "template"), task.label_field: "label_field"}
     for name, option in needed.items():
         if name not in columns:
             existing = ", ".join(columns)
-            raise ValueError(f"{key}.{option}: there is no field {name!r} in the data. The fields are {existing}.")
+            raise ValueError(f"{option}: there is no field {name!r} in the data. The fields are {existing}.")
 
     texts, labels, places = [], [], []
     for number, record in enumerate(records, start=1):
-        where = record.get(ORIGIN) or f"{key}, row {number}"
+        where = record.get(ORIGIN) or f"{task.path}, row {number}"
         texts.append(template.render(lambda name, r=record, w=where: _text(r, name, w), tokenizer))  # type: ignore[misc]
-        labels.append(task.label(record[task.label_field], where, key))
+        labels.append(task.label(record[task.label_field], where))
         places.append(where)
     prefix = prompt_prefix(tokenizer, template)
     questions = [
@@ -152,17 +133,16 @@ class VerbalizerTask:
     Args:
         task: the settings from the YAML.
         tokenizer: the tokenizer of the student.
-        key: the YAML key of the task, for error messages.
         num_bins: number of bins of the calibration errors.
     """
 
-    def __init__(self, task: Verbalizer, tokenizer: Any, key: str, num_bins: int = 15) -> None:
-        self.key = key
+    def __init__(self, task: Verbalizer, tokenizer: Any, num_bins: int = 15) -> None:
+        self.task = task
         self.batch_size = task.batch_size
         self.num_bins = num_bins
         self.pad_id = padding_id(tokenizer)
-        self.tree = WordTree(encode(tokenizer, task.words), task.words, f"{key}.words")
-        self.questions = read_questions(task, tokenizer, key)
+        self.tree = WordTree(encode(tokenizer, task.words), task.words)
+        self.questions = read_questions(task, tokenizer)
 
     @torch.no_grad()
     def ask(
@@ -211,10 +191,11 @@ class VerbalizerTask:
         longest = self.questions[-1]
         needed = len(longest.prompt_ids) + max(map(len, self.tree.words))
         if context_length is not None and needed > context_length:
-            raise ValueError(
-                f"{self.key}: the prompt of {longest.where} has {needed} tokens with its longest word, but "
+            raise ArgumentError(
+                self.task,
+                f"template: the prompt of {longest.where} has {needed} tokens with its longest word, but "
                 f"{model.config.model_type} at {model.config.name_or_path!r} accepts {context_length}. Shorten the record or "
-                f"{self.key}.template, or remove the record."
+                "the template, or remove the record.",
             )
 
 

@@ -21,15 +21,13 @@ class WordTree:
     Args:
         words: token ids of each word.
         texts: the words as text, for error messages.
-        key: the YAML key of the words.
 
     Raises:
-        ValueError: if a word has no tokens or is a prefix of another; the message names the key.
+        ValueError: if a word has no tokens or is a prefix of another; the message begins with ``words``.
     """
 
-    def __init__(self, words: Sequence[list[int]], texts: Sequence[str], key: str) -> None:
-        _check(words, texts, key)
-        self.key = key
+    def __init__(self, words: Sequence[list[int]], texts: Sequence[str]) -> None:
+        _check(words, texts)
         self.words = words
         self.rows: list[list[int]] = []
         """The words that the model has to process so that every node is computed."""
@@ -64,7 +62,7 @@ class WordTree:
         """
         if self.tokens[-1] >= len(head.weight):
             raise ValueError(
-                f"{self.key}: the words have token ids up to {self.tokens[-1]}, but student and teacher share only the first "
+                f"words: they have token ids up to {self.tokens[-1]}, but student and teacher share only the first "
                 f"{len(head.weight)}. Choose other words."
             )
         nodes = hidden[:, self.places].flatten(0, 1)
@@ -78,18 +76,18 @@ class WordTree:
         return torch.stack(words, dim=-1)
 
 
-def _check(words: Sequence[list[int]], texts: Sequence[str], key: str) -> None:
+def _check(words: Sequence[list[int]], texts: Sequence[str]) -> None:
     for word, text in zip(words, texts, strict=True):
         if not word:
-            raise ValueError(f"{key}: the tokenizer gives no tokens for {text!r}. Choose another word.")
+            raise ValueError(f"words: the tokenizer gives no tokens for {text!r}. Choose another word.")
     for i, j in permutations(range(len(words)), 2):
         if words[i] == words[j]:
             raise ValueError(
-                f"{key}: {texts[i]!r} and {texts[j]!r} are the same tokens {words[i]}. Change one of them."
+                f"words: {texts[i]!r} and {texts[j]!r} are the same tokens {words[i]}. Change one of them."
             )
         if words[j][: len(words[i])] == words[i]:
             raise ValueError(
-                f"{key}: the tokens of {texts[i]!r} {words[i]} are the beginning of those of {texts[j]!r} {words[j]}: "
+                f"words: the tokens of {texts[i]!r} {words[i]} are the beginning of those of {texts[j]!r} {words[j]}: "
                 "every response with the second begins with the first, so their probabilities overlap and cannot be compared. "
                 "Change one of them, or let both end with a full stop."
             )

@@ -150,9 +150,7 @@ def global_counts(
         texts = [part for owner, part in parts if owner is evaluator]
         counts |= evaluator.counts(texts, [name for name in evaluator.objectives if name in names])
     if not counts:
-        raise ValueError(
-            "model.objectives: every weight is 0, so there is nothing to train on. Set at least one weight > 0."
-        )
+        raise ValueError("objectives: every weight is 0, so there is nothing to train on. Set at least one weight > 0.")
     return dict(zip(counts, sum_over_ranks(torch.stack(list(counts.values()))), strict=True))
 
 

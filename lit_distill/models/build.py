@@ -44,15 +44,15 @@ def build_student_and_teacher(
     Raises:
         ValueError: if a model cannot be loaded, or their tokenizers differ.
     """
-    student_builder = ModelBuilder(student, "model.student", torch.float32 if student.lora is None else None, sharding)
+    student_builder = ModelBuilder(student, "student", torch.float32 if student.lora is None else None, sharding)
     if teacher is None:
         return student_builder.finish(None), None
     if teacher.shared_with_student:
         lm = student_builder.finish(None)
         return lm, lm
-    teacher_builder = ModelBuilder(teacher, "model.teacher", None, sharding)
+    teacher_builder = ModelBuilder(teacher, "teacher", None, sharding)
     rows = [part.model.get_output_embeddings().weight.shape[0] for part in (student_builder, teacher_builder)]
-    size = common_vocabulary_size(tokenizer, load_tokenizer(teacher, "model.teacher"), *rows)
+    size = common_vocabulary_size(tokenizer, load_tokenizer(teacher, "teacher"), *rows)
     return student_builder.finish(size), teacher_builder.finish(size, frozen=True)
 
 

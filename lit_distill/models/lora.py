@@ -54,7 +54,7 @@ def check_lora(lora: LoraSpec, key: str) -> None:
 
     Args:
         lora: the adapters.
-        key: their YAML key, such as ``model.student.lora``.
+        key: the argument that gives them, such as ``student.lora``.
 
     Raises:
         ValueError: if a setting is invalid or peft is missing; names the key.

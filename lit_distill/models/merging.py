@@ -28,18 +28,18 @@ def check_exportable(spec: ModelSpec, merge: bool) -> None:
     if spec.lora is None:
         if not merge:
             raise ValueError(
-                "export.merge_lora: is false, but the student has no adapter. Set model.student.lora, or remove export.merge_lora."
+                "merge_lora: is false, but the student has no adapter. Set model.student.lora, or remove merge_lora."
             )
         return
-    if merge and is_quantized(spec, load_config(spec, "model.student")):
+    if merge and is_quantized(spec, load_config(spec, "student")):
         raise ValueError(
-            "export.merge_lora: the student's base is quantised. Merging the adapter into it would round away "
-            "part of what was trained. Set export.merge_lora: false to write the adapter alone."
+            "merge_lora: the student's base is quantised. Merging the adapter into it would round away "
+            "part of what was trained. Set merge_lora: false to write the adapter alone."
         )
     if not merge and (spec.keep_layers is not None or spec.drop_layers is not None):
         raise ValueError(
-            "export.merge_lora: is false, but layers were removed from the adapter's base (model.student.keep_layers, drop_layers) "
-            "and the pruned base is not stored in any folder. Set export.merge_lora: true."
+            "merge_lora: is false, but layers were removed from the adapter's base (model.student.keep_layers, drop_layers) "
+            "and the pruned base is not stored in any folder. Set merge_lora: true."
         )
 
 
@@ -55,8 +55,8 @@ def adapted_model(spec: ModelSpec, saved: Mapping[str, Any], weights: Mapping[st
         ValueError: if the base cannot be loaded, or is a different model.
     """
     assert spec.lora is not None
-    model = load_model(spec, "model.student")
-    add_lora(model, spec.lora, "model.student.lora")
+    model = load_model(spec, "student")
+    add_lora(model, spec.lora, "student.lora")
     check_same_adapters(dict(saved), spec.lora, model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == weights.keys(), (

@@ -123,11 +123,11 @@ def check_adapter(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor], 
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    if is_quantized(spec, load_config(spec, "model.student")):  # some of its kernels exist only for GPUs
+    if is_quantized(spec, load_config(spec, "student")):  # some of its kernels exist only for GPUs
         log.info("The base is quantised, so only the weights of the adapter are compared, not its logits.")
         _raise_if_different(_differing_names(load_file(folder / "adapter_model.safetensors"), weights), [], None, 0.0)
         return
-    base = load_model(spec, "model.student")
+    base = load_model(spec, "student")
     try:
         with (
             warnings.catch_warnings()

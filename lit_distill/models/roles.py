@@ -33,24 +33,24 @@ def validate_specs(student: ModelSpec, teacher: ModelSpec | None) -> None:
     Raises:
         ValueError: naming the key, what was given and what to do.
     """
-    _check_spec(student, "model.student")
+    _check_spec(student, "student")
     if student.lora is not None:
-        check_lora(student.lora, "model.student.lora")
+        check_lora(student.lora, "student.lora")
     elif student.quantization is not None:
         raise ValueError(
-            "model.student.quantization: quantised weights cannot be trained. Train adapters, model.student.lora: {r: 8}, "
+            "student.quantization: quantised weights cannot be trained. Train adapters, model.student.lora: {r: 8}, "
             "or remove model.student.quantization."
         )
     if student.shared_with_student:
         raise ValueError(
-            "model.student.shared_with_student: is an option of the teacher. Set model.teacher.shared_with_student instead."
+            "student.shared_with_student: is an option of the teacher. Set model.teacher.shared_with_student instead."
         )
     if teacher is None:
         return
-    _check_spec(teacher, "model.teacher")
+    _check_spec(teacher, "teacher")
     if teacher.lora is not None:
         raise ValueError(
-            "model.teacher.lora: the teacher is not trained. To use a trained adapter, merge it into its base (peft: "
+            "teacher.lora: the teacher is not trained. To use a trained adapter, merge it into its base (peft: "
             "`merge_and_unload`) and set model.teacher.path to the result."
         )
     if teacher.shared_with_student:
@@ -74,7 +74,7 @@ def _check_spec(spec: ModelSpec, key: str) -> None:
 def _check_shared(student: ModelSpec, teacher: ModelSpec) -> None:
     if student.lora is None:
         raise ValueError(
-            "model.teacher.shared_with_student: is true, but all weights of the student are trained, so it has no frozen base. Set "
+            "teacher.shared_with_student: is true, but all weights of the student are trained, so it has no frozen base. Set "
             "model.student.lora, or remove model.teacher.shared_with_student."
         )
     for field in fields(ModelSpec):
@@ -83,7 +83,7 @@ def _check_shared(student: ModelSpec, teacher: ModelSpec) -> None:
         unset = given == default and name not in ("keep_layers", "drop_layers")
         if name not in INDEPENDENT_FIELDS and given != own and not unset:
             raise ValueError(
-                f"model.teacher.{name}: with shared_with_student the teacher is the student's base, so expected {own!r}, not "
+                f"teacher.{name}: with shared_with_student the teacher is the student's base, so expected {own!r}, not "
                 f"{given!r}. Set the same value as for model.student, or remove model.teacher.shared_with_student."
             )
 
@@ -106,8 +106,8 @@ def resolve_dtypes(
         rank_zero_info(f"{key}.dtype: auto is {dtype} on this {device_type}.")
         return replace(spec, dtype=dtype)  # type: ignore[arg-type]
 
-    trained = resolve(student, "model.student", auto if student.lora is not None else "float32")
-    return trained, None if teacher is None else resolve(teacher, "model.teacher", auto)
+    trained = resolve(student, "student", auto if student.lora is not None else "float32")
+    return trained, None if teacher is None else resolve(teacher, "teacher", auto)
 
 
 def warn_of_emulation(student: CausalLM, teacher: CausalLM | None, precision: str | None, device_type: str) -> None:

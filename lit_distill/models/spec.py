@@ -92,7 +92,7 @@ def load_config(spec: ModelSpec, key: str) -> PreTrainedConfig:
 
     Args:
         spec: the model.
-        key: its YAML key, such as ``model.student``, for messages.
+        key: the argument that gives it, such as ``student``, for messages.
 
     Raises:
         ValueError: if it cannot be loaded, or the model is not a causal (decoder-only) language model.
@@ -140,7 +140,7 @@ def load_model(spec: ModelSpec, key: str, dtype: torch.dtype | None = None) -> P
 
     Args:
         spec: the model.
-        key: its YAML key, such as ``model.student``, for messages.
+        key: the argument that gives it, such as ``student``, for messages.
         dtype: dtype of the weights if ``spec.dtype`` is None; None keeps the stored dtype.
 
     Raises:

@@ -43,7 +43,7 @@ def common_vocabulary_size(
             for token_id in different[:5]
         )
         raise ValueError(
-            f"model.student and model.teacher have different tokenizers: {len(different)} of the first {size} "
+            f"teacher: its tokenizer differs from the student's: {len(different)} of the first {size} "
             f"ids differ. {shown}. Choose a teacher of the student's family as model.teacher.path; if they share "
             "a vocabulary and only the tokenizer files differ, set model.student.tokenizer or model.teacher.tokenizer."
         )
@@ -81,11 +81,11 @@ def shared_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBas
 def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, rows: int, role: str) -> dict[int, str]:
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     if not tokens:
-        raise ValueError(f"model.{role}: its tokenizer has no tokens. Set model.{role}.tokenizer.")
+        raise ValueError(f"{role}: its tokenizer has no tokens. Set model.{role}.tokenizer.")
     last = max(tokens)
     if last >= rows:
         raise ValueError(
-            f"model.{role}: its tokenizer has ids up to {last} ({tokens[last]!r}), but its head has only {rows} rows. "
+            f"{role}: its tokenizer has ids up to {last} ({tokens[last]!r}), but its head has only {rows} rows. "
             f"Set model.{role}.tokenizer to the one that the model was trained with, or resize the model's embeddings and save it."
         )
     return tokens

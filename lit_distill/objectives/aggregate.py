@@ -39,12 +39,12 @@ def weighted_sum(
         term = objective(**given)
         if touched := [signal for signal, version in _versions(given).items() if version != versions[signal]]:
             raise ValueError(
-                f"model.objectives.{name}: {type(objective).__name__} modifies `{touched[0]}` in place, but other "
+                f"objectives.{name}: {type(objective).__name__} modifies `{touched[0]}` in place, but other "
                 "objectives use it too. Make a new tensor instead: `x = x / 2`, not `x /= 2`."
             )
         if torch.is_grad_enabled() and not term.total.requires_grad:
             raise ValueError(
-                f"model.objectives.{name}: the total does not depend on the student, so it has no gradient. "
+                f"objectives.{name}: the total does not depend on the student, so it has no gradient. "
                 "Compute it from the student's signals, without detach()."
             )
         loss = loss + factors[name] * term.total

@@ -69,7 +69,7 @@ def check_needs(objectives: Mapping[str, Objective], provided: Iterable[str], ke
     Args:
         objectives: by name in the YAML.
         provided: names of the available signals.
-        key: YAML key of the objectives, such as ``model.objectives``.
+        key: the argument that gives the objectives, such as ``objectives``.
         provider: what provides the signals, for the message.
 
     Raises:

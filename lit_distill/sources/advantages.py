@@ -54,7 +54,7 @@ class AdvantageConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
-            raise ValueError(f"model.source.init_args.scoring.gamma: expected a number in [0, 1], got {self.gamma}.")
+            raise ValueError(f"gamma: expected a number in [0, 1], got {self.gamma}.")
         scale_and_clip_rewards(torch.zeros(()), self.reward_scale, self.reward_clip)
 
     @torch.no_grad()

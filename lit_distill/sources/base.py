@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lit_distill.generation.sampling import phase_keys
 from lit_distill.objectives import check_needs
-from lit_distill.types import Trajectories, join_responses
+from lit_distill.types import Trajectories, arguments_of, join_responses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ def split_corpus(corpus: Sequences | None, steps: int) -> Iterator[Sequences]:
     """
     if corpus is None:
         raise ValueError(
-            "model.corpus_objectives: there is no corpus. Set data.init_args.corpus; for your own text it takes a path."
+            "corpus_objectives: there is no corpus. Set data.init_args.corpus; for your own text it takes a path."
         )
     if len(corpus) < steps:
         raise ValueError(
@@ -85,11 +85,12 @@ def check_signals(
     teachers = frozenset({"teacher_logits"} if has_teacher else ())
     given = source.provides | (source.provides_with_teacher if has_teacher else frozenset())
     name = f"the source {type(source).__name__}"
-    check_needs(objectives, given, "model.objectives", name)
-    source.check(objectives)
+    check_needs(objectives, given, "objectives", name)
+    with arguments_of(source):
+        source.check(objectives)
     if source.needs_teacher and not has_teacher:
-        raise ValueError(f"model.source: {name} needs a teacher. Set model.teacher.path.")
-    check_needs(corpus_objectives, TEXT_SIGNALS | teachers, "model.corpus_objectives", "a plain-text corpus")
+        raise ValueError(f"source: {name} needs a teacher. Set model.teacher.path.")
+    check_needs(corpus_objectives, TEXT_SIGNALS | teachers, "corpus_objectives", "a plain-text corpus")
 
 
 class Source(ABC):
@@ -156,7 +157,7 @@ def require_prompts(batch: Batch, source: Source) -> Prompts:
         ValueError: if the batch has no prompts.
     """
     if batch.prompts is None:
-        raise ValueError(f"model.source: {type(source).__name__} needs prompts, but the data module provides none.")
+        raise ValueError(f"source: {type(source).__name__} needs prompts, but the data module provides none.")
     return batch.prompts
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lit_distill.types import Batch, Sequences
 
 _NO_RESPONSES = (
-    "model.source: DatasetResponses trains on the responses in the data, but the data has no responses. "
+    "DatasetResponses trains on the responses in the data, but the data has no responses. "
     "Set data.init_args.responses: true, or choose a source that generates."
 )
 

@@ -10,26 +10,14 @@ import torch
 from lit_distill.generation.sampling import keyed_generator
 from lit_distill.types import Pairs, Sequences
 
-KEY = "model.source.init_args"
 Text = TypeVar("Text", Sequences, Pairs)
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Reject sizes below 1.
-
-    Raises:
-        ValueError: with the key.
-    """
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{KEY}.{name}: expected at least 1, got {size}.")
 
 
 def check_phase(mini_batch_size: int | None, trainer: Any) -> None:
     """Reject mini-batches that are larger than a phase. A phase has as many sequences as a batch of the data.
 
     Raises:
-        ValueError: with both keys.
+        ValueError: with the argument.
     """
     data = trainer.datamodule
     if mini_batch_size is None or not hasattr(data, "batch_size"):
@@ -37,7 +25,7 @@ def check_phase(mini_batch_size: int | None, trainer: Any) -> None:
     num_items = data.num_items("train") if hasattr(data, "num_items") else data.batch_size
     if mini_batch_size > data.batch_size or mini_batch_size > num_items:
         raise ValueError(
-            f"{KEY}.mini_batch_size: {mini_batch_size} is larger than a phase, which has data.init_args.batch_size "
+            f"mini_batch_size: {mini_batch_size} is larger than a phase, which has data.init_args.batch_size "
             f"({data.batch_size}) sequences, out of {num_items} items to train on. Set a smaller mini-batch, or a larger batch."
         )
 
@@ -60,7 +48,7 @@ def mini_batches(
     size = -(-mini_batch_size // world_size)
     if size > len(text):
         raise ValueError(
-            f"{KEY}.mini_batch_size: {mini_batch_size} is larger than a phase, which has data.init_args.batch_size "
+            f"mini_batch_size: {mini_batch_size} is larger than a phase, which has data.init_args.batch_size "
             f"({len(text) * world_size}) sequences. Set a smaller mini-batch, or a larger batch."
         )
     for epoch in range(inner_epochs):

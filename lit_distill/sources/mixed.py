@@ -14,8 +14,8 @@ from lit_distill.generation.sampling import keyed_generator, phase_keys, run_see
 from lit_distill.objectives import Objective, PolicyGradient
 from lit_distill.sources.advantages import AdvantageConfig
 from lit_distill.sources.base import RolloutContext, Source, in_decode_batches, require_prompts
-from lit_distill.sources.minibatches import KEY, check_phase, check_sizes, mini_batches
-from lit_distill.types import Responses, Trajectories
+from lit_distill.sources.minibatches import check_phase, mini_batches
+from lit_distill.types import Responses, Trajectories, check_sizes
 
 if TYPE_CHECKING:
     from lit_distill.types import Batch, Prompts, Sequences
@@ -75,9 +75,9 @@ class TeacherMixedRollouts(Source):
         seed: int | None = None,
     ) -> None:
         if not 0 <= alpha <= 1:
-            raise ValueError(f"{KEY}.alpha: expected the teacher's share, in [0, 1], got {alpha}.")
+            raise ValueError(f"alpha: expected the teacher's share, in [0, 1], got {alpha}.")
         if not temperature > 0:
-            raise ValueError(f"{KEY}.temperature: expected a number > 0, got {temperature}. Rollouts are sampled.")
+            raise ValueError(f"temperature: expected a number > 0, got {temperature}. Rollouts are sampled.")
         check_sizes(mini_batch_size=mini_batch_size, inner_epochs=inner_epochs, decode_batch_size=decode_batch_size)
         self.alpha = alpha
         self.sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p)
@@ -94,7 +94,7 @@ class TeacherMixedRollouts(Source):
         truncated = self.sampling.top_k or self.sampling.top_p < 1
         if truncated and self.alpha > 0:
             raise ValueError(
-                f"{KEY}.alpha: {self.alpha} with top_k {self.sampling.top_k} and top_p {self.sampling.top_p}. Truncated "
+                f"alpha: {self.alpha} with top_k {self.sampling.top_k} and top_p {self.sampling.top_p}. Truncated "
                 "sampling has no valid importance weight against the untruncated mixture. Set alpha: 0, or top_k: 0 and top_p: 1."
             )
 
@@ -103,8 +103,8 @@ class TeacherMixedRollouts(Source):
         for name, objective in objectives.items():
             if isinstance(objective, PolicyGradient) and objective.temperature != self.sampling.temperature:
                 raise ValueError(
-                    f"model.objectives.{name}.temperature is {objective.temperature}, but the rollouts are sampled at "
-                    f"{KEY}.temperature {self.sampling.temperature}. Set both to the same value."
+                    f"objectives.{name}.temperature: {objective.temperature}, but the source samples at temperature "
+                    f"{self.sampling.temperature}. Set both to the same value."
                 )
 
     def check_trainer(self, trainer: Any) -> None:

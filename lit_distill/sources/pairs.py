@@ -13,12 +13,15 @@ from lit_distill.generation.sampling import run_seed
 from lit_distill.objectives import PAIR_SIGNALS, TEACHER_OF_PAIRS, Objective
 from lit_distill.sources.base import RolloutContext, Source, generate_responses, require_prompts
 from lit_distill.sources.dataset import DatasetResponses
-from lit_distill.sources.minibatches import KEY, check_phase, check_sizes, mini_batches
-from lit_distill.types import Pairs, Sequences
+from lit_distill.sources.minibatches import check_phase, mini_batches
+from lit_distill.types import Pairs, Sequences, check_sizes
 
 if TYPE_CHECKING:
     from lit_distill.teachers import FrozenTeacher
     from lit_distill.types import Batch
+
+
+NO_RESPONSES = "chosen: the data has no responses. Set data.init_args.responses: true, or chosen: teacher."
 
 
 class ResponsePairs(Source):
@@ -77,7 +80,7 @@ class ResponsePairs(Source):
         """Reject a set of objectives without one on pairs; record whether one needs the teacher's log-probabilities."""
         if not any(objective.on_pairs for objective in objectives.values()):
             raise ValueError(
-                "model.source: ResponsePairs lets the student generate responses that no objective uses. "
+                "ResponsePairs lets the student generate responses that no objective uses. "
                 "Add an objective on pairs, such as `dpkd: DirectPreference`, or set source: DatasetResponses or TeacherRollouts."
             )
         self._teacher_scores = any(objective.needs & TEACHER_OF_PAIRS for objective in objectives.values())
@@ -86,9 +89,7 @@ class ResponsePairs(Source):
         """Reject mini-batches that are larger than the phase, and ``chosen: dataset`` for data without responses."""
         check_phase(self.mini_batch_size, trainer)
         if self.chosen == "dataset" and not getattr(trainer.datamodule, "responses", True):
-            raise ValueError(
-                f"{KEY}.chosen: the data has no responses. Set data.init_args.responses: true, or chosen: teacher."
-            )
+            raise ValueError(NO_RESPONSES)
 
     def steps_per_batch(self, batch_size: int) -> int:
         """Inner epochs times mini-batches."""
@@ -100,9 +101,7 @@ class ResponsePairs(Source):
         if self.chosen == "teacher":
             pairs = Pairs(self._responses("teacher", batch, context, "chosen"), rejected)
         elif batch.sequences is None:
-            raise ValueError(
-                f"{KEY}.chosen: the data has no responses. Set data.init_args.responses: true, or chosen: teacher."
-            )
+            raise ValueError(NO_RESPONSES)
         else:
             pairs = Pairs(batch.sequences, rejected)
         if self.inner_epochs > 1 and self._teacher_scores:

@@ -13,8 +13,8 @@ from lit_distill.generation import SamplingParams
 from lit_distill.generation.sampling import keyed_generator
 from lit_distill.sources.base import RolloutContext, require_prompts
 from lit_distill.sources.dataset import DatasetResponses
-from lit_distill.sources.minibatches import KEY, check_sizes
 from lit_distill.sources.sampled import _SampledResponses
+from lit_distill.types import ArgumentError, check_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,13 +80,11 @@ class ReplayRollouts(_SampledResponses):
         super().__init__(SamplingParams(max_new_tokens, temperature, top_k, top_p), seed)
         for name, value in (("initial_probability", initial_probability), ("increment", increment)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{KEY}.{name}: expected a number in [0, 1], got {value}.")
+                raise ValueError(f"{name}: expected a number in [0, 1], got {value}.")
         if not tolerance >= 0:
-            raise ValueError(f"{KEY}.tolerance: expected 0 or more nats, got {tolerance}.")
+            raise ValueError(f"tolerance: expected 0 or more nats, got {tolerance}.")
         if replay_schedule not in ("decreasing", "constant", "increasing"):
-            raise ValueError(
-                f"{KEY}.replay_schedule: expected decreasing, constant or increasing, got {replay_schedule!r}."
-            )
+            raise ValueError(f"replay_schedule: expected decreasing, constant or increasing, got {replay_schedule!r}.")
         check_sizes(capacity=capacity)
         self.probability = initial_probability
         self.increment = increment
@@ -102,18 +100,18 @@ class ReplayRollouts(_SampledResponses):
         data = trainer.datamodule
         if self.increment and not (trainer.limit_val_batches and getattr(data, "has_validation", True)):
             raise ValueError(
-                "model.source: ReplayRollouts lets the student generate more often when the validation loss rises, but there is "
-                f"no validation. Set data.init_args.validation or validation_size, or {KEY}.increment: 0 to keep "
+                "ReplayRollouts lets the student generate more often when the validation loss rises, but there is "
+                "no validation. Set data.init_args.validation or validation_size, or increment: 0 to keep "
                 "initial_probability."
             )
         if trainer.max_steps == trainer.max_epochs == -1:
             raise ValueError(
-                "model.source: ReplayRollouts has a schedule over the whole run, but the run has no end. Set trainer.max_steps or "
+                "ReplayRollouts has a schedule over the whole run, but the run has no end. Set trainer.max_steps or "
                 "trainer.max_epochs."
             )
         if self.capacity < (batch_size := getattr(data, "batch_size", 1)):
             raise ValueError(
-                f"{KEY}.capacity: {self.capacity} sequences do not fill a batch of data.init_args.batch_size ({batch_size}). "
+                f"capacity: {self.capacity} sequences do not fill a batch of data.init_args.batch_size ({batch_size}). "
                 "Set at least that."
             )
 
@@ -148,9 +146,10 @@ class ReplayRollouts(_SampledResponses):
         if not self.increment:
             return
         if "loss" not in metrics:
-            raise ValueError(
-                "data.init_args.validation: its items have no responses, so ReplayRollouts has no validation loss to adapt "
-                f"its probability to. Add responses, set data.init_args.responses: true, or {KEY}.increment: 0."
+            raise ArgumentError(
+                self,
+                "ReplayRollouts has no validation loss to adapt its probability to, since the validation items have no responses. "
+                "Add responses, set data.init_args.responses: true, or increment: 0.",
             )
         loss = float(metrics["loss"])
         if self.reference_loss is None:

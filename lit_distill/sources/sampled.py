@@ -11,7 +11,6 @@ from lit_distill.generation import SamplingParams
 from lit_distill.generation.sampling import keyed_generator, run_seed
 from lit_distill.sources.base import RolloutContext, Source, generate_responses, require_prompts
 from lit_distill.sources.dataset import DatasetResponses
-from lit_distill.sources.minibatches import KEY
 
 if TYPE_CHECKING:
     from lit_distill.types import Batch, Sequences
@@ -66,7 +65,7 @@ class StudentRollouts(_SampledResponses):
     ) -> None:
         super().__init__(SamplingParams(max_new_tokens, temperature, top_k, top_p), seed)
         if not 0 <= on_policy_fraction <= 1:
-            raise ValueError(f"{KEY}.on_policy_fraction: expected a share in [0, 1], got {on_policy_fraction}.")
+            raise ValueError(f"on_policy_fraction: expected a share in [0, 1], got {on_policy_fraction}.")
         self.on_policy_fraction = on_policy_fraction
         self.dataset = DatasetResponses()
 

@@ -1,6 +1,6 @@
 """Validation before weights load: command line, module arguments, run settings; then checks on loaded weights and losses."""
 
-from lit_distill.validation.arguments import check_names, check_sizes
+from lit_distill.validation.arguments import check_names
 from lit_distill.validation.callbacks import check_callback_classes
 from lit_distill.validation.command import check_seed, check_trainer_options, check_writable
 from lit_distill.validation.context_length import check_lengths, check_tokens
@@ -17,7 +17,6 @@ __all__ = [
     "check_names",
     "check_same_model",
     "check_seed",
-    "check_sizes",
     "check_strategy",
     "check_tokens",
     "check_trainer",

@@ -7,17 +7,6 @@ from collections.abc import Iterable
 from torch import nn
 
 
-def check_sizes(**sizes: int | None) -> None:
-    """Refuse sizes below 1 among the arguments of the module.
-
-    Raises:
-        ValueError: with the key.
-    """
-    for key, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"model.{key}: expected at least 1, got {value}.")
-
-
 def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> None:
     """Refuse names of objectives that are missing, used twice, or not usable in names of metrics.
 
@@ -26,12 +15,12 @@ def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> 
     """
     names, others = list(objectives), list(corpus_objectives)
     if not names:
-        raise ValueError("model.objectives: at least one is needed, such as `kd: ForwardKL`.")
+        raise ValueError("objectives: at least one is needed, such as `kd: ForwardKL`.")
     if both := sorted(set(names) & set(others)):
-        raise ValueError(f"model.corpus_objectives: {both[0]!r} is also in model.objectives; give it another name.")
+        raise ValueError(f"corpus_objectives: {both[0]!r} is also in model.objectives; give it another name.")
     for name in (*names, *others):
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
             raise ValueError(
-                f"model.objectives: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and not the name "
+                f"objectives: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and not the name "
                 "of a method of dictionaries, such as `keys`."
             )

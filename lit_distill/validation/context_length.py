@@ -64,7 +64,7 @@ def check_tokens(run: DistillationRun) -> None:
     check = getattr(run.trainer.datamodule, "check_token_ids", None)
     teacher = run.teacher_spec
     if check is not None and teacher is not None and not teacher.shared_with_student:
-        check(shared_ids(run.tokenizer, load_tokenizer(teacher, "model.teacher")))
+        check(shared_ids(run.tokenizer, load_tokenizer(teacher, "teacher")))
 
 
 def _items(run: DistillationRun, data: Any, stage: str) -> Iterator[LengthRequirement]:

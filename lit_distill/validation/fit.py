@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_distill.types import arguments_of
 from lit_distill.validation.callbacks import check_callbacks
 from lit_distill.validation.monitors import check_monitors
 from lit_distill.validation.optimizer import check_optimizer
@@ -92,7 +93,8 @@ def check_fit(run: DistillationRun) -> None:
         raise ValueError(
             "model.objectives: every weight is 0, so there is nothing to train. Give at least one a weight above 0."
         )
-    run.source.check_trainer(trainer)
+    with arguments_of(run.source):
+        run.source.check_trainer(trainer)
     _check_corpus(run, trainer)
     if length is not None:
         _check_interval(trainer, length)

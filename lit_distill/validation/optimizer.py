@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lit_distill.optim import KEY as SCHEDULER_KEY
 from lit_distill.optim import check_total_steps, parameter_groups
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
 KEY = "model.optimizer"
+SCHEDULER_KEY = "model.lr_scheduler"
 
 
 def check_optimizer(

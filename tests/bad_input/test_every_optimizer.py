@@ -99,7 +99,7 @@ def test_an_optimiser_learns(pair, parser, tmp_path, name: str) -> None:
 def test_an_optimiser_that_fails_at_its_first_step_is_refused_with_its_key(refusal, name: str) -> None:
     arguments, words = REFUSED_OPTIMIZERS[name]
     message = refusal({"model.optimizer": {"class_path": name, "init_args": arguments}})
-    assert re.search(rf"model\.optimizer: {words}", message, re.DOTALL), message
+    assert re.search(rf"model\.optimizer: .*{words}", message, re.DOTALL), message
 
 
 def test_an_optimiser_of_matrices_may_train_adapters(parser, tmp_path) -> None:

@@ -102,7 +102,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a template as YAML": ({"template": {"Q": "x"}}, r"data\.init_args\.template|template"),
     "a validation twice": (
         {"validation": {"path": "data.jsonl"}, "validation_size": 2},
-        r"data\.init_args\.validation_size is 2, but",
+        r"data\.init_args\.validation_size: 2 was given, and validation too",
     ),
     "a validation of everything": ({"validation_size": 4}, r"data\.init_args\.validation_size"),
     "an unknown way with long items": ({"overlong": "split"}, r"overlong"),

@@ -66,7 +66,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a negative weight decay": (optimizer(weight_decay=-1), r"model\.optimizer: .*weight_decay"),
     "an infinite learning rate": (optimizer(lr=float("inf")), r"model\.optimizer.*inf"),
     "an optimiser without its arguments": (optimizer("torch.optim.Muon", lr=0.1), r"model\.optimizer: Muon"),
-    "a negative warm-up": (scheduler("WarmupCosine", warmup_steps=-1), r"model\.lr_scheduler\.warmup_steps.*-1"),
+    "a negative warm-up": (
+        scheduler("WarmupCosine", warmup_steps=-1),
+        r"model\.lr_scheduler\.init_args\.warmup_steps.*-1",
+    ),
     "a scheduler without its arguments": (scheduler("torch.optim.lr_scheduler.StepLR"), r"step_size"),
     "a negative weight": (kd("ForwardKL", weight=-1), r"model\.objectives\.kd\b.*weight.*-1"),
     "a weight that is no number": (kd("ForwardKL", weight=float("nan")), r"model\.objectives\.kd\b.*weight.*nan"),
@@ -99,9 +102,17 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a prompt as long as the text": (
         {"data.init_args.max_prompt_length": 256},
-        r"max_prompt_length \(256\) .*max_length",
+        r"data\.init_args\.max_prompt_length: 256 must be less than max_length",
     ),
-    "items of no number": ({"data.init_args.num_train": 0}, r"data\.init_args\.num_train must be at least 1, got 0"),
+    "one word to choose from": (
+        {"calibration.tasks": {"mood": {"path": "x.jsonl", "template": "{text}", "words": [" a"]}}},
+        r"calibration\.tasks\.mood\.words: expected at least two words",
+    ),
+    "rows of one token": (
+        {"data.init_args.corpus": {"length": 1}},
+        r"data\.init_args\.corpus\.length: expected at least 2, got 1",
+    ),
+    "items of no number": ({"data.init_args.num_train": 0}, r"data\.init_args\.num_train: expected at least 1, got 0"),
     "mini-batches larger than the data": (
         {**mixed(mini_batch_size=8), "data.init_args.num_train": 6},
         r"model\.source\.init_args\.mini_batch_size: 8 .* 6 items",
@@ -123,7 +134,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "truncated draws of a mixture": (mixed(top_k=5), r"model\.source\.init_args\.alpha: .*top_k: 0"),
     "two temperatures": (
         mixed(temperature=0.5),
-        r"model\.objectives\.long\.temperature is 1.*Set both to the same value",
+        r"model\.objectives\.long\.temperature: 1.*Set both to the same value",
     ),
     "a corpus objective without a corpus": (
         {"model.corpus_objectives": {"lm": "NextToken"}},
@@ -145,7 +156,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "weights that are all 0": (kd("ForwardKL", weight=0), r"model\.objectives: every weight is 0"),
     "a schedule of a missing objective": (
         callback("ObjectiveWeightSchedule", objective="kl", end=0.0),
-        r"ObjectiveWeightSchedule: objective: there is no objective 'kl'\. Give one of",
+        r"trainer\.callbacks\[0\]\.init_args\.objective: there is no objective 'kl'\. Give one of",
     ),
     "a schedule of a missing mixture": (callback("TeacherMixSchedule"), r"TeacherMixSchedule: .*TeacherMixedRollouts"),
     "training without responses": ({"data.init_args.responses": False}, r"data\.init_args\.responses: true"),
@@ -205,12 +216,12 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"exposure_bias.max_prompts": 4, "model.teacher": None, "model.objectives": {"ce": "NextToken"}},
         r"exposure_bias\.max_prompts: 4, but there is no teacher",
     ),
-    "a judge without an address": (judge(endpoint={**JUDGE, "base_url": "localhost"}), r"Judge\.endpoint\.base_url"),
-    "a judge asked twice the same": (judge(seeds=[1, 1]), r"Judge\.seeds"),
-    "a judge without workers": (judge(num_workers=0), r"Judge\.num_workers: expected at least 1, got 0"),
+    "a judge without an address": (judge(endpoint={**JUDGE, "base_url": "localhost"}), r"endpoint\.base_url: expected"),
+    "a judge asked twice the same": (judge(seeds=[1, 1]), r"callbacks\[0\]\.init_args\.seeds: expected"),
+    "a judge without workers": (judge(num_workers=0), r"init_args\.num_workers: expected at least 1, got 0"),
     "a judge without a key": (
         judge(endpoint={**JUDGE, "api_key_env": "NOT_SET"}, every_n_validations=1),
-        r"NOT_SET",
+        r"trainer\.callbacks\[0\]\.init_args\.endpoint\.api_key_env: .*NOT_SET",
     ),
 }
 

@@ -122,7 +122,7 @@ def test_a_damaged_model_is_refused_with_its_key(refusal, pair, tmp_path, damage
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (tokens_in_another_order, r"model\.student and model\.teacher have different tokenizers: 2 of"),
+        (tokens_in_another_order, r"model\.teacher: its tokenizer differs from the student's: 2 of"),
         (another_end, r"The student's end-of-sequence token.*model\.teacher\.path"),
     ],
 )

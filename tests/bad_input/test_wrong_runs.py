@@ -156,7 +156,7 @@ def test_a_split_that_stands_in_for_another_is_named(pair, tmp_path, monkeypatch
     config = changed(tiny_config(pair), {"data": data, "model.prediction": {"max_new_tokens": 2}})
     with caplog.at_level("INFO"):
         run(command, "--config", write(config, tmp_path / "c.yaml"))
-    expected = f"data.init_args.{command}: no records are given, using the {split} split."
+    expected = f"{command}: no records are given, using the {split} split."
     assert expected in caplog.text
 
 

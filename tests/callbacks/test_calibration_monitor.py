@@ -65,7 +65,7 @@ def test_next_tokens_of_both_models_are_those_of_their_own_logits(tested) -> Non
 
 
 def test_a_task_is_asked_at_test_of_both_models(tested, mood) -> None:
-    task = VerbalizerTask(Verbalizer(**mood), tested.model.tokenizer, "k", 6)
+    task = VerbalizerTask(Verbalizer(**mood), tested.model.tokenizer, 6)
     for prefix, lm in (("", tested.model.student), ("teacher_", tested.model.teacher)):
         for name, value in task.ask(lm, torch.device("cpu")).metrics.items():
             logged = tested.trainer.callback_metrics[f"test/mood/{prefix}{name}"]
@@ -117,7 +117,7 @@ def test_validations_ask_the_tasks_only_where_told_to(pair, mood, tmp_path) -> N
 def test_by_default_a_fit_does_not_even_read_the_tasks(pair) -> None:
     unread = CalibrationMonitor(tasks={"mood": Verbalizer("nowhere.jsonl", "{text}", [" a", " b"])})
     unread.setup(None, None, "fit")
-    with pytest.raises(ValueError, match=r"calibration\.tasks\.mood\.path: there is no file"):
+    with pytest.raises(ValueError, match=r"^path: there is no file"):
         unread.setup(None, SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(pair[0])), "test")
 
 
@@ -139,9 +139,8 @@ def test_it_can_be_switched_off(pair, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"num_bins": 1}, r"calibration\.num_bins: expected at least 2, got 1"),
-        ({"every_n_validations": 0}, r"calibration\.every_n_validations: expected at least 1, or null"),
-        ({"tasks": {"mood": Verbalizer("x", "{text}", [" a"])}}, r"calibration\.tasks\.mood\.words: expected at least"),
+        ({"num_bins": 1}, r"^num_bins: expected at least 2, got 1"),
+        ({"every_n_validations": 0}, r"^every_n_validations: expected at least 1, or null"),
     ],
 )
 def test_what_is_wrong_in_the_yaml_is_said_by_its_key(settings, said) -> None:

@@ -99,12 +99,12 @@ def test_the_table_of_a_test_has_student_and_teacher_side_by_side(tested) -> Non
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"seeds": [1, 2]}, r"generation\.seeds: \[1, 2\] with temperature 0.*generation\.temperature"),
-        ({"seeds": []}, r"generation\.seeds: .*\[\]"),
-        ({"seeds": [1, 1], "temperature": 1.0}, r"generation\.seeds: expected one or more different .*\[1, 1\]"),
-        ({"reference_lengths": [30, 30]}, r"generation\.reference_lengths: .*\[30, 30\]"),
-        ({"reference_lengths": [0, 4]}, r"generation\.reference_lengths: .*\[0, 4\]"),
-        ({"max_prompts": -3}, r"generation\.max_prompts: .*-3"),
+        ({"seeds": [1, 2]}, r"^seeds: \[1, 2\] with temperature 0.*or temperature"),
+        ({"seeds": []}, r"^seeds: .*\[\]"),
+        ({"seeds": [1, 1], "temperature": 1.0}, r"^seeds: expected one or more different .*\[1, 1\]"),
+        ({"reference_lengths": [30, 30]}, r"^reference_lengths: .*\[30, 30\]"),
+        ({"reference_lengths": [0, 4]}, r"^reference_lengths: .*\[0, 4\]"),
+        ({"max_prompts": -3}, r"^max_prompts: .*-3"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_with_their_key(given, message) -> None:

@@ -135,5 +135,5 @@ def test_a_validation_split_has_the_size_asked_for_and_depends_on_the_seed(size,
 
 
 def test_a_validation_split_that_leaves_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"data\.init_args\.validation_size is 10, but train has only 10"):
+    with pytest.raises(ValueError, match=r"^validation_size: 10 was given, but train has only 10"):
         validation_mask(10, 10, seed=0)

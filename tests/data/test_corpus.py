@@ -77,10 +77,8 @@ def test_a_hub_dataset_is_read_by_its_text_field(text, tokenizer, monkeypatch):
 
 
 def test_too_little_text_is_an_error_that_leaves_nothing_in_the_cache(text, tokenizer, data_cache):
-    expected = f"data.init_args.corpus.path: {text} has {len(stream(tokenizer))} tokens, too few for one row of 500."
-    with pytest.raises(
-        ValueError, match=re.escape(f"{expected} Give more text, or a smaller data.init_args.corpus.length")
-    ):
+    expected = f"path: {text} has {len(stream(tokenizer))} tokens, too few for one row of 500."
+    with pytest.raises(ValueError, match=re.escape(f"{expected} Give more text, or a smaller length")):
         packed(text, tokenizer, length=500)
     assert not [path for path in data_cache.rglob("*") if path.is_file()]
 
@@ -89,7 +87,7 @@ def test_too_little_text_is_an_error_that_leaves_nothing_in_the_cache(text, toke
 def test_a_file_without_text_is_named_and_not_the_length_of_rows(tmp_path, tokenizer, name, content) -> None:
     path = tmp_path / name
     path.write_text(content)
-    with pytest.raises(ValueError, match=re.escape(f"data.init_args.corpus.path: {path} is empty: there is no text")):
+    with pytest.raises(ValueError, match=re.escape(f"path: {path} is empty: there is no text")):
         packed(path, tokenizer)
 
 
@@ -108,5 +106,5 @@ def test_text_that_is_not_utf8_is_reported_with_file_and_line(tmp_path, tokenize
 
 @pytest.mark.parametrize(("option", "value"), [("length", 1), ("batch_size", 0)])
 def test_sizes_that_cannot_be_name_their_key(option, value):
-    with pytest.raises(ValueError, match=rf"data\.init_args\.corpus\.{option}"):
+    with pytest.raises(ValueError, match=rf"^{option}"):
         Corpus("text.txt", **{option: value})

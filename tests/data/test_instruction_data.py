@@ -132,7 +132,9 @@ def test_what_was_dropped_is_reported(make, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("lit_distill.data.instructions.rank_zero_info", said.append)
     make(max_prompt_length=10, max_length=40).setup("fit")
-    assert re.search(r"train: \d+ items, \d+ dropped: \d+ with the prompt over 10 tokens \(data\.init_args", said[0])
+    assert re.search(
+        r"train: \d+ items, \d+ dropped: \d+ with the prompt over 10 tokens \(max_prompt_length\)", said[0]
+    )
 
 
 def test_cut_items_are_no_longer_than_asked_for_and_keep_their_references(make):
@@ -175,21 +177,21 @@ def test_a_subclass_brings_its_own_records(tokenizer, monkeypatch):
     ],
 )
 def test_an_argument_that_cannot_be_is_refused_at_once_by_its_key(make, options, key):
-    with pytest.raises(ValueError, match=rf"data\.init_args\.{key}\b"):
+    with pytest.raises(ValueError, match=rf"^{key}\b"):
         make(**options)
 
 
 def test_a_stage_without_records_says_which_to_give(make):
     data = make()
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"data\.init_args\.test.*Give test or validation"):
+    with pytest.raises(ValueError, match=r"^test.*Give test or validation"):
         data.test_dataloader()
 
 
 def test_no_tokenizer_anywhere_is_an_error_and_so_is_a_wrong_one(make):
-    with pytest.raises(ValueError, match=r"data\.init_args\.tokenizer: there is no tokenizer"):
+    with pytest.raises(ValueError, match=r"^tokenizer: there is no tokenizer"):
         make(tokenizer=None).setup("fit")
-    with pytest.raises(ValueError, match=r"data\.init_args\.tokenizer: no tokenizer could be loaded from '/nowhere'"):
+    with pytest.raises(ValueError, match=r"^tokenizer: no tokenizer could be loaded from '/nowhere'"):
         make(tokenizer="/nowhere").setup("fit")
 
 

@@ -33,8 +33,8 @@ def test_drop_removes_long_items_and_counts_them_by_reason():
     assert kept["id"][:] == ["0", "3"]
     assert lengths.tolist() == [8, 4]
     assert report == (
-        "train: 2 items, 3 dropped: 2 with the prompt over 4 tokens (data.init_args.max_prompt_length), "
-        "1 with prompt and response over 8 tokens (data.init_args.max_length)"
+        "train: 2 items, 3 dropped: 2 with the prompt over 4 tokens (max_prompt_length), "
+        "1 with prompt and response over 8 tokens (max_length)"
     )
 
 
@@ -51,9 +51,7 @@ def test_nothing_too_long_is_reported_as_such():
 
 
 def test_nothing_left_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"None of the 2 items is left: raise the limit, or set data\.init_args\.overlong"
-    ):
+    with pytest.raises(ValueError, match=r"None of the 2 items is left: raise the limit, or set overlong"):
         fit_lengths(rows((9, 9), (5, 5)), "train", LengthLimits(4, 8, "drop"))
 
 
@@ -74,5 +72,5 @@ def test_a_long_response_loses_its_end_with_its_eos():
     [((8, 8, "drop"), "max_prompt_length"), ((0, 8, "drop"), "max_prompt_length"), ((4, 8, "cut"), "overlong")],
 )
 def test_limits_that_cannot_be_name_their_key(arguments, key):
-    with pytest.raises(ValueError, match=rf"data\.init_args\.{key}"):
+    with pytest.raises(ValueError, match=rf"^{key}"):
         LengthLimits(*arguments)

@@ -12,7 +12,7 @@ import pytest
 from lit_distill.data import Records
 from lit_distill.data.files import ORIGIN, ROWS_AT_ONCE
 
-KEY = "data.init_args.train"
+KEY = "train"
 A, B = {"instruction": "one", "output": "1"}, {"instruction": "two", "output": "2"}
 
 

@@ -34,7 +34,7 @@ WORDS_ONLY = (
 
 def rows_of(records, tokenizer, template="chat", **options):
     fields = ColumnMapping(options.pop("fields", None))
-    read = Records(records).read("data.init_args.train") if isinstance(records, str) else records
+    read = Records(records).read("train") if isinstance(records, str) else records
     return tokenize_records(
         read, "train", tokenizer, template=Template(template), fields=fields, responses=True, **options
     )
@@ -135,10 +135,10 @@ def test_records_without_a_response_are_refused_or_dropped_and_counted(tokenizer
     with caplog.at_level("INFO"):
         data.setup("fit")
     assert data.num_items("train") == 2
-    assert "3 records with an empty response dropped (data.init_args.empty_responses)" in caplog.text
+    assert "3 records with an empty response dropped (empty_responses)" in caplog.text
     nothing = InstructionData(Records(write_jsonl([lines[1]])), template="{instruction}", empty_responses="drop")
     nothing._tokenizer = lambda: tokenizer
-    with pytest.raises(ValueError, match=r"data\.init_args\.train: all of the 1 records have an empty response"):
+    with pytest.raises(ValueError, match=r"^train: all of the 1 records have an empty response"):
         nothing.setup("fit")
 
 
@@ -155,7 +155,7 @@ def test_a_token_that_the_teacher_lacks_is_found_with_its_item(tokenizer, write_
     data.check_token_ids(new + 1)
     what = "prompt" if part == "instruction" else "response"
     with pytest.raises(
-        ValueError, match=rf"data\.init_args\.predict: the {what} of the item 'n2' contains the token '<new>' \({new}\)"
+        ValueError, match=rf"^predict: the {what} of the item 'n2' contains the token '<new>' \({new}\)"
     ):
         data.check_token_ids(new)
 
@@ -177,7 +177,7 @@ def test_a_field_that_one_split_lacks_is_named_with_the_split(tokenizer, write_j
         Records(good), validation=Records(bad), fields={"instruction": "q", "output": "a"}, template="{instruction}"
     )
     data._tokenizer = lambda: tokenizer
-    missing = r"fields\.output: there is no column 'a' in data\.init_args\.validation \(.*validation\.jsonl\).* q, b"
+    missing = r"fields\.output: there is no column 'a' in the validation records \(.*validation\.jsonl\).* q, b"
     with pytest.raises(ValueError, match=missing):
         data.setup("fit")
 

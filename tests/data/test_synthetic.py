@@ -156,7 +156,7 @@ def test_what_does_not_exist_is_refused_by_name(arguments, message):
 
 @pytest.mark.parametrize("name", ["num_train", "num_validation", "num_test"])
 def test_an_empty_split_is_refused_by_its_key(name):
-    with pytest.raises(ValueError, match=rf"data\.init_args\.{name} must be at least 1"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected at least 1"):
         ProceduralData(**{name: 0})
 
 

@@ -40,7 +40,7 @@ def test_values_are_never_evaluated():
 
 @pytest.mark.parametrize("text", ["{instruction!r}", "{instruction:>9}", "{}", "{instruction", "a } b", "alpacca", ""])
 def test_a_string_that_is_no_template_is_refused_by_its_key(text):
-    with pytest.raises(ValueError, match=r"data\.init_args\.template.*" + re.escape(repr(text))):
+    with pytest.raises(ValueError, match=r"^template.*" + re.escape(repr(text))):
         Template(text)
 
 
@@ -61,10 +61,10 @@ def test_the_chat_template_gets_instruction_blank_line_and_input(chat_tokenizer)
 
 
 def test_a_tokenizer_without_chat_template_cannot_chat(tokenizer):
-    with pytest.raises(ValueError, match=r"data\.init_args\.template.*no chat template"):
+    with pytest.raises(ValueError, match=r"^template.*no chat template"):
         check_chat_template(Template("chat"), tokenizer)
 
 
 def test_an_unknown_field_in_the_mapping_is_refused():
-    with pytest.raises(ValueError, match=r"data\.init_args\.fields: 'answer'.*instruction, input, output"):
+    with pytest.raises(ValueError, match=r"^fields: 'answer'.*instruction, input, output"):
         ColumnMapping({"answer": "output"})

@@ -11,9 +11,7 @@ GOOD = {"instruction": "name a colour", "output": "red"}
 
 
 def tokenized(source, tokenizer, *, template="{instruction}", fields=None, responses=True, split="train"):
-    records = (
-        Records(source).read("data.init_args.train") if isinstance(source, str) else datasets.Dataset.from_list(source)
-    )
+    records = Records(source).read("train") if isinstance(source, str) else datasets.Dataset.from_list(source)
     return tokenize_records(
         records, split, tokenizer, template=Template(template), fields=ColumnMapping(fields), responses=responses
     )

@@ -16,7 +16,6 @@ from lit_distill.evaluation.word_tree import WordTree
 from lit_distill.models import CausalLM
 from lit_distill.teachers import FrozenTeacher
 
-KEY = "calibration.tasks.mood"
 CPU = torch.device("cpu")
 WORDS = {
     "single": [[7], [9], [30]],
@@ -35,7 +34,7 @@ def slow_logprobs(model, prompt: list[int], word: list[int]) -> float:
 
 def asker(words: list[list[int]]) -> VerbalizerTask:
     task = VerbalizerTask.__new__(VerbalizerTask)
-    task.tree, task.pad_id, task.key = WordTree(words, [str(word) for word in words], KEY), 2, KEY
+    task.tree, task.pad_id = WordTree(words, [str(word) for word in words]), 2
     return task
 
 
@@ -50,12 +49,12 @@ def test_word_probabilities_equal_the_models_own_on_ragged_prompts(make_model, f
 
 
 def test_words_of_one_token_take_one_text_and_one_row_of_logits() -> None:
-    tree = WordTree(WORDS["single"], "abc", KEY)
+    tree = WordTree(WORDS["single"], "abc")
     assert len(tree.rows) == len(tree.places) == 1
-    tree = WordTree(WORDS["long"], "abc", KEY)
+    tree = WordTree(WORDS["long"], "abc")
     assert len(tree.rows) == 2  # (7, 12, 5) passes the beginnings of (7, 8) too
     assert len(tree.places) == 1 + 4  # "", 7, 9, (9, 8), (7, 12); the last token of a word predicts nothing
-    assert len(WordTree([[7, 8], [7, 9]], "ab", KEY).rows) == 1
+    assert len(WordTree([[7, 8], [7, 9]], "ab").rows) == 1
 
 
 @pytest.mark.parametrize(
@@ -67,8 +66,8 @@ def test_words_of_one_token_take_one_text_and_one_row_of_logits() -> None:
     ],
 )
 def test_words_that_cannot_be_told_apart_are_refused(words, said) -> None:
-    with pytest.raises(ValueError, match=rf"calibration\.tasks\.mood\.words: {said}"):
-        WordTree(words, "ab", f"{KEY}.words")
+    with pytest.raises(ValueError, match=rf"^words: {said}"):
+        WordTree(words, "ab")
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def mood(tmp_path) -> Verbalizer:
 
 
 def test_figures_are_those_of_the_renormalised_probabilities(mood, tokenizer, model) -> None:
-    result = VerbalizerTask(mood, tokenizer, KEY, 4).ask(CausalLM(model), CPU)
+    result = VerbalizerTask(mood, tokenizer, 4).ask(CausalLM(model), CPU)
     words = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in mood.words]
     right, mass, brier = [], [], []
     for line in Path(mood.path).read_text().splitlines():
@@ -117,7 +116,7 @@ def test_figures_are_those_of_the_renormalised_probabilities(mood, tokenizer, mo
 
 
 def test_ranks_share_the_questions_without_loss_or_duplicates(mood, tokenizer, model, monkeypatch) -> None:
-    task, lm = VerbalizerTask(mood, tokenizer, KEY, 4), CausalLM(model)
+    task, lm = VerbalizerTask(mood, tokenizer, 4), CausalLM(model)
     forwards, metrics = [], []
     model.base_model.register_forward_hook(lambda *_: forwards.append(1))
 
@@ -141,59 +140,56 @@ def test_ranks_share_the_questions_without_loss_or_duplicates(mood, tokenizer, m
 
 def test_a_label_is_an_index_or_a_word(tmp_path, tokenizer) -> None:
     task = Verbalizer("x", "{a}", ["no", " yes"])
-    assert [task.label(value, "", KEY) for value in (0, 1, "no", "yes", " yes", True)] == [0, 1, 0, 1, 1, 1]
+    assert [task.label(value, "") for value in (0, 1, "no", "yes", " yes", True)] == [0, 1, 0, 1, 1, 1]
     for wrong in (2, -1, "maybe", None, 0.0, "1"):
-        with pytest.raises(
-            ValueError, match=r"line 3: the field `label` .* Correct it, calibration\.tasks\.mood\.words"
-        ):
-            task.label(wrong, "file, line 3", KEY)
+        with pytest.raises(ValueError, match=r"line 3: the field `label` .* Correct it, or the task's words"):
+            task.label(wrong, "file, line 3")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"words": [" sad"]}, r"mood\.words: expected at least two words"),
-        ({"max_items": 0}, r"mood\.max_items: expected at least 1, or -1 for all, got 0"),
-        ({"batch_size": 0}, r"mood\.batch_size: expected at least 1, got 0"),
-        ({"template": "no field"}, r"^calibration\.tasks\.mood\.template: 'no field'"),
-        ({"template": "{nothing}"}, r"mood\.template: there is no field 'nothing' in the data. The fields are text"),
-        ({"template": "chat"}, r"^calibration\.tasks\.mood\.template: the template is 'chat'"),
-        ({"label_field": "kind"}, r"mood\.label_field: there is no field 'kind'"),
-        ({"path": "nowhere.jsonl"}, r"mood\.path: there is no file 'nowhere.jsonl'"),
+        ({"words": [" sad"]}, r"words: expected at least two words"),
+        ({"max_items": 0}, r"max_items: expected at least 1, or -1 for all, got 0"),
+        ({"batch_size": 0}, r"batch_size: expected at least 1, got 0"),
+        ({"template": "no field"}, r"template: 'no field'"),
+        ({"template": "{nothing}"}, r"template: there is no field 'nothing' in the data. The fields are text"),
+        ({"template": "chat"}, r"template: the template is 'chat'"),
+        ({"label_field": "kind"}, r"label_field: there is no field 'kind'"),
+        ({"path": "nowhere.jsonl"}, r"path: there is no file 'nowhere.jsonl'"),
         ({"words": [" sad", " glad", " "], "template": "{text}"}, None),
     ],
 )
-def test_what_is_wrong_in_the_yaml_is_said_by_its_key(mood, tokenizer, change, said) -> None:
-    task = Verbalizer(**{**vars(mood), **change})
+def test_what_is_wrong_is_said_by_its_argument(mood, tokenizer, change, said) -> None:
     tokenizer.chat_template = None
+    settings = {**vars(mood), **change}
     if said is None:
-        VerbalizerTask(task, tokenizer, KEY)
+        VerbalizerTask(Verbalizer(**settings), tokenizer)
         return
-    with pytest.raises(ValueError, match=said):  # noqa: PT012 - the first of two steps may refuse
-        task.check(KEY)
-        VerbalizerTask(task, tokenizer, KEY)
+    with pytest.raises(ValueError, match=f"^{said}"):
+        VerbalizerTask(Verbalizer(**settings), tokenizer)
 
 
 def test_a_missing_field_is_said_by_file_and_line(tmp_path, tokenizer) -> None:
     path = records(tmp_path, [{"text": "well", "label": 0}, {"text": None, "label": 1}])
     with pytest.raises(ValueError, match=r"mood.jsonl, line 2: the field `text` is missing"):
-        VerbalizerTask(Verbalizer(path, "{text}", [" sad", " glad"]), tokenizer, KEY)
+        VerbalizerTask(Verbalizer(path, "{text}", [" sad", " glad"]), tokenizer)
 
 
 def test_a_prompt_that_the_model_cannot_read_is_refused(tmp_path, tokenizer, model) -> None:
     path = records(tmp_path, [{"text": "a b c " * 200, "label": 0}, {"text": "a", "label": 0}])
-    task = VerbalizerTask(Verbalizer(path, "{text}", [" sad", " glad"]), tokenizer, KEY)
-    with pytest.raises(ValueError, match=r"mood: the prompt of .*, line 1 has .* accepts 512"):
+    task = VerbalizerTask(Verbalizer(path, "{text}", [" sad", " glad"]), tokenizer)
+    with pytest.raises(ValueError, match=r"^template: the prompt of .*, line 1 has .* accepts 512"):
         task.ask(CausalLM(model), CPU)
 
 
 def test_tokens_that_the_models_do_not_share_are_refused(model) -> None:
-    tree = WordTree([[3], [9]], "ab", KEY)
+    tree = WordTree([[3], [9]], "ab")
     with pytest.raises(ValueError, match="student and teacher share only the first 5"):
         tree.logprobs(torch.zeros(1, 1, 16), SimpleNamespace(weight=torch.zeros(5, 16)))
 
 
 def test_a_few_items_are_spread_over_the_file(tmp_path, tokenizer) -> None:
     path = records(tmp_path, [{"text": "a", "label": int(i >= 50)} for i in range(100)])
-    task = VerbalizerTask(Verbalizer(path, "{text}", [" sad", " glad"], max_items=10), tokenizer, KEY)
+    task = VerbalizerTask(Verbalizer(path, "{text}", [" sad", " glad"], max_items=10), tokenizer)
     assert sorted(question.label for question in task.questions) == [0] * 5 + [1] * 5

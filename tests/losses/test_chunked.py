@@ -157,7 +157,7 @@ def test_an_objective_that_ignores_the_student_is_refused() -> None:
             return LossTerm(teacher_logits.sum(), len(teacher_logits))
 
     hidden, head, signals, teacher = problem()
-    with pytest.raises(ValueError, match=r"model\.objectives\.entropy: the total does not depend on the student"):
+    with pytest.raises(ValueError, match=r"^objectives\.entropy: the total does not depend on the student"):
         ChunkedTokenLoss({"entropy": TeacherEntropy()}, {"entropy": 1.0}, head, signals, teacher)(hidden)
 
 

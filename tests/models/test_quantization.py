@@ -134,7 +134,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("given", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_mappings_are_refused_before_anything_is_read(given, message) -> None:
-    with pytest.raises(ValueError, match=rf"model\.teacher\.{message}"):
+    with pytest.raises(ValueError, match=rf"^teacher\.{message}"):
         validate_specs(ModelSpec("x"), ModelSpec("there is none", quantization=given))
 
 
@@ -156,10 +156,10 @@ def test_a_missing_package_is_named(monkeypatch, folder) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(ValueError, match=r"model\.teacher\.quantization: .*torchao is not installed"):
+    with pytest.raises(ValueError, match=r"^teacher\.quantization: .*torchao is not installed"):
         validate_specs(ModelSpec("x"), ModelSpec(str(folder), quantization=INT8))
     monkeypatch.setattr("transformers.quantizers.quantizer_quanto.is_optimum_quanto_available", lambda: False)
-    with pytest.raises(ValueError, match=r"model\.teacher\.path: .*pip install optimum-quanto"):
+    with pytest.raises(ValueError, match=r"^model\.teacher\.path: .*pip install optimum-quanto"):
         load_model(ModelSpec(str(folder), quantization={"quant_method": "quanto"}), KEY)
 
 
@@ -169,7 +169,7 @@ def test_what_is_stored_quantised_is_not_quantised_again(folder) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "quanto", "weights": "int8"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"model\.teacher\.quantization: .* is stored quantised already"):
+    with pytest.raises(ValueError, match=r"^model\.teacher\.quantization: .* is stored quantised already"):
         load_model(ModelSpec(str(folder), quantization={"quant_method": "quanto"}), KEY)
 
 

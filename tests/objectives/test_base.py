@@ -42,14 +42,14 @@ def test_what_a_source_lacks_is_named_with_what_it_has() -> None:
 
     with pytest.raises(
         ValueError,
-        match=r"model\.objectives\.pg: Weighted needs `advantages`.*the source X does not.*labels, student_logits",
+        match=r"^model\.objectives\.pg: Weighted needs `advantages`.*the source X does not.*labels, student_logits",
     ):
         check_needs({"pg": Weighted()}, FROM_DATASET, "model.objectives", "the source X")
 
 
 def test_a_missing_teacher_is_named_by_its_key() -> None:
     with pytest.raises(
-        ValueError, match=r"model\.objectives\.kd: ForwardKL needs `teacher_logits`.*model\.teacher\.path"
+        ValueError, match=r"^model\.objectives\.kd: ForwardKL needs `teacher_logits`.*model\.teacher\.path"
     ):
         check_needs({"kd": ForwardKL()}, FROM_DATASET, "model.objectives", "the source X")
 
@@ -116,9 +116,7 @@ def test_an_objective_that_writes_into_a_signal_is_refused() -> None:
             return sum_over_tokens((student_logits - teacher_logits).square().sum(dim=-1))
 
     signals = {"student_logits": torch.randn(3, 5, requires_grad=True), "teacher_logits": torch.randn(3, 5)}
-    with pytest.raises(
-        ValueError, match=r"model\.objectives\.mine: Halves modifies `teacher_logits` in place.*x = x / 2"
-    ):
+    with pytest.raises(ValueError, match=r"^objectives\.mine: Halves modifies `teacher_logits` in place.*x = x / 2"):
         weighted_sum({"mine": Halves()}, {"mine": 1.0}, signals)
     with torch.inference_mode():
         weighted_sum({"kd": ForwardKL()}, {"kd": 1.0}, {name: torch.randn(3, 5) for name in signals})

@@ -11,7 +11,7 @@ import datasets
 import pyarrow as pa
 
 from lit_distill.data.corpus import PackedText
-from lit_distill.data.instructions import KEY, InstructionData
+from lit_distill.data.instructions import InstructionData
 from lit_distill.data.synthetic.tasks import generate_corpus, generate_instructions
 
 TEMPLATE = "{instruction}\n{input}\n"
@@ -96,7 +96,7 @@ class ProceduralData(InstructionData):
         self.counts = {"train": num_train, "validation": num_validation, "test": num_test}
         for name, count in self.counts.items():
             if count < 1:
-                raise ValueError(f"{KEY}.num_{name} must be at least 1, got {count}.")
+                raise ValueError(f"num_{name}: expected at least 1, got {count}.")
         self.task_seed = task_seed
 
     def read_split(self, name: str) -> datasets.Dataset:
