@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_distill.callbacks.prompt_evaluator import PromptEvaluator, Stage, generate_for_prompts
 from lit_distill.distributed import data_ranks
 from lit_distill.evaluation.budget import Budget, CostTracker
-from lit_distill.evaluation.chat import ChatEndpoint
+from lit_distill.evaluation.chat import ChatClient, ChatEndpoint, EndpointError
 from lit_distill.evaluation.judge import AnswerCache, JudgeResult, JudgeRun, Question
 from lit_distill.generation import SamplingParams
+from lit_distill.types import ArgumentError
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -35,6 +37,8 @@ class Judge(PromptEvaluator):
     ``judge_reference`` and ``judge_count`` are logged too. Rank 0 sends the requests of all ranks. If the judge does not
     answer, `fit` logs a warning instead of these metrics; `test` and `validate` end with an error after everything else is
     written. Answers are kept in the cache in both cases.
+
+    It needs openai: ``pip install 'lit-distill[judge]'``.
 
     Args:
         endpoint: server and model of the judge. Its API key is read from the environment.
@@ -75,18 +79,18 @@ class Judge(PromptEvaluator):
         super().__init__(max_prompts, every_n_validations)
         for name, value, least in (("num_workers", num_workers, 1), ("num_samples", num_samples, 0)):
             if value < least:
-                raise ValueError(f"Judge.{name}: expected at least {least}, got {value}.")
+                raise ValueError(f"{name}: expected at least {least}, got {value}.")
         if not seeds or len(set(seeds)) < len(seeds):
-            raise ValueError(f"Judge.seeds: expected one or more different numbers, got {list(seeds)}.")
+            raise ValueError(f"seeds: expected one or more different numbers, got {list(seeds)}.")
         if temperature == 0 and len(seeds) > 1:
             raise ValueError(
-                f"Judge.seeds: {list(seeds)} with temperature 0, where all responses are the same. Give one seed."
+                f"seeds: {list(seeds)} with temperature 0, where all responses are the same. Give one seed."
             )
         self.endpoint = endpoint
         self.budget = budget or Budget()
         if self.budget.max_cost is not None and endpoint.answer_tokens() is None:
             raise ValueError(
-                "Judge.budget.max_cost: needs a limit on the length of an answer. Set Judge.endpoint.parameters.max_tokens."
+                "budget.max_cost: needs a limit on the length of an answer. Set endpoint.parameters.max_tokens."
             )
         self.sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p)
         self.seeds = tuple(seeds)
@@ -97,26 +101,26 @@ class Judge(PromptEvaluator):
         self._questions: list[Question] = []
         self._account: CostTracker | None = None  # on rank 0 only
         self._warned_about_budget = False
-        self._error: str | None = None
+        self._error: ValueError | None = None
         self._report: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Check that the API key is set, before any work is done.
+        """Check that openai is installed and the API key is set, before any work is done.
 
         Raises:
-            ValueError: with the environment variable, on all ranks.
+            ArgumentError: of the endpoint, on all ranks.
         """
         self._error, self._report = None, {}
         judging = stage == "test" or (stage in ("fit", "validate") and self.every_n_validations)
         if judging and self.max_prompts:
-            missing = None
+            message = None
             if trainer.is_global_zero:
                 try:
-                    self.endpoint.key()
-                except ValueError as error:
-                    missing = str(error)
-            if missing := trainer.strategy.broadcast(missing):
-                raise ValueError(missing)
+                    ChatClient(self.endpoint, CostTracker(self.budget)).close()
+                except EndpointError as error:
+                    message = str(error)
+            if message := trainer.strategy.broadcast(message):
+                raise ArgumentError(self.endpoint, message)
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
         """Names of the metrics that a validation logs if the judge answers; does not need the weights."""
@@ -154,9 +158,9 @@ class Judge(PromptEvaluator):
             if result.not_asked == len(questions):  # no questions, or no budget at all
                 self._warn_if_incomplete(result, len(questions))
                 return
-            result = f"Judge.endpoint: no usable answer from {self.endpoint.model}. {result.reason}"
+            result = EndpointError(f"model: no usable answer from {self.endpoint.model}. {result.reason}")
         if trainer.state.fn == "fit":
-            rank_zero_warn(f"This validation has no judge metrics. {result}")
+            rank_zero_warn(f"Judge: this validation has no judge metrics. {result}")
         else:
             self._error = result
 
@@ -164,11 +168,11 @@ class Judge(PromptEvaluator):
         """Raise the error of the judge, after all other metrics are written.
 
         Raises:
-            ValueError: if the judge failed in `test` or `validate`.
+            ArgumentError: if the judge failed in `test` or `validate`.
         """
         error, self._error = self._error, None
-        if error:
-            raise ValueError(error)
+        if error is not None:
+            raise ArgumentError(self.endpoint if isinstance(error, EndpointError) else self, str(error))
 
     def _gathered(self, trainer: Trainer) -> list[Question]:
         """The questions of all ranks, on all ranks, sorted by seed and then by a hash of the item's id."""
@@ -184,36 +188,29 @@ class Judge(PromptEvaluator):
 
         return sorted((question for share in shares for question in share), key=order)
 
-    def _run_judge(self, trainer: Trainer, questions: Sequence[Question]) -> JudgeResult | str:
-        """The result or an error message, equal on all ranks; rank 0 sends the requests and regularly broadcasts its status."""
+    def _run_judge(self, trainer: Trainer, questions: Sequence[Question]) -> JudgeResult | ValueError:
+        """The result or an error, equal on all ranks; rank 0 sends the requests and regularly broadcasts its status."""
         session: JudgeRun | None = None
-        cache: AnswerCache | None = None
-        outcome: JudgeResult | str | None = None
-        try:
+        outcome: JudgeResult | ValueError | None = None
+        with ExitStack() as opened:
             while outcome is None:
                 if trainer.is_global_zero:
                     try:
-                        if session is None:
-                            cache = self._open_cache(trainer)
-                            self._account = self._account or CostTracker(self.budget)
-                            session = JudgeRun(
-                                questions,
-                                self.endpoint,
-                                self._account,
-                                cache,
-                                swap=self.swap,
-                                num_workers=self.num_workers,
-                            )
+                        session = session or self._start(trainer, questions, opened)
                         outcome = session.result() if session.wait(HEARTBEAT) else None
                     except ValueError as error:
-                        outcome = str(error)
+                        outcome = error
                 outcome = trainer.strategy.broadcast(outcome)
-        finally:
-            if session is not None:
-                session.close()
-            if cache is not None:
-                cache.close()
         return outcome
+
+    def _start(self, trainer: Trainer, questions: Sequence[Question], opened: ExitStack) -> JudgeRun:
+        """Send the questions; the connections and the cache are closed with ``opened``."""
+        cache = opened.enter_context(closing(self._open_cache(trainer)))
+        self._account = self._account or CostTracker(self.budget)
+        client = ChatClient(self.endpoint, self._account)
+        return opened.enter_context(
+            closing(JudgeRun(questions, client, cache, swap=self.swap, num_workers=self.num_workers))
+        )
 
     def _open_cache(self, trainer: Trainer) -> AnswerCache:
         path = Path(self.cache) if self.cache else Path(trainer.default_root_dir) / "judge.jsonl"
@@ -228,7 +225,7 @@ class Judge(PromptEvaluator):
         if result.not_asked and not self._warned_about_budget:
             self._warned_about_budget = True
             rank_zero_warn(
-                f"Judge.budget: reached; {result.not_asked} of {num_questions} responses were not judged, and the metrics "
+                f"Judge: the budget is reached; {result.not_asked} of {num_questions} responses were not judged, and the metrics "
                 f"use {len(result.scores)}. Answers are cached: with a larger budget, only the remaining requests are sent."
             )
         if left := result.unparsable + result.refused:

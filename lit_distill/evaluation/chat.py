@@ -1,34 +1,29 @@
-"""A client for OpenAI-compatible chat completions: failed requests are retried, and the API key is never written to disk."""
+"""Requests to OpenAI-compatible chat completions, by the client library `openai`; the API key is never written to disk."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import threading
-import time
-import urllib.error
-import urllib.request
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
-from email.message import Message
-from email.utils import parsedate_to_datetime
-from http import HTTPStatus
-from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-if TYPE_CHECKING:
-    from lit_distill.evaluation.budget import CostTracker
+from lit_distill.evaluation.budget import CostTracker
 
-KEY = "Judge.endpoint"
-LONGEST_WAIT = 600.0
-"""Seconds; if the next attempt would have to wait longer, the endpoint counts as unavailable."""
+if TYPE_CHECKING:
+    from openai import OpenAIError
+
+HEADERS = {"accept", "accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"}
+"""The headers that are sent, besides the API key; the library adds others about this machine and from the environment."""
 MESSAGE_TOKENS = 64
 """Upper bound of the tokens that a chat template adds to a message."""
 
 
 class EndpointError(ValueError):
-    """The endpoint cannot be used: wrong key, wrong address, or no response."""
+    """The endpoint cannot be used: wrong key, wrong address, or no response. The message begins with a field of `ChatEndpoint`."""
 
 
 class RequestRefusedError(ValueError):
@@ -48,27 +43,30 @@ class ChatEndpoint:
     parameters: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.0, "max_tokens": 512})
     """Further fields of the request body."""
     timeout_seconds: float = 60.0
-    """Timeout of one request."""
+    """Timeout of one attempt."""
     max_retries: int = 6
     """Number of further attempts after status 408, 409, 429 or 5xx, or after no response."""
-    backoff_seconds: float = 1.0
-    """Wait before the second attempt; it doubles with each attempt, unless the server sends Retry-After."""
+    backoff_seconds: float | None = None
+    """Deprecated, without effect: the client waits as the server asks with Retry-After, or 0.5 s, and twice as long each time."""
 
     def __post_init__(self) -> None:
         address = urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(f"{KEY}.base_url: expected https://host/v1 or http://host:port/v1, got {self.base_url!r}.")
+            raise ValueError(f"base_url: expected https://host/v1 or http://host:port/v1, got {self.base_url!r}.")
         if address.username or address.password or address.query:
             raise ValueError(
-                f"{KEY}.base_url: contains credentials or a query. Put the key in an environment variable (api_key_env)."
+                "base_url: contains credentials or a query. Put the key in an environment variable: api_key_env."
             )
-        for name in ("timeout_seconds", "backoff_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{KEY}.{name}: expected a number > 0, got {getattr(self, name)}.")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds: expected a number > 0, got {self.timeout_seconds}.")
         if self.max_retries < 0:
-            raise ValueError(f"{KEY}.max_retries: expected 0 or more, got {self.max_retries}.")
+            raise ValueError(f"max_retries: expected 0 or more, got {self.max_retries}.")
         if taken := sorted({"model", "messages", "stream"} & set(self.parameters)):
-            raise ValueError(f"{KEY}.parameters: {taken[0]!r} cannot be set here. Remove it.")
+            raise ValueError(f"parameters: {taken[0]!r} cannot be set here. Remove it.")
+        if self.backoff_seconds is not None:
+            message = "ChatEndpoint.backoff_seconds: the client's own back-off is used; remove it."
+            warnings.warn(message, FutureWarning, stacklevel=2)
+            self.backoff_seconds = None
 
     def body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         """The request body: everything that the answer depends on."""
@@ -88,129 +86,142 @@ class ChatEndpoint:
         if self.api_key_env is None:
             return None
         key = os.environ.get(self.api_key_env, "").strip()
-        if not key:
+        if not (key and key.isascii() and key.isprintable()):
+            problem = "is not a valid key: it contains control or non-ASCII characters" if key else "is not set"
             raise EndpointError(
-                f"{KEY}.api_key_env: the environment variable {self.api_key_env} is not set. Set it to the key of "
-                f"{self.base_url}, or api_key_env to the variable that holds it, or to null for an endpoint without key."
-            )
-        if not (key.isascii() and key.isprintable()):
-            raise EndpointError(
-                f"{KEY}.api_key_env: the value of {self.api_key_env} is not a valid key: it contains control or non-ASCII "
-                "characters. Set it to the key."
+                f"api_key_env: the environment variable {self.api_key_env} {problem}. Set it to the key of {self.base_url}, or "
+                "api_key_env to the variable that holds it, or to null for an endpoint without key."
             )
         return key
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would send the key to another host."""
+class ChatClient:
+    """Sends requests to an endpoint within a budget; safe to use from several threads.
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def ask(
-    endpoint: ChatEndpoint, tracker: CostTracker, body: dict[str, Any], key: str | None, stop: threading.Event
-) -> str | None:
-    """Send one request, with retries, and return the answer of the endpoint.
+    openai repeats failed requests. Redirects are not followed, because they would send the key to another host.
 
     Args:
         endpoint: the endpoint.
         tracker: tracks the cost and enforces the budget.
-        body: the result of `ChatEndpoint.body`.
-        key: the result of `ChatEndpoint.key`.
-        stop: if another thread sets it, waiting ends and no further attempt is made.
-
-    Returns:
-        The answer, empty if the response contains none; None if the budget is spent or ``stop`` is set.
 
     Raises:
-        EndpointError: if no request to this endpoint can succeed.
-        RequestRefusedError: if the endpoint rejects this request, or the budget allows no further attempt.
+        EndpointError: if openai is not installed, the API key is missing or not valid, or no client can be made for the URL.
     """
-    data = json.dumps(body).encode()
-    input_bound = len(data) + MESSAGE_TOKENS * len(body["messages"])  # no token is shorter than a byte
-    most = tracker.budget.price(input_bound, endpoint.answer_tokens() or 0)
-    problem = ""
-    for attempt in range(endpoint.max_retries + 1):
-        if stop.is_set() or not tracker.reserve(most):
-            if problem and not stop.is_set():
-                raise RequestRefusedError(f"{problem} The budget allows no further attempt.")
-            return None
-        used, cost = (0, 0), 0.0
+
+    def __init__(self, endpoint: ChatEndpoint, tracker: CostTracker) -> None:
+        self.endpoint, self._tracker, self._key = endpoint, tracker, endpoint.key()
+        self._stopped = threading.Event()
+        self._attempts = threading.local()  # of the request that a thread is sending
         try:
-            response = _post(endpoint, data, key)
-            answer, used = _parse(response)
-            cost = most if used == (0, 0) else tracker.budget.price(*used)
-        except urllib.error.HTTPError as error:
-            problem, pause = _problem(endpoint, error, key), _retry_after(error.headers)
-        except (OSError, HTTPException) as error:
-            cost = most  # the endpoint may have generated an answer that was lost: count its maximum cost
-            problem, pause = f"{KEY}.base_url: {endpoint.base_url} did not respond ({_reason(error)}).", None
+            import openai
+        except ModuleNotFoundError as error:
+            raise EndpointError(
+                "a chat endpoint needs openai, which is not installed. Run: pip install 'lit-distill[judge]'"
+            ) from error
+        try:
+            self._client = openai.OpenAI(
+                base_url=endpoint.base_url,
+                api_key="set by _before_attempt",
+                timeout=endpoint.timeout_seconds,
+                max_retries=endpoint.max_retries,
+                http_client=openai.DefaultHttpxClient(
+                    follow_redirects=False,
+                    event_hooks={"request": [self._before_attempt], "response": [self._after_attempt]},
+                ),
+            )
+        except Exception as error:  # httpx's InvalidURL has no other base class
+            raise EndpointError(f"base_url: no client can be made for {endpoint.base_url} ({error}).") from error
+
+    def ask(self, body: dict[str, Any]) -> str | None:
+        """Send one request, with retries, and return the answer of the endpoint.
+
+        Args:
+            body: the result of `ChatEndpoint.body`.
+
+        Returns:
+            The answer, empty if the response contains none; None if the budget is spent or after `stop`.
+
+        Raises:
+            EndpointError: if no request to this endpoint can succeed.
+            RequestRefusedError: if the endpoint rejects this request.
+        """
+        from openai import OpenAIError
+
+        budget, endpoint = self._tracker.budget, self.endpoint
+        input_bound = len(json.dumps(body)) + MESSAGE_TOKENS * len(body["messages"])  # no token is shorter than a byte
+        most = budget.price(input_bound, endpoint.answer_tokens() or 0)
+        reserved = most * (endpoint.max_retries + 1)
+        if self._stopped.is_set() or not self._tracker.reserve(reserved):
+            return None
+        answer, used, cost, self._attempts.lost = "", (0, 0), 0.0, 0
+        create = self._client.chat.completions.create
+        try:
+            with suppress(ValueError):  # the response is not JSON
+                answer, used = _parse(
+                    create(model=endpoint.model, messages=body["messages"], extra_body=endpoint.parameters)
+                )
+            cost = budget.price(*used) if any(used) else most
+        except OpenAIError as error:
+            if self._stopped.is_set():
+                return None
+            raise self._error(error) from None
         else:
             return answer
-        finally:
-            tracker.settle(most, *used, cost)
-        wait = endpoint.backoff_seconds * 2**attempt * random.uniform(0.75, 1.25) if pause is None else pause
-        if attempt == endpoint.max_retries or wait > LONGEST_WAIT:
-            raise EndpointError(f"{problem} Gave up after {attempt + 1} attempts; see max_retries and timeout_seconds.")
-        stop.wait(wait)
-    raise AssertionError("the last attempt returns or raises")
+        finally:  # an attempt without response may be charged, so it counts with its maximum cost
+            self._tracker.settle(reserved, *used, cost + most * self._attempts.lost)
+
+    def stop(self) -> None:
+        """Make no further attempt, in any thread; running ones may finish."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _before_attempt(self, request: Any) -> None:
+        """Removes what openai adds about the machine and the environment; an attempt is lost until its response is read."""
+        from openai import OpenAIError
+
+        if self._stopped.is_set():
+            raise OpenAIError
+        for name in set(request.headers) - HEADERS:
+            del request.headers[name]
+        if self._key is not None:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        self._attempts.lost += 1
+
+    def _after_attempt(self, response: Any) -> None:
+        response.read()
+        self._attempts.lost -= 1
+
+    def _error(self, error: OpenAIError) -> ValueError:
+        endpoint, response = self.endpoint, getattr(error, "response", None)
+        gave_up = "Gave up; see max_retries and timeout_seconds."
+        if response is None:
+            reason = self._shown(f"{error} {error.__cause__ or ''}")
+            return EndpointError(f"base_url: {endpoint.base_url} did not respond ({reason}). {gave_up}")
+        code = response.status_code
+        status = f"{endpoint.base_url} returned {code}: {self._shown(response.text or response.reason_phrase)}"
+        if code in (401, 403):
+            problem = f"the key in {endpoint.api_key_env} is not accepted" if self._key else "null, but a key is needed"
+            return EndpointError(f"api_key_env: {problem}. {status}")
+        if code == 404 or code < 400:
+            return EndpointError(f"base_url: the URL or the model ({endpoint.model}) is wrong. {status}")
+        if code in (408, 409, 429) or code >= 500:
+            return EndpointError(f"base_url: {status}. {gave_up}")
+        return RequestRefusedError(status)
+
+    def _shown(self, text: str) -> str:
+        """The beginning of a text of the endpoint, without the key."""
+        return " ".join((text if self._key is None else text.replace(self._key, "***")).split())[:300]
 
 
-def _post(endpoint: ChatEndpoint, data: bytes, key: str | None) -> bytes:
-    headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-    address = endpoint.base_url.rstrip("/") + "/chat/completions"
-    request = urllib.request.Request(address, data, headers)  # noqa: S310 - the scheme is checked: http or https
-    with urllib.request.build_opener(_NoRedirects).open(request, timeout=endpoint.timeout_seconds) as response:
-        content: bytes = response.read()
-    return content
-
-
-def _parse(content: bytes) -> tuple[str, tuple[int, int]]:
-    """The answer and the numbers of input and output tokens; empty and 0 if the response has another format."""
+def _parse(response: Any) -> tuple[str, tuple[int, int]]:
+    """The answer and the numbers of input and output tokens; empty and 0 if the response, which openai does not check, has none."""
     try:
-        response = json.loads(content)
-        answer = response["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):  # counted as unparsable
+        answer = response.choices[0].message.content
+        usage = response.usage
+        used = (int(usage.prompt_tokens or 0), int(usage.completion_tokens or 0)) if usage else (0, 0)
+    except (AttributeError, LookupError, TypeError, ValueError):  # counted as unparsable
         return "", (0, 0)
-    usage = response.get("usage")
-    counts = usage if isinstance(usage, dict) else {}
-    used = int(counts.get("prompt_tokens") or 0), int(counts.get("completion_tokens") or 0)
     return answer if isinstance(answer, str) else "", used
-
-
-def _problem(endpoint: ChatEndpoint, error: urllib.error.HTTPError, key: str | None) -> str:
-    """The error message for a status that is worth a retry; raises for any other status."""
-    text = error.read(2000).decode(errors="replace")
-    text = " ".join((text if key is None else text.replace(key, "***")).split())[:300]
-    status = f"{endpoint.base_url} returned {error.code}: {text or error.reason}"
-    if error.code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        raise EndpointError(f"{KEY}.api_key_env: the key in {endpoint.api_key_env} is not accepted. {status}")
-    if error.code == HTTPStatus.NOT_FOUND or error.code < 400:
-        raise EndpointError(f"{KEY}.base_url or {KEY}.model ({endpoint.model}) is wrong. {status}")
-    if (
-        error.code in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS)
-        or error.code >= 500
-    ):
-        return f"{KEY}.base_url: {status}."
-    raise RequestRefusedError(f"{KEY}: {status}")
-
-
-def _retry_after(headers: Message) -> float | None:
-    """Seconds to wait according to the header Retry-After, a number or a date; None without it."""
-    value = headers.get("Retry-After")
-    if value is None:
-        return None
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
-        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except ValueError:  # neither a number nor a date: ignored
-        return None
-
-
-def _reason(error: BaseException) -> str:
-    """The error in a few words: an address or a reason, never a header, so never the key."""
-    return str(getattr(error, "reason", None) or error or type(error).__name__)

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_distill.evaluation.budget import CostTracker
-from lit_distill.evaluation.chat import ChatEndpoint, EndpointError, RequestRefusedError, ask
+from lit_distill.evaluation.chat import ChatClient, ChatEndpoint, EndpointError, RequestRefusedError
 
 INSTRUCTIONS = (
     "You compare two answers to one request. Rate each of them on its own for helpfulness, relevance, accuracy and level of "
@@ -91,7 +90,7 @@ class AnswerCache:
             if content and not content.endswith(b"\n"):  # a killed process left an incomplete line: do not append to it
                 os.write(self._file, b"\n")
         except OSError as error:
-            raise ValueError(f"Judge.cache: {path} cannot be used ({error.strerror}). Give another path.") from error
+            raise ValueError(f"cache: {path} cannot be used ({error.strerror}). Give another path.") from error
         for line in content.splitlines():
             self._load(line)
 
@@ -118,7 +117,7 @@ class AnswerCache:
                 try:
                     os.write(self._file, (json.dumps({"request": request, "answer": answer}) + "\n").encode())
                 except OSError as error:
-                    raise ValueError(f"Judge.cache: cannot be written ({error.strerror}).") from error
+                    raise ValueError(f"cache: cannot be written ({error.strerror}).") from error
 
 
 def request_hash(endpoint: ChatEndpoint, body: dict[str, Any]) -> str:
@@ -165,28 +164,16 @@ class JudgeRun:
 
     Args:
         questions: the questions; the budget is spent in their order.
-        endpoint: the judge.
-        tracker: tracks the cost and enforces the budget.
+        client: the client of the judge; closed at the end.
         cache: earlier answers.
         swap: request both orders of the two answers, and take the mean.
         num_workers: number of simultaneous requests.
-
-    Raises:
-        EndpointError: if the API key is missing or not valid.
     """
 
     def __init__(
-        self,
-        questions: Sequence[Question],
-        endpoint: ChatEndpoint,
-        tracker: CostTracker,
-        cache: AnswerCache,
-        *,
-        swap: bool = False,
-        num_workers: int = 4,
+        self, questions: Sequence[Question], client: ChatClient, cache: AnswerCache, *, swap: bool, num_workers: int
     ) -> None:
-        self._endpoint, self._tracker, self._cache = endpoint, tracker, cache
-        key = endpoint.key()
+        self._client, self._cache, endpoint = client, cache, client.endpoint
         self._requests: list[tuple[Question, list[str]]] = []
         bodies: dict[str, dict[str, Any]] = {}
         for question in questions:
@@ -199,20 +186,19 @@ class JudgeRun:
         self.cached = len(bodies) - len(new)
         self._refused: dict[str, str] = {}
         self._error: EndpointError | None = None
-        self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="judge")
         self._pending: set[Future[None]] = {
-            self._pool.submit(self._ask, request, body, key) for request, body in new.items()
+            self._pool.submit(self._ask, request, body) for request, body in new.items()
         }
 
-    def _ask(self, request: str, body: dict[str, Any], key: str | None) -> None:
+    def _ask(self, request: str, body: dict[str, Any]) -> None:
         try:
-            answer = ask(self._endpoint, self._tracker, body, key, self._stop)
+            answer = self._client.ask(body)
         except RequestRefusedError as error:
             self._refused[request] = str(error)
         except EndpointError as error:
             self._error = self._error or error
-            self._stop.set()  # the other requests would fail in the same way
+            self._client.stop()  # the other requests would fail in the same way
         else:
             if answer is not None:
                 self._cache.put(request, answer)
@@ -232,8 +218,9 @@ class JudgeRun:
 
     def close(self) -> None:
         """Stop sending requests, and wait for the running ones."""
-        self._stop.set()
+        self._client.stop()
         self._pool.shutdown(cancel_futures=True)
+        self._client.close()
 
     def result(self) -> JudgeResult:
         """The scores over all answers."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,11 +21,12 @@ from processes import run_on_ranks
 from lit_distill.callbacks import Judge
 from lit_distill.data import ProceduralData
 from lit_distill.evaluation.budget import Budget, CostTracker
-from lit_distill.evaluation.chat import ChatEndpoint, EndpointError, RequestRefusedError, ask
+from lit_distill.evaluation.chat import ChatClient, ChatEndpoint, EndpointError, RequestRefusedError
 from lit_distill.evaluation.judge import Question, parse_scores
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import NextToken
+from lit_distill.types import ArgumentError
 
 DATA = {"num_train": 32, "num_validation": 4, "num_test": 5, "batch_size": 8, "eval_batch_size": 4}
 SECRET = "sk-very-secret-0123456789"  # noqa: S105 - of nobody
@@ -36,7 +39,10 @@ def score(text: str) -> int:
 
 def chat(content: str | None, prompt_tokens: int = 100, completion_tokens: int = 10) -> dict:
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-    return {"choices": [{"message": {"content": content}}], "usage": usage}
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+    return {
+        "id": "1", "object": "chat.completion", "created": 0, "model": "stub", "choices": [choice], "usage": usage
+    }  # fmt: skip
 
 
 def by_length(body: dict) -> tuple:
@@ -49,6 +55,11 @@ def shown(body: dict) -> list[str]:
     return [re.search(rf"<answer_{i}>\n(.*?)\n</answer_{i}>", content, re.DOTALL)[1] for i in (1, 2)]
 
 
+def client(endpoint: ChatEndpoint, **budget: float) -> tuple[ChatClient, CostTracker]:
+    account = CostTracker(Budget(**budget))
+    return ChatClient(endpoint, account), account
+
+
 class Stub:
     """An endpoint on this machine; ``reply`` makes status, headers and payload of a request's body."""
 
@@ -56,6 +67,7 @@ class Stub:
         self.reply = by_length
         self.bodies: list[dict] = []
         self.keys: list[str | None] = []
+        self.headers: set[str] = set()
         self.times: list[float] = []
         stub, lock = self, threading.Lock()
 
@@ -65,10 +77,12 @@ class Stub:
                 with lock:
                     stub.bodies.append(body)
                     stub.keys.append(self.headers["Authorization"])
+                    stub.headers |= {name.lower() for name in self.headers}
                     stub.times.append(time.monotonic())
                     status, headers, payload = stub.reply(body)
                 assert self.path == "/v1/chat/completions"
                 data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+                headers = {"Content-Type": "application/json", **headers}
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(data))}.items():
                     self.send_header(name, value)
@@ -106,13 +120,7 @@ def judge(pair, tmp_path, stub):
     """Fit or test with a judge; gives the Trainer and the judge."""
 
     def trained(stage: str = "test", endpoint=None, budget=None, val_check_interval: int = 2, **options):
-        endpoint = {
-            "base_url": stub.url,
-            "model": "stub",
-            "max_retries": 1,
-            "backoff_seconds": 0.01,
-            **(endpoint or {}),
-        }
+        endpoint = {"base_url": stub.url, "model": "stub", "max_retries": 1, **(endpoint or {})}
         options = {"max_prompts": -1, "max_new_tokens": MAX_NEW_TOKENS, **options}
         callback = Judge(ChatEndpoint(**endpoint), Budget(**(budget or {})), **options)
         trainer = L.Trainer(
@@ -228,7 +236,7 @@ def test_scores_are_read_from_a_first_line_that_holds_nothing_else(answer, score
 
 
 def test_the_request_budget_is_kept_said_once_and_the_rest_is_asked_later(judge, stub) -> None:
-    with pytest.warns(UserWarning, match=r"Judge\.budget: reached; 2 of 5") as warned:
+    with pytest.warns(UserWarning, match="the budget is reached; 2 of 5") as warned:
         _, callback = judge(budget={"max_requests": 3})
     assert len([w for w in warned if "budget" in str(w.message)]) == 1
     assert len(stub.bodies) == 3
@@ -237,17 +245,21 @@ def test_the_request_budget_is_kept_said_once_and_the_rest_is_asked_later(judge,
     assert len(stub.bodies) == NUM_TEST
 
 
-def test_the_cost_stays_below_the_budget_with_many_workers(stub) -> None:
-    prices = {"price_per_million_input_tokens": 2.0, "price_per_million_output_tokens": 8.0}
-    endpoint = ChatEndpoint(stub.url, "stub", parameters={"max_tokens": 50})
-    body = endpoint.body(Question("a", 0, "p", "s", "r").messages())
+PRICES = {"price_per_million_input_tokens": 2.0, "price_per_million_output_tokens": 8.0}
+QUESTION = Question("a", 0, "p", "student", "ref").messages()
+
+
+@pytest.mark.parametrize("max_retries", [0, 3])
+def test_the_cost_stays_below_the_budget_with_many_workers(stub, max_retries) -> None:
+    endpoint = ChatEndpoint(stub.url, "stub", parameters={"max_tokens": 50}, max_retries=max_retries)
+    body = endpoint.body(QUESTION)
     stub.reply = lambda _: (200, {}, chat("7 7", prompt_tokens=300, completion_tokens=50))
     each = (2.0 * 300 + 8.0 * 50) / 1e6
-    account = CostTracker(Budget(max_cost=10 * each, **prices))
+    chat_client, account = client(endpoint, max_cost=30 * each, **PRICES)
     results = []
 
     def worker() -> None:
-        results.extend(ask(endpoint, account, body, None, threading.Event()) for _ in range(10))
+        results.extend(chat_client.ask(body) for _ in range(20))
 
     threads = [threading.Thread(target=worker) for _ in range(4)]
     for thread in threads:
@@ -255,46 +267,75 @@ def test_the_cost_stays_below_the_budget_with_many_workers(stub) -> None:
     for thread in threads:
         thread.join()
     answered = sum(answer is not None for answer in results)
-    bound = (2.0 * (len(json.dumps(body)) + 128) + 8.0 * 50) / 1e6  # of one request, before its usage is known
+    bound = (2.0 * (len(json.dumps(body)) + 128) + 8.0 * 50) / 1e6  # of one attempt, before its usage is known
     assert answered == len(stub.bodies)
     assert account.cost == pytest.approx(answered * each)
-    assert 10 * each - bound < account.cost <= 10 * each
+    assert 30 * each - (max_retries + 1) * bound < account.cost <= 30 * each
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+def test_attempts_without_a_response_may_have_cost_and_stay_below_the_budget_too(stub) -> None:
+    silent, seen = threading.Event(), []
+
+    def reply(body: dict) -> tuple:
+        seen.append(body)
+        if len(seen) == 1:
+            silent.wait(5)
+        return (503, {"retry-after-ms": "1"}, b"busy") if len(seen) == 2 else (200, {}, chat("7 7"))
+
+    stub.reply = reply
+    endpoint = ChatEndpoint(stub.url, "stub", timeout_seconds=0.3, max_retries=2, parameters={"max_tokens": 5})
+    bound = (2.0 * (len(json.dumps(endpoint.body(QUESTION))) + 128) + 8.0 * 5) / 1e6
+    chat_client, account = client(endpoint, max_cost=3 * bound, **PRICES)
+    threading.Timer(0.4, silent.set).start()  # the stub answers one request at a time
+    assert chat_client.ask(endpoint.body(QUESTION)) == "7 7"
+    assert account.requests == 1
+    assert account.cost == pytest.approx(bound + (2.0 * 100 + 8.0 * 10) / 1e6)
+    assert chat_client.ask(endpoint.body(QUESTION)) is None
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 503])
 def test_a_busy_endpoint_is_asked_again_after_as_long_as_it_says(stub, status) -> None:
-    waits = iter([{"Retry-After": "0.4"}, {}])
+    waits = iter([{"Retry-After": "0.4"}, {"retry-after-ms": "1"}])
     stub.reply = lambda body: (status, h, b"busy") if (h := next(waits, None)) is not None else by_length(body)
-    endpoint = ChatEndpoint(stub.url, "stub", backoff_seconds=0.01)
-    account = CostTracker(Budget())
-    body = endpoint.body(Question("a", 0, "p", "student", "ref").messages())
-    assert ask(endpoint, account, body, SECRET, threading.Event()).startswith(f"{score('ref')} {score('student')}")
+    endpoint = ChatEndpoint(stub.url, "stub")
+    chat_client, account = client(endpoint)
+    assert chat_client.ask(endpoint.body(QUESTION)).startswith(f"{score('ref')} {score('student')}")
     first, second, third = stub.times
     assert second - first >= 0.4
     assert third - second < 0.4
-    assert account.requests == 3
+    assert account.requests == 1
+    assert stub.bodies == [endpoint.body(QUESTION)] * 3
 
 
 def test_attempts_end_and_say_what_the_endpoint_said(stub) -> None:
-    stub.reply = lambda body: (503, {}, b"overloaded, your key is " + SECRET.encode())
-    endpoint = ChatEndpoint(stub.url, "stub", max_retries=2, backoff_seconds=0.01)
-    with pytest.raises(EndpointError, match=r"503: overloaded, your key is \*\*\*.*3 attempts"):
-        ask(endpoint, CostTracker(Budget()), endpoint.body([]), SECRET, threading.Event())
-    stub.reply = lambda body: (429, {"Retry-After": "86400"}, b"")
-    with pytest.raises(EndpointError, match="1 attempts"):
-        ask(endpoint, CostTracker(Budget()), endpoint.body([]), SECRET, threading.Event())
+    stub.reply = lambda body: (503, {"retry-after-ms": "1"}, b"overloaded, your key is " + SECRET.encode())
+    endpoint = ChatEndpoint(stub.url, "stub", max_retries=2)
+    with pytest.raises(EndpointError, match=r"base_url: .*503: overloaded, your key is \*\*\*\. Gave up"):
+        client(endpoint)[0].ask(endpoint.body(QUESTION))
+    assert len(stub.bodies) == 3
+
+
+def test_nobody_waits_for_a_day(stub) -> None:
+    stub.reply = lambda body: (429, {"Retry-After": "86400"}, b"tomorrow")
+    endpoint = ChatEndpoint(stub.url, "stub", max_retries=1)
+    start = time.monotonic()
+    with pytest.raises(EndpointError, match="429: tomorrow"):
+        client(endpoint)[0].ask(endpoint.body(QUESTION))
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
     ("status", "error", "message"),
-    [(401, EndpointError, "api_key_env.*OPENAI_API_KEY"), (404, EndpointError, "base_url or .*model"),
-     (302, EndpointError, "base_url"), (400, RequestRefusedError, "400: too long")],
+    [(401, EndpointError, "api_key_env: .*OPENAI_API_KEY"), (403, EndpointError, "api_key_env: .*OPENAI_API_KEY"),
+     (404, EndpointError, "base_url: .* model"), (302, EndpointError, "base_url: "), (307, EndpointError, "base_url: "),
+     (400, RequestRefusedError, "400: too long"), (422, RequestRefusedError, "422: too long")],
 )  # fmt: skip
 def test_what_cannot_succeed_is_not_asked_again(stub, status, error, message) -> None:
     stub.reply = lambda body: (status, {"Location": f"{stub.url}/chat/completions"}, b"too long")
     endpoint = ChatEndpoint(stub.url, "stub")
     with pytest.raises(error, match=message):
-        ask(endpoint, CostTracker(Budget()), endpoint.body([]), SECRET, threading.Event())
+        client(endpoint)[0].ask(endpoint.body(QUESTION))
     assert len(stub.bodies) == 1  # nor is the key carried to where a redirect points
 
 
@@ -302,11 +343,65 @@ def test_a_silent_endpoint_is_unreachable_and_its_silence_may_have_cost(stub) ->
     release = threading.Event()
     stub.reply = lambda body: (release.wait(5), by_length(body))[1]
     endpoint = ChatEndpoint(stub.url, "stub", timeout_seconds=0.1, max_retries=0, parameters={"max_tokens": 5})
-    account = CostTracker(Budget(price_per_million_output_tokens=1e6))
-    with pytest.raises(EndpointError, match=r"base_url.*did not respond"):
-        ask(endpoint, account, endpoint.body([]), None, threading.Event())
+    chat_client, account = client(endpoint, price_per_million_output_tokens=1e6)
+    with pytest.raises(EndpointError, match=r"base_url: .*did not respond.*timed out"):
+        chat_client.ask(endpoint.body(QUESTION))
     release.set()
     assert account.cost == pytest.approx(5.0)
+
+
+def test_an_endpoint_that_wants_a_key_says_so(stub) -> None:
+    stub.reply = lambda body: (401, {}, b"who?")
+    endpoint = ChatEndpoint(stub.url, "stub", api_key_env=None)
+    with pytest.raises(EndpointError, match=r"api_key_env: null, but a key is needed\. .*401: who\?"):
+        client(endpoint)[0].ask(endpoint.body(QUESTION))
+
+
+def test_an_endpoint_that_is_not_there_is_named_with_the_reason() -> None:
+    endpoint = ChatEndpoint("http://127.0.0.1:9/v1", "stub", api_key_env=None, max_retries=0)
+    with pytest.raises(EndpointError, match=r"base_url: http://127.0.0.1:9/v1 did not respond.*refused"):
+        client(endpoint)[0].ask(endpoint.body(QUESTION))
+
+
+def test_no_attempt_is_made_after_a_stop(stub) -> None:
+    endpoint = ChatEndpoint(stub.url, "stub")
+    chat_client, account = client(endpoint)
+
+    def reply(body: dict) -> tuple:
+        chat_client.stop()
+        return 503, {"retry-after-ms": "1"}, b"busy"
+
+    stub.reply = reply
+    assert chat_client.ask(endpoint.body(QUESTION)) is None
+    assert chat_client.ask(endpoint.body(QUESTION)) is None
+    assert (len(stub.bodies), account.requests) == (1, 1)
+
+
+def test_neither_the_environment_nor_the_machine_is_told_to_the_endpoint(stub, monkeypatch) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "org")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "project")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/other")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer other\nX-More: 1")
+    endpoint = ChatEndpoint(stub.url, "stub", parameters={"top_k": 1, "chat_template_kwargs": {"thinking": False}})
+    assert client(endpoint)[0].ask(endpoint.body(QUESTION))
+    assert client(dataclasses.replace(endpoint, api_key_env=None))[0].ask(endpoint.body(QUESTION))
+    assert stub.keys == [f"Bearer {SECRET}", None]
+    assert stub.headers == {
+        "accept", "accept-encoding", "authorization", "connection", "content-length", "content-type", "host", "user-agent"
+    }  # fmt: skip
+    assert stub.bodies == [endpoint.body(QUESTION)] * 2
+
+
+def test_a_missing_openai_is_said_with_what_to_install(stub, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(EndpointError, match=r"needs openai.*pip install 'lit-distill\[judge\]'"):
+        client(ChatEndpoint(stub.url, "stub"))
+
+
+def test_the_old_option_of_the_back_off_is_named_and_has_no_effect() -> None:
+    with pytest.warns(FutureWarning, match=r"backoff_seconds: the client's own back-off is used; remove it\."):
+        endpoint = ChatEndpoint("http://h/v1", "m", backoff_seconds=2.0)
+    assert endpoint == ChatEndpoint("http://h/v1", "m")
 
 
 def test_a_refused_request_leaves_the_others(judge, stub) -> None:
@@ -320,7 +415,7 @@ def test_a_refused_request_leaves_the_others(judge, stub) -> None:
 
 
 def test_a_judge_that_is_down_costs_a_training_a_warning(judge, stub) -> None:
-    stub.reply = lambda body: (500, {}, b"down")
+    stub.reply = lambda body: (500, {"retry-after-ms": "1"}, b"down")
     with pytest.warns(UserWarning, match="no judge metrics.*500: down"):
         trainer, _ = judge("fit", every_n_validations=2)
     assert trainer.global_step == 4
@@ -339,25 +434,42 @@ def test_a_training_is_judged_at_every_nth_validation_and_by_default_at_none(jud
 
 
 def test_a_test_whose_judge_is_down_ends_with_an_error_after_the_other_figures(judge, stub, tmp_path) -> None:
-    stub.reply = lambda body: (500, {}, b"down")
-    with pytest.raises(ValueError, match=r"Judge\.endpoint\.base_url: .*500: down"):
+    stub.reply = lambda body: (500, {"retry-after-ms": "1"}, b"down")
+    with pytest.raises(ArgumentError, match=r"^base_url: .*500: down") as caught:
         judge(num_workers=1)
+    assert isinstance(caught.value.owner, ChatEndpoint)
     assert len(stub.bodies) == 2  # attempts of the first question; the others are spared
     (log,) = (tmp_path / "runs").rglob("metrics.csv")
     assert "test/perplexity" in log.read_text()
     assert "judge" not in log.read_text()
 
 
-def test_a_test_of_whose_answers_none_can_be_used_ends_with_an_error(judge, stub) -> None:
-    stub.reply = lambda body: (200, {}, b"<html>A web page</html>")
-    with pytest.raises(ValueError, match="no usable answer from stub"):
+@pytest.mark.parametrize("content_type", ["text/html", "application/json"])
+def test_a_test_of_whose_answers_none_can_be_used_ends_with_an_error(judge, stub, content_type) -> None:
+    stub.reply = lambda body: (200, {"Content-Type": content_type}, b"<html>A web page</html>")
+    with pytest.raises(ArgumentError, match=r"^model: no usable answer from stub"):
         judge()
+
+
+@pytest.mark.parametrize("payload", [[], {}, {"choices": None}, {"choices": ["a"]}, {"error": "x"}, chat(None), "7 7"])
+def test_a_response_of_another_format_is_an_empty_answer(stub, payload) -> None:
+    stub.reply = lambda body: (200, {}, payload)
+    endpoint = ChatEndpoint(stub.url, "stub")
+    assert client(endpoint)[0].ask(endpoint.body(QUESTION)) == ""
+
+
+def test_a_cache_that_cannot_be_opened_is_an_error_of_the_judge(judge, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ArgumentError, match=r"^cache: .*file") as caught:
+        judge(cache=str(tmp_path / "file" / "judge.jsonl"))
+    assert isinstance(caught.value.owner, Judge)
 
 
 def test_a_missing_key_is_said_before_the_run_with_the_variable_to_set(judge, stub, monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(ValueError, match=r"Judge\.endpoint\.api_key_env.*OPENAI_API_KEY is not set"):
+    with pytest.raises(ArgumentError, match=r"^api_key_env: .*OPENAI_API_KEY is not set") as caught:
         judge()
+    assert isinstance(caught.value.owner, ChatEndpoint)
     judge("fit")  # which does not judge
     assert not stub.bodies
     judge(endpoint={"api_key_env": None})
@@ -402,12 +514,19 @@ def test_the_key_is_sent_and_written_nowhere(judge, pair, stub, tmp_path, capfd,
         (lambda: ChatEndpoint("http://h/v1", "m", timeout_seconds=0), r"timeout_seconds.*got 0"),
         (lambda: ChatEndpoint("http://h/v1", "m", max_retries=-1), r"max_retries.*got -1"),
         (lambda: ChatEndpoint("http://h/v1", "m", parameters={"stream": True}), r"parameters: 'stream'"),
-        (lambda: Budget(max_requests=-1), r"Judge\.budget\.max_requests"),
-        (lambda: Budget(max_cost=1.0), r"Judge\.budget\.max_cost.*price_per_million_input_tokens"),
+        (lambda: Budget(max_requests=-1), r"max_requests: "),
+        (lambda: Budget(price_per_million_output_tokens=-1.0), r"price_per_million_input_tokens, .*-1"),
+        (lambda: Budget(max_cost=1.0), r"max_cost: .*price_per_million_input_tokens"),
+        (lambda: Judge(ChatEndpoint("http://h/v1", "m"), num_workers=0), r"num_workers: "),
+        (
+            lambda: Judge(ChatEndpoint("http://h/v1", "m", parameters={}), Budget(max_cost=1.0, **PRICES)),
+            r"budget.max_cost: .*endpoint\.parameters\.max_tokens",
+        ),
+        (lambda: client(ChatEndpoint("http://1.2.3.999/v1", "m", api_key_env=None)), r"base_url: .*1\.2\.3\.999"),
     ],
 )
-def test_errors_name_the_key(make, message) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+def test_errors_begin_with_the_argument(make, message) -> None:
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
         make()
     assert "word" not in str(caught.value)
 
