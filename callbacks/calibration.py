@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 
 from lit_distill.callbacks.figures import show_figure
-from lit_distill.callbacks.reliability import draw_reliability
 from lit_distill.evaluation.calibration import Calibration, PairConfidence, StudentConfidence
 from lit_distill.evaluation.verbalizer import Verbalizer, VerbalizerTask
+from lit_distill.report.figures import Reliability, draw_reliability
 from lit_distill.types import arguments_of
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lit_distill.module import DistillationModule
 
 NEXT = "next token"
+STYLES = {"teacher": 0, "student": 1}
 
 
 class CalibrationMonitor(Callback):
@@ -120,8 +123,8 @@ class CalibrationMonitor(Callback):
                     for metric, value in result.metrics.items()
                 }
             )
-            draw = partial(draw_reliability, results=results, title=f"{name}, step {pl_module.trained_steps}")
-            show_figure(trainer, f"{place}/reliability", draw, pl_module.trained_steps)
+            title = f"{name}, step {pl_module.trained_steps}"
+            show_figure(trainer, f"{place}/reliability", reliability_diagram(results, title), pl_module.trained_steps)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Reset the results and metrics."""
@@ -141,6 +144,19 @@ class CalibrationMonitor(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Log the metrics over all ranks, and evaluate the tasks."""
         self._finish(trainer, pl_module, "test", evaluate_tasks=True)
+
+
+def reliability_diagram(results: Mapping[str, Calibration], title: str) -> Callable[[Figure], None]:
+    """What draws the calibration of student and teacher on the same axes of an empty figure."""
+    models = [
+        Reliability(
+            f"{role}: ECE {float(result.metrics['ece']):.3f}, accuracy {float(result.metrics['accuracy']):.3f}",
+            STYLES[role],
+            _bins(result),
+        )
+        for role, result in results.items()
+    ]
+    return lambda figure: draw_reliability(figure, models, title)
 
 
 def _bins(result: Calibration) -> list[dict[str, float]]:

@@ -19,10 +19,11 @@ from lit_distill.evaluation.exposure_bias import (
     written_text,
 )
 from lit_distill.generation import SamplingParams
+from lit_distill.report.figures import Curve, draw_accumulated_error
 from lit_distill.types import ArgumentError, Batch
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from lit_distill.module import DistillationModule
 
@@ -122,7 +123,7 @@ class ExposureBiasMonitor(PromptEvaluator):
         )
         curves = {name: values[: found.longest].tolist() for name, values in found.curves._asdict().items()}
         show_figure(
-            trainer, f"{stage}/exposure_bias", lambda axes: draw_curves(axes, **curves), pl_module.trained_steps
+            trainer, f"{stage}/exposure_bias", lambda figure: draw_errors(figure, **curves), pl_module.trained_steps
         )
         if stage == "test":
             self._report = {"exposure_bias": self._section(curves, found)}
@@ -142,20 +143,14 @@ class ExposureBiasMonitor(PromptEvaluator):
         return self._report
 
 
-def draw_curves(axes: Axes, regret: list[float], baseline: list[float], excess: list[float]) -> None:
-    """Replace ``axes`` by two plots over the length l: ExAccErr above, R and l·ε below."""
-    figure: Any = axes.figure
-    axes.remove()
-    above, below = figure.subplots(2, 1, sharex=True)
-    lengths = range(1, len(excess) + 1)
-    above.plot(lengths, excess)
-    above.axhline(0, color="grey", linewidth=0.8)
-    above.set_ylabel("ExAccErr(l), %")
-    below.plot(lengths, regret, label="student's texts: R(l)")
-    below.plot(lengths, baseline, label="teacher's texts: l·ε(l)", linestyle="--")
-    below.set_ylabel("accumulated KL(p‖q), nats")
-    below.set_xlabel("l, response tokens")
-    below.legend()
+def draw_errors(figure: Figure, regret: list[float], baseline: list[float], excess: list[float]) -> None:
+    """Draw the values at l = 1, 2, … on an empty figure: ExAccErr above, R and l·ε below."""
+    draw_accumulated_error(
+        figure,
+        Curve("ExAccErr(l)", 1, list(enumerate(excess, start=1))),
+        Curve("student's texts: R(l)", 1, list(enumerate(regret, start=1))),
+        Curve("teacher's texts: l·ε(l)", 0, list(enumerate(baseline, start=1))),
+    )
 
 
 def _finite(values: list[float]) -> list[float | None]:

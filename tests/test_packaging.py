@@ -57,7 +57,8 @@ def test_every_source_file_is_in_the_wheel_and_callbacks_are_a_subpackage(wheel)
 def test_types_and_assets_are_in_the_wheel(wheel) -> None:
     assets = {str(p.relative_to(ROOT)) for p in (ROOT / "lit_distill" / "assets").rglob("*") if p.is_file()}
     assert assets
-    assert {*assets, "lit_distill/py.typed"} <= set(wheel.namelist())
+    page = {f"lit_distill/report/{name}" for name in ("page.html.jinja", "style.css")}
+    assert {*assets, *page, "lit_distill/py.typed"} <= set(wheel.namelist())
 
 
 @pytest.mark.slow

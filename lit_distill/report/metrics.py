@@ -6,22 +6,21 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-SHOWN, WRITTEN, CONFIDENCE, DRIFT, JUDGED = (
+PREDICTED, WRITTEN, CONFIDENCE, DRIFT, JUDGED, OTHER = (
     "Predicting held-out responses",
     "Writing responses",
     "Calibration of next tokens",
     "Exposure bias",
     "Judge",
+    "Objectives and other metrics",
 )
-OTHER = "Objectives and other metrics"
-MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
-"""Stands where there is no figure."""
+"""Stands where there is no metric."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a figure is shown."""
+    """How a metric is shown."""
 
     label: str
     group: str
@@ -34,20 +33,17 @@ class Metric:
 
     @property
     def head(self) -> str:
-        """The label with its unit."""
-        return f"{self.label}, {self.unit}" if self.unit else self.label
-
-    @property
-    def arrow(self) -> str:
-        """Which way is better, as a sign."""
-        return {"lower": "↓", "higher": "↑"}.get(self.better, "")
+        """The label with its unit and a sign for which way is better."""
+        head = f"{self.label}, {self.unit}" if self.unit else self.label
+        return f"{head} {ARROWS[self.better]}".rstrip()
 
 
+ARROWS = {"lower": "↓", "higher": "↑", "": ""}
 KNOWN = {
-    "perplexity": Metric("perplexity", SHOWN, better="lower"),
-    "forward_kl": Metric("KL(teacher ‖ student)", SHOWN, "nats/token", "lower"),
-    "reverse_kl": Metric("KL(student ‖ teacher)", SHOWN, "nats/token", "lower"),
-    "top1_agreement": Metric("same first choice as the teacher", SHOWN, "%", "higher", 1, 100),
+    "perplexity": Metric("perplexity", PREDICTED, better="lower"),
+    "forward_kl": Metric("KL(teacher ‖ student)", PREDICTED, "nats/token", "lower"),
+    "reverse_kl": Metric("KL(student ‖ teacher)", PREDICTED, "nats/token", "lower"),
+    "top1_agreement": Metric("same first choice as the teacher", PREDICTED, "%", "higher", 1, 100),
     "rouge_l": Metric("ROUGE-L", WRITTEN, "%", "higher", 1),
     "exact_match": Metric("exact match", WRITTEN, "%", "higher", 1),
     "response_length": Metric("length", WRITTEN, "tokens", "", 1),
@@ -67,11 +63,11 @@ KNOWN = {
     "loss": Metric("loss: weighted sum of the objectives", OTHER, "", "lower"),
 }
 ORDER = list(KNOWN)
-GROUPS = (SHOWN, WRITTEN, CONFIDENCE, DRIFT, JUDGED)
+GROUPS = (PREDICTED, WRITTEN, CONFIDENCE, DRIFT, JUDGED)
 
 
 def metric_of(name: str) -> Metric:
-    """How to show the figure ``name``; any name has an answer.
+    """How to show the metric ``name``; any name has an answer.
 
     ``<task>/ece`` is of a group of its own, named after the task.
     """
@@ -108,4 +104,4 @@ def decimals_for(metric: Metric, values: list[float]) -> int:
 def number(value: float, decimals: int) -> str:
     """``1234.5`` as ``1,234.5``, with a real minus sign and no negative zero."""
     text = f"{value:,.{decimals}f}"
-    return text.replace("-", MINUS) if float(text.replace(",", "")) else text.lstrip("-")
+    return text.replace("-", "\N{MINUS SIGN}") if float(text.replace(",", "")) else text.lstrip("-")

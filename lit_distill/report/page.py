@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
+from typing import Any
 
-from lit_distill.report import texts
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from lit_distill.report import sections
 from lit_distill.report.columns import columns_of
-from lit_distill.report.confidence import calibration, exposure_bias
-from lit_distill.report.parts import Section, esc
+from lit_distill.report.figures import draw_swatch, make_figure, svg
+from lit_distill.report.metrics import ARROWS, NOTHING
 from lit_distill.report.record import Report
-from lit_distill.report.scores import by_length, training
+from lit_distill.report.sections import Block, Drawing, Section
 from lit_distill.report.settings import differing, test_settings
-from lit_distill.report.style import style_sheet
-from lit_distill.report.table import text_table
+from lit_distill.report.table import BEST, text_table
 
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'"  # whatever a model has written, nothing is fetched and nothing runs
-)
+UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]")
 
 
 def render_page(reports: Sequence[Report]) -> str:
@@ -29,42 +32,38 @@ def render_page(reports: Sequence[Report]) -> str:
     """
     columns, notes = columns_of(reports)
     makers = (
-        texts.metrics,
-        texts.settings,
-        calibration,
-        exposure_bias,
-        by_length,
-        texts.judge,
-        training,
-        texts.samples,
-        texts.others,
+        *(sections.metrics, sections.settings, sections.calibration, sections.exposure_bias, sections.by_length),
+        *(sections.judge, sections.training, sections.samples, sections.others),
     )
-    sections = [section for make in makers if (section := make(columns))] + [_reproduce(reports)]
-    tested = [test_settings(report) for report in reports]
-    if keys := list(differing(tested)):
+    shown = [section for make in makers if (section := make(columns)).blocks] + [_reproduce(reports)]
+    if keys := list(differing([test_settings(report) for report in reports])):
         where = f"{', '.join(keys[:6])}{' …' if len(keys) > 6 else ''}"
         notes.insert(0, f"Not all of these runs were tested alike: {where} differ. Compare with care.")
-    title = _title(reports)
-    warnings = "".join(f'<p class="warning">{esc(note)}</p>' for note in notes)
-    links = "".join(f'<li><a href="#{section.anchor}">{esc(section.title)}</a></li>' for section in sections)
-    body = "".join(f'<section><h2 id="{s.anchor}">{esc(s.title)}</h2>{s.body}</section>' for s in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{esc(title)}</title>
-<style>{style_sheet()}</style>
-</head>
-<body>
-<header><h1>{esc(title)}</h1>{_facts(reports)}{warnings}<nav aria-label="Sections"><ul>{links}</ul></nav></header>
-<main>{body}</main>
-<footer>Written by lit-distill. The numbers behind this page are in report.json.</footer>
-</body>
-</html>
-"""
+    numbers = count(1)
+
+    def picture(drawing: Drawing) -> Markup:
+        figure = make_figure(drawing.draw, drawing.width, drawing.height)
+        return Markup(svg(figure, escape(printable(drawing.alt)), next(numbers)))  # noqa: S704 - matplotlib's own text
+
+    def swatch(style: int) -> Markup:
+        return picture(Drawing("", "", "", lambda figure: draw_swatch(figure.subplots(), style), 34, 14))
+
+    here = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    here.globals |= {"picture": picture, "swatch": swatch, "arrows": ARROWS, "nothing": NOTHING, "star": BEST}
+    page = here.get_template("page.html.jinja")
+    return page.render(title=_title(reports), facts=_facts(reports), warnings=notes, sections=shown)
+
+
+def printable(value: Any) -> Any:
+    """Text with a replacement character for what HTML cannot hold, and for what would reverse the text around it."""
+    return UNPRINTABLE.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def text_card(reports: Sequence[Report]) -> str:
@@ -79,25 +78,21 @@ def _title(reports: Sequence[Report]) -> str:
     return f"Test of {shown}" if len(reports) == 1 else f"{len(reports)} tests of {shown}"
 
 
-def _facts(reports: Sequence[Report]) -> str:
+def _facts(reports: Sequence[Report]) -> dict[str, str]:
     def unique(values: Sequence[object]) -> str:
         return "; ".join(dict.fromkeys(str(value) for value in values if value is not None)) or "none"
 
-    checkpoints = [r["checkpoint"] and f"{r['checkpoint']['path']} (step {r['checkpoint']['step']})" for r in reports]
+    days = sorted(str(report["run"].get("date"))[:16].replace("T", " ") for report in reports)
     facts = {
-        "tested": _when(reports),
+        "tested": " to ".join(dict.fromkeys((days[0], days[-1]))),
         "student": unique([report["student"].get("path") for report in reports]),
         "teacher": unique([(report["teacher"] or {}).get("path") for report in reports]),
-        "checkpoint": unique(checkpoints) if len(reports) == 1 else "",
-        "seed": unique([report["run"].get("seed") for report in reports]) if len(reports) == 1 else "",
     }
-    rows = "".join(f"<dt>{name}</dt><dd>{esc(value)}</dd>" for name, value in facts.items() if value)
-    return f'<dl class="facts">{rows}</dl>'
-
-
-def _when(reports: Sequence[Report]) -> str:
-    days = sorted(str(report["run"].get("date"))[:16].replace("T", " ") for report in reports)
-    return days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+    if len(reports) == 1:
+        checkpoint = reports[0]["checkpoint"]
+        facts["checkpoint"] = f"{checkpoint['path']} (step {checkpoint['step']})" if checkpoint else "none"
+        facts["seed"] = unique([reports[0]["run"].get("seed")])
+    return facts
 
 
 def _reproduce(reports: Sequence[Report]) -> Section:
@@ -105,18 +100,13 @@ def _reproduce(reports: Sequence[Report]) -> Section:
     for report in reports:
         folder, checkpoint = str(report["run"].get("folder")), report["checkpoint"]
         if checkpoint and report.get("training_config"):
-            lines.append(_command("fit", Path(checkpoint["folder"]), report))
-        if report.get("config"):
-            lines.append(_command("test", Path(folder), report))
-        else:
-            lines.append(f"# {folder}: tested without a configuration file")
-    commands = "\n".join(dict.fromkeys(lines))
-    note = (
-        '<p class="note">The whole configuration of each run, its seed and checkpoint included, lies in its folder.</p>'
-    )
-    return Section("reproduce", "How to reproduce this", f"{note}<pre>{esc(commands)}</pre>")
+            lines.append(_command("fit", checkpoint["folder"], report))
+        tested = report.get("config")
+        lines.append(_command("test", folder, report) if tested else f"# {folder}: tested without a configuration file")
+    note = "The whole configuration of each run, its seed and checkpoint included, lies in its folder."
+    return Section("reproduce", "How to reproduce this", [Block(code="\n".join(dict.fromkeys(lines)))], note)
 
 
-def _command(stage: str, folder: Path, report: Report) -> str:
+def _command(stage: str, folder: str, report: Report) -> str:
     name = str(report["run"].get("name"))  # else the new run would be named after the file
-    return shlex.join(["lit-distill", stage, "--config", str(folder / "config.yaml"), "--run_name", name])
+    return shlex.join(["lit-distill", stage, "--config", str(Path(folder) / "config.yaml"), "--run_name", name])

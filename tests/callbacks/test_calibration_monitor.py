@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from command_line import run, tiny_config, write
@@ -149,17 +150,19 @@ def test_what_is_wrong_in_the_yaml_is_said_by_its_key(settings, said) -> None:
 
 
 def test_the_diagram_has_both_models_their_errors_and_the_diagonal(tested) -> None:
-    from lit_distill.callbacks.reliability import draw_reliability
+    from lit_distill.callbacks.calibration import reliability_diagram
 
-    axes = Figure().subplots()
+    figure = Figure()
     results = monitor(tested)._results["mood"]
-    draw_reliability(axes, results, "mood")
+    reliability_diagram(results, "mood")(figure)
+    axes, shares = figure.axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     for speaker in ("student", "teacher"):
         assert any(f"{speaker}: ECE {results[speaker].metrics['ece'].item():.3f}" in label for label in labels)
     assert axes.get_ylabel() == "accuracy"
-    assert "7 predictions" in axes.figure.axes[1].get_xlabel()
-    heights = [bar.get_height() for bar in axes.figure.axes[1].patches]
+    assert any(np.array_equal(line.get_xydata(), [[0, 0], [1, 1]]) for line in axes.lines)
+    assert "7 predictions" in shares.get_xlabel()
+    heights = [bar.get_height() for bar in shares.patches]
     assert sum(heights) == pytest.approx(200)  # percent, of two models
 
 

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from command_line import run, tiny_config, write
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_distill.callbacks import ExposureBiasMonitor
+from lit_distill.callbacks.exposure_bias import draw_errors
 from lit_distill.generation import SamplingParams
 
 LENGTH, SAMPLES = 6, 2
@@ -73,6 +75,16 @@ def test_the_chosen_lengths_are_scalars_and_the_curve_is_a_figure(tested) -> Non
     assert "test/exposure_bias" in events.Tags()["images"]
 
 
+def test_the_figure_has_the_excess_above_and_what_it_is_made_of_below() -> None:
+    figure = Figure()
+    draw_errors(figure, regret=[0.5, 0.9], baseline=[0.0, 0.6], excess=[float("inf"), 50.0])
+    drawn = [[line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes]
+    assert drawn == [[[float("inf"), 50.0]], [[0.5, 0.9], [0.0, 0.6]]]
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [1, 2]
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert labels == ["student's texts: R(l)", "teacher's texts: l·ε(l)"]
+
+
 def test_a_teacher_that_is_its_own_student_has_no_excess(pair, tmp_path) -> None:
     config = write(tiny_config(pair), tmp_path / "x.yaml")
     cli = run("test", "--config", config, *options(), "--model.student.path", pair[1], "--trainer.logger", "false")
@@ -112,7 +124,7 @@ def test_it_is_off_by_default_and_at_validations_unless_asked_for(pair, tmp_path
 def test_without_a_teacher_it_says_which_key_to_set(pair, tmp_path) -> None:
     config = tiny_config(pair, objectives={"ce": "NextToken"})
     del config["model"]["teacher"]
-    with pytest.raises(ValueError, match=r"^max_prompts: -1, but .* no teacher .* model\.teacher\.path"):
+    with pytest.raises(ValueError, match=r"^exposure_bias\.max_prompts: -1, but .* no teacher .* model\.teacher\.path"):
         run("test", "--config", write(config, tmp_path / "x.yaml"), *options(), "--trainer.logger", "false")
 
 

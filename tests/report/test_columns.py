@@ -137,8 +137,8 @@ def test_metrics_are_sorted_by_model(name, model, plain) -> None:
 
 
 def test_figures_have_units_and_sensible_digits() -> None:
-    assert metric_of("distinct_4").head == "distinct-4, %"
-    assert metric_of("ex_acc_err_128").head == "ExAccErr at 128 tokens, %"
+    assert metric_of("distinct_4").head == "distinct-4, % ↑"
+    assert metric_of("ex_acc_err_128").head == "ExAccErr at 128 tokens, % ↓"
     assert metric_of("sst2/ece").group == "Classification: sst2"
     assert number(-0.0001, 2) == "0.00"
     assert number(-1234.5, 1) == "\N{MINUS SIGN}1,234.5"
