@@ -20,7 +20,7 @@ from lit_distill.callbacks.last_state import can_resume_after
 from lit_distill.callbacks.preemption import PreemptionHandler
 from lit_distill.distributed import AtomicCheckpointIO
 from lit_distill.distributed.watchdog import drain_at_exit
-from lit_distill.files import acquire_run_lock, lock_error, release_run_lock
+from lit_distill.files import LOCK_FILE, acquire_lock, lock_error, release_lock
 from lit_distill.types import arguments_of
 from lit_distill.validation import has_validation, logged_metrics
 
@@ -69,7 +69,7 @@ class RunCheckpoint(ModelCheckpoint):
         ):
             folder = self._folder_of_run()
             if trainer.strategy.broadcast(
-                trainer.is_global_zero and not acquire_run_lock(folder)
+                trainer.is_global_zero and not acquire_lock(folder / LOCK_FILE)
             ):  # so that all ranks stop
                 raise lock_error(folder, "ckpt_path" if folder != Path(str(self.dirpath)) else "checkpoint.dirpath")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -111,7 +111,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().teardown(trainer, pl_module, stage)
         self._signals.restore(trainer)
         if self._manages_run(trainer):
-            release_run_lock(self._folder_of_run())
+            release_lock(self._folder_of_run() / LOCK_FILE)
 
     @property
     def state_key(self) -> str:
@@ -226,7 +226,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._signals.requeue(trainer)
         self._signals.restore(trainer)
         if self.dirpath is not None and self._manages_run(trainer):
-            release_run_lock(self._folder_of_run())
+            release_lock(self._folder_of_run() / LOCK_FILE)
         if last := self.last_model_path or self.best_model_path:
             rank_zero_info(
                 f"The last checkpoint is {last}. To resume, run the same command with --ckpt_path last, or with this path."

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
+from lit_distill.files import LOCK_FILE, acquire_lock, release_lock
 from lit_distill.types import ArgumentError, arguments_of
-
-if sys.platform != "win32":
-    import fcntl
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -29,7 +26,7 @@ class PredictionWriter(Callback):
     """Appends the records of ``predict`` to the JSONL file ``model.prediction.path``.
 
     Items whose id is already in the file are not generated again; an incomplete last line, left by a killed run, is removed
-    first. The file is locked during the run, so that no second run writes the same lines; there is no lock on Windows.
+    first. The file is locked during the run, so that no second run writes the same lines.
     """
 
     def __init__(self) -> None:
@@ -44,9 +41,8 @@ class PredictionWriter(Callback):
             raise ArgumentError(pl_module.prediction, f"path: {path} is a folder. Give the name of a .jsonl file.")
         locked_by_other = False
         if trainer.is_global_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", encoding="utf-8")
-            locked_by_other = not _lock(self._file)
+            locked_by_other = not acquire_lock(_lock_file(path))
+            self._file = None if locked_by_other else path.open("a", encoding="utf-8")
         if trainer.strategy.broadcast(locked_by_other):  # so that all ranks stop
             raise ArgumentError(
                 pl_module.prediction,
@@ -103,29 +99,15 @@ class PredictionWriter(Callback):
         rank_zero_info(f"Predictions: {pl_module.prediction.path}")
 
     def teardown(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
-        """Close the file, which releases its lock."""
+        """Close the file, and release its lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
+            release_lock(_lock_file(Path(pl_module.prediction.path)))
 
     def on_exception(self, trainer: Trainer, pl_module: DistillationModule, exception: BaseException) -> None:
-        """Close the file, which releases its lock."""
+        """Close the file, and release its lock."""
         self.teardown(trainer, pl_module, "")
-
-
-def _lock(file: IO[str]) -> bool:
-    """Lock the file until it is closed or the process ends; False if another process has the lock."""
-    if sys.platform == "win32":
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network file systems have no locks
-        rank_zero_warn(
-            f"model.prediction.path: {file.name} cannot be locked ({error.strerror}). Make sure that no second run uses it."
-        )
-    return True
 
 
 def _listed(settings: dict[str, Any], names: Sequence[str]) -> str:
@@ -169,3 +151,7 @@ def _drop_incomplete_line(path: Path) -> None:
     content = path.read_bytes()
     if not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}{LOCK_FILE}")

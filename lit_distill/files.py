@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_warn
-
-if sys.platform != "win32":
-    import fcntl
 
 FULL_DISK_BYTES = 2**20
 """A disk with less free space than this counts as full."""
@@ -89,44 +87,38 @@ def temporary_path(path: Path) -> Path:
 
 
 LOCK_FILE = ".running"
-"""The file that is locked. The file alone means nothing: the lock ends with its process, even if that is killed."""
-_lock_handles: dict[Path, int] = {}
+"""The lock file of a folder. The file alone means nothing: the lock ends with its process, even if that is killed."""
+_locks: dict[Path, FileLock] = {}
 
 
-def acquire_run_lock(folder: Path) -> bool:
-    """Lock the folder of a run for this process until `release_run_lock`; a no-op on Windows.
-
-    It is a POSIX record lock: workers of a data loader, which may live some seconds longer than a killed run, do not inherit it.
-    The lock is lost as soon as this process closes any handle of the file, so no other code may open it.
+def acquire_lock(file: Path) -> bool:
+    """Lock a file, whose only purpose this is, for this process until `release_lock`; its workers do not inherit the lock.
 
     Returns:
         Whether this process has the lock; False if another process has it.
     """
-    folder = folder.resolve()
-    if sys.platform == "win32" or folder in _lock_handles:
+    file = file.resolve()
+    if file in _locks:
         return True
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # POSIX allows either
-            os.close(handle)
-            return False
-        except OSError as error:  # some network file systems have no locks
-            rank_zero_warn(f"{folder} cannot be locked ({error.strerror}). Make sure that no second run uses it.")
-        if _is_same_file(handle, folder / LOCK_FILE):
-            _lock_handles[folder] = handle
-            return True
-        os.close(handle)  # the process that released the lock deleted the file before we locked it
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return False
+    except OSError as error:  # some network file systems have no locks
+        rank_zero_warn(f"{file} cannot be locked ({error.strerror}). Make sure that no second run writes there.")
+    _locks[file] = lock
+    return True
 
 
-def release_run_lock(folder: Path) -> None:
-    """Release the lock of a run's folder if this process has it."""
-    folder = folder.resolve()
-    if (handle := _lock_handles.pop(folder, None)) is not None:
-        (folder / LOCK_FILE).unlink(missing_ok=True)
-        os.close(handle)
+def release_lock(file: Path) -> None:
+    """Release the lock of a file, and delete it, if this process has it."""
+    file = file.resolve()
+    if lock := _locks.pop(file, None):
+        if sys.platform != "win32":  # where a file in use cannot be deleted; there it stays
+            file.unlink(missing_ok=True)
+        lock.release()
 
 
 def lock_error(folder: Path, key: str) -> ValueError:
@@ -140,10 +132,3 @@ def lock_error(folder: Path, key: str) -> ValueError:
         f"{key}: another process is running in {folder}, and two runs would overwrite each other's files. Wait until it ends, or "
         "stop it; a second run at the same time needs another run_name, and another checkpoint.dirpath if that is set."
     )
-
-
-def _is_same_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False

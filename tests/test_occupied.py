@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,18 +15,30 @@ from command_line import run, tiny_config, write
 from lightning.pytorch import Callback
 from test_moved_runs import content
 
-from lit_distill.files import LOCK_FILE, acquire_run_lock, release_run_lock
+from lit_distill.files import LOCK_FILE, acquire_lock, release_lock
 
 HOLD = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a")
-fcntl.lockf(file, fcntl.LOCK_EX)
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("held", flush=True)
 time.sleep(600)
 """
 TRY = """
-import fcntl, sys
-fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+import sys
+from filelock import FileLock
+FileLock(sys.argv[1]).acquire(timeout=0)
+"""
+FORK = """
+import os, sys, time
+from pathlib import Path
+from lit_distill.files import acquire_lock
+assert acquire_lock(Path(sys.argv[1]))
+worker = os.fork()
+if worker:
+    print(worker, flush=True)
+time.sleep(600)
 """
 STAY = """
 import time
@@ -45,8 +58,6 @@ VERSION = Path("runs/c/version_0")
 IN_USE = (
     rf"ckpt_path: another process is running in {VERSION}, and two runs would overwrite each other's files\. Wait until"
 )
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fcntl")
 
 
 @pytest.fixture
@@ -130,7 +141,7 @@ class Look(Callback):
 def is_free(folder: Path) -> bool:
     """Whether another process could lock the file."""
     done = subprocess.run([sys.executable, "-c", TRY, folder / LOCK_FILE], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 or "BlockingIOError" in done.stderr, done.stderr
+    assert done.returncode == 0 or "Timeout" in done.stderr, done.stderr
     return done.returncode == 0
 
 
@@ -148,28 +159,26 @@ def test_a_new_run_has_its_folder_and_gives_it_back_at_its_end_and_when_it_fails
 @pytest.mark.slow
 def test_a_process_may_take_its_folder_again_by_any_name(tmp_path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "run")
-    assert acquire_run_lock(tmp_path / "run")
-    assert acquire_run_lock(tmp_path / "link")
+    assert acquire_lock(tmp_path / "run" / LOCK_FILE)
+    assert acquire_lock(tmp_path / "link" / LOCK_FILE)
     assert not is_free(tmp_path / "run")
-    release_run_lock(tmp_path / "link")
+    release_lock(tmp_path / "link" / LOCK_FILE)
     assert is_free(tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_a_file_that_was_deleted_before_it_was_locked_is_no_lock(tmp_path, monkeypatch) -> None:
-    import fcntl
-
-    lock, deleted = fcntl.lockf, []
-
-    def late(handle: int, flags: int) -> None:
-        if not deleted:
-            deleted.append((tmp_path / LOCK_FILE).unlink())
-        lock(handle, flags)
-
-    monkeypatch.setattr("fcntl.lockf", late)
-    assert acquire_run_lock(tmp_path)
-    assert not is_free(tmp_path)
-    release_run_lock(tmp_path)
+def test_a_worker_of_a_killed_process_keeps_nobody_out(tmp_path) -> None:
+    command = [sys.executable, "-c", FORK, tmp_path / LOCK_FILE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        worker = int(holder.stdout.readline())
+        try:
+            assert not is_free(tmp_path)
+            holder.kill()
+            holder.wait()
+            os.kill(worker, 0)  # it lives
+            assert is_free(tmp_path)
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -177,8 +186,8 @@ def test_where_nothing_can_be_locked_the_run_says_so_once_and_goes_on(config, mo
     def refuse(*_: object) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("fcntl.lockf", refuse)
-    with pytest.warns(UserWarning, match="version_0 cannot be locked") as said:
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.warns(UserWarning, match=r"version_0/\.running cannot be locked") as said:
         run("fit", "--config", config)
     assert len([warning for warning in said if "cannot be locked" in str(warning.message)]) == 1
     with pytest.warns(UserWarning, match="cannot be locked") as said:

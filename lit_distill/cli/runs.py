@@ -12,7 +12,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_distill.distributed.stored import META, rank_files, without_tensors
-from lit_distill.files import acquire_run_lock, lock_error, release_run_lock
+from lit_distill.files import LOCK_FILE, acquire_lock, lock_error, release_lock
 
 UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, KeyError, UnpicklingError)
 """What torch raises for a checkpoint that is not a zip file, is truncated, or contains code."""
@@ -98,11 +98,11 @@ def continue_log(trainer: Trainer, checkpoint: Path) -> None:
     folder, step = checkpoint.parent.parent, int(without_tensors(checkpoint)["global_step"])
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, CSVLogger) and Path(logger.log_dir).resolve() == folder.resolve():
-            if not acquire_run_lock(folder):
+            if not acquire_lock(folder / LOCK_FILE):
                 raise lock_error(folder, "ckpt_path")
             _continue_csv(folder, logger, step)
             if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-                release_run_lock(folder)  # the process that becomes rank 0 acquires it again
+                release_lock(folder / LOCK_FILE)  # the process that becomes rank 0 acquires it again
 
 
 def _continue_csv(folder: Path, logger: CSVLogger, step: int) -> None:

@@ -13,15 +13,14 @@ from command_line import run, tiny_config, write
 from lit_distill.module import DistillationModule
 
 HOLD = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a")
-fcntl.flock(file, fcntl.LOCK_EX)
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("held", flush=True)
 time.sleep(600)
 """
 IN_USE = r"model\.prediction\.path: another `predict` is writing to predictions\.jsonl"
-
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no fcntl")
 
 
 @pytest.fixture
@@ -40,38 +39,22 @@ def test_predict_leaves_nothing_but_its_file(config) -> None:
     assert {path.name for path in config.parent.iterdir()} == {"tiny.yaml", "predictions.jsonl"}
 
 
-def test_a_second_run_stops_before_it_loads_anything_and_the_first_goes_on(config, monkeypatch) -> None:
-    predict_step, told = DistillationModule.predict_step, []
-
-    def beside_another(module, batch, batch_idx):
-        if batch_idx == 1:
-            monkeypatch.setattr(
-                "lit_distill.module.build_student_and_teacher", lambda *_: pytest.fail("models were loaded")
-            )
-            with pytest.raises(ValueError, match=IN_USE):
-                run("predict", "--config", config)
-            told.append(ids())
-        return predict_step(module, batch, batch_idx)
-
-    monkeypatch.setattr(DistillationModule, "predict_step", beside_another)
-    run("predict", "--config", config)
-    assert len(told) == 1
-    assert told[0], "a batch is in the file as soon as it is answered"
-    assert len(set(ids())) == len(ids()) == 48
-
-
-@pytest.mark.slow
-def test_a_run_that_was_killed_locks_nobody_out(config) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLD, "predictions.jsonl"], stdout=subprocess.PIPE) as holder:
+def test_a_second_run_stops_before_it_loads_anything_until_the_first_is_killed(config, monkeypatch) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD, ".predictions.jsonl.running"], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         try:
             holder.stdout.readline()
-            with pytest.raises(ValueError, match=IN_USE):
-                run("predict", "--config", config)
+            with monkeypatch.context() as nothing:
+                loads = "lit_distill.module.build_student_and_teacher"
+                nothing.setattr(loads, lambda *_: pytest.fail("models were loaded"))
+                with pytest.raises(ValueError, match=IN_USE):
+                    run("predict", "--config", config)
+            assert not Path("predictions.jsonl").exists()
         finally:
             holder.kill()
     run("predict", "--config", config)
-    assert len(ids()) == 48
+    assert len(set(ids())) == len(ids()) == 48
+    assert not Path(".predictions.jsonl.running").exists()
 
 
 def test_a_run_that_failed_gives_the_file_back(config, monkeypatch) -> None:
@@ -85,9 +68,9 @@ def test_a_run_that_failed_gives_the_file_back(config, monkeypatch) -> None:
 
 def test_where_files_cannot_be_locked_the_run_says_so_and_goes_on(config, monkeypatch) -> None:
     def refuse(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
+        raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.warns(UserWarning, match=r"model\.prediction\.path: predictions\.jsonl cannot be locked \(Function"):
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.warns(UserWarning, match=r"\.predictions\.jsonl\.running cannot be locked \(No locks available"):
         run("predict", "--config", config)
     assert len(ids()) == 48
