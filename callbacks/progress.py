@@ -20,21 +20,20 @@ if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
     from lit_distill.types import Batch, Trajectories
 
-PHASE_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 HIDDEN_METRICS = {
     *("distinct_1", "distinct_2", "distinct_3", "distinct_4", "repetition_4", "unfinished"),
     *("accuracy", "adaptive_ece", "brier", "teacher_accuracy", "teacher_adaptive_ece", "teacher_brier", "teacher_ece"),
 }
 """Validation metrics that are logged but not printed, to keep the line short."""
 SECONDS_BETWEEN_METRICS = 1.0
-SECONDS_BEFORE_A_BAR = 0.5
+SECONDS_BETWEEN_DESCRIPTIONS = 0.1
 
 
 class RunProgress(TQDMProgressBar):
-    """Optimiser steps, time left, loss, and response tokens per second; a second bar for rollouts, inner epochs and decoding.
+    """Optimiser steps, time left, loss and response tokens per second; before the bar, what the run is doing.
 
     A response token counts once, even if several inner epochs train on it. The metrics of every validation stay on the screen.
-    If standard output is not a terminal, a line every few seconds replaces the bars.
+    If standard output is not a terminal, a line every few seconds replaces the bar.
 
     Args:
         seconds_between_lines: without a terminal, the minimum time between two lines.
@@ -43,14 +42,12 @@ class RunProgress(TQDMProgressBar):
     def __init__(self, seconds_between_lines: float = 30.0) -> None:
         super().__init__(refresh_rate=1 if sys.stdout.isatty() else 0)
         self.seconds_between_lines = seconds_between_lines
-        self._phase_bar: Tqdm | None = None
-        self._phase = 0
-        self._has_rollouts = False
+        self._stage = ""
         self._decoding = ""
         self._decoded = 0
         self._decoding_since = 0.0
-        self._evaluated = ""
-        self._metrics_at = 0.0
+        self._has_rollouts = False
+        self._metrics_at = self._described_at = 0.0
         self._start_clock(0)
 
     def _start_clock(self, step: int) -> None:
@@ -67,13 +64,12 @@ class RunProgress(TQDMProgressBar):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close the second bar."""
-        self._close_phase_bar()
+        """Let go of the decode loop."""
         pl_module.decoding_progress = None  # type: ignore[assignment]
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the second bar."""
+        """Let go of the decode loop."""
         self.teardown(trainer, pl_module, "")
 
     @override
@@ -111,33 +107,29 @@ class RunProgress(TQDMProgressBar):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the number of the epoch."""
-        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+        self._show(f"epoch {trainer.current_epoch}", now=True)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count a new phase, for sources that generate."""
-        self._phase, self._has_rollouts = batch_idx + 1, False
+        self._stage, self._has_rollouts = f"epoch {trainer.current_epoch}", False
 
     def on_rollouts(self, trainer: Trainer, pl_module: DistillationModule, trajectories: Trajectories) -> None:
-        """Count the tokens, and open the bar of the inner epochs."""
+        """Count the generated tokens."""
         self._has_rollouts = True
         self._tokens = self._tokens + trajectories.responses.mask.sum()
-        steps = pl_module.source.steps_per_batch(len(trajectories.ids) * pl_module.data_ranks.number)
-        if steps > 1:
-            self._open_phase_bar(steps)
+        self._phase_start = trainer.global_step
+        self._phase_steps = pl_module.source.steps_per_batch(len(trajectories.ids) * pl_module.data_ranks.number)
 
     def on_loss_terms(self, trainer: Trainer, pl_module: DistillationModule, terms: Any) -> None:
-        """Move the bars after an optimiser step."""
-        bar, now = self.train_progress_bar, time.monotonic()
-        if not bar.disable and now - self._metrics_at >= SECONDS_BETWEEN_METRICS:
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
-            self._metrics_at = now
+        """Move the bar after an optimiser step."""
+        epochs = getattr(pl_module.source, "inner_epochs", 1)
+        if self._has_rollouts and epochs > 1:
+            done = trainer.global_step - self._phase_start - 1
+            self._show(f"epoch {trainer.current_epoch}: inner epoch {done * epochs // self._phase_steps + 1}/{epochs}")
+        bar = self.train_progress_bar
+        self._show_metrics(bar, trainer, pl_module)
         bar.update(trainer.global_step - bar.n)
-        if (phase := self._phase_bar) is not None:
-            epochs = getattr(pl_module.source, "inner_epochs", 1)
-            epoch = min(epochs, int(phase.n * epochs // (phase.total or 1)) + 1)
-            phase.set_description(f"phase {self._phase}: inner epoch {epoch}/{epochs}", refresh=False)
-            phase.update()
         self._line_if_due()
 
     @override
@@ -145,14 +137,15 @@ class RunProgress(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Show the metrics."""
-        self._close_phase_bar()
         if not self._has_rollouts and batch.sequences is not None:
             self._tokens = self._tokens + batch.sequences.target_mask.sum()
-        bar = self.train_progress_bar
-        if not bar.disable and time.monotonic() - self._metrics_at >= SECONDS_BETWEEN_METRICS:
-            bar.set_postfix(self.get_metrics(trainer, pl_module))
-            self._metrics_at = time.monotonic()
+        self._show_metrics(self.train_progress_bar, trainer, pl_module)
         self._line_if_due()
+
+    def _show_metrics(self, bar: Tqdm, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not bar.disable and time.monotonic() - self._metrics_at >= SECONDS_BETWEEN_METRICS:
+            bar.set_postfix(self.get_metrics(trainer, pl_module))  # waits for the device
+            self._metrics_at = time.monotonic()
 
     @override
     def on_validation_batch_start(
@@ -160,7 +153,7 @@ class RunProgress(TQDMProgressBar):
     ) -> None:
         """Show the number of the batch and the total."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._show_evaluation("validation", batch_idx, self.total_val_batches_current_dataloader)
+        self._show(f"validation: batch {batch_idx + 1}/{self.total_val_batches_current_dataloader}")
 
     @override
     def on_test_batch_start(
@@ -168,7 +161,7 @@ class RunProgress(TQDMProgressBar):
     ) -> None:
         """Show the number of the batch and the total."""
         super().on_test_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._show_evaluation("test", batch_idx, self.total_test_batches_current_dataloader)
+        self._show(f"test: batch {batch_idx + 1}/{self.total_test_batches_current_dataloader}")
 
     @override
     def on_predict_batch_start(
@@ -176,66 +169,45 @@ class RunProgress(TQDMProgressBar):
     ) -> None:
         """Show the number of the batch and the total."""
         super().on_predict_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        self._show_evaluation("prediction", batch_idx, self.total_predict_batches_current_dataloader)
-
-    def _show_evaluation(self, what: str, index: int, total: float) -> None:
-        self._evaluated = f"{what}: batch {index + 1}/{total}"
-        self._line_if_due()
+        self._show(f"prediction: batch {batch_idx + 1}/{self.total_predict_batches_current_dataloader}")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics."""
         super().on_validation_end(trainer, pl_module)
-        self._evaluated = ""
+        self._stage = ""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             every = {name.removeprefix("val/"): v for name, v in trainer.callback_metrics.items() if "val/" in name}
             metrics = {name: value for name, value in every.items() if name not in HIDDEN_METRICS}
             self._print(f"validation at step {_step(trainer)}: {_metrics(metrics)}")
 
     def _on_decoding_step(self, step: int, steps: int, rows: int) -> None:
-        """Called by the decode loop."""
+        """Called by the decode loop: ``rows`` responses are unfinished after ``step`` of at most ``steps`` tokens."""
         if step == 0:
             self._decoded, self._decoding_since = 0, time.monotonic()
-            self._open_phase_bar(steps)
-        if step == steps:
-            self._decoding = ""
-            self._close_phase_bar()
-            return
         speed = self._decoded / max(1e-9, time.monotonic() - self._decoding_since)
-        self._decoding = f"{rows} responses, {speed:.0f} tok/s"
-        if (bar := self._phase_bar) is not None:
-            training = self.trainer.training and not self._evaluated
-            bar.set_description(f"phase {self._phase}: rollouts" if training else "decoding", refresh=False)
-            bar.set_postfix_str(self._decoding, refresh=False)
-            bar.update(step - bar.n)
-        self._decoding = f"decoding {step}/{steps} tokens of {self._decoding}"
+        finished = step == steps
+        self._decoding = "" if finished else f"decoding {step}/{steps} tokens of {rows} responses, {speed:.0f} tok/s"
         self._decoded += rows
+        self._show(self._stage, now=finished)
+
+    def _show(self, stage: str, now: bool = False) -> None:
+        """Describe what the run is doing, before the bar that is moving or in the next line."""
+        self._stage = stage
+        since = time.monotonic() - self._described_at
+        if self.is_enabled and (now or since >= SECONDS_BETWEEN_DESCRIPTIONS):
+            if (bar := self._moving_bar()) is not None:
+                bar.set_description(" · ".join(part for part in (stage, self._decoding) if part))
+            self._described_at = time.monotonic()
         self._line_if_due()
 
-    def _open_phase_bar(self, total: int) -> None:
-        self._close_phase_bar()
-        if self.is_enabled:
-            above = (
-                self._train_progress_bar,
-                self._val_progress_bar,
-                self._test_progress_bar,
-                self._predict_progress_bar,
-            )
-            self._phase_bar = Tqdm(
-                total=total,
-                position=sum(bar is not None and not bar.disable for bar in above),
-                leave=False,
-                delay=SECONDS_BEFORE_A_BAR,
-                dynamic_ncols=True,
-                file=sys.stdout,
-                miniters=1,
-                bar_format=PHASE_FORMAT,
-            )
-
-    def _close_phase_bar(self) -> None:
-        if self._phase_bar is not None:
-            self._phase_bar.close()
-            self._phase_bar = None
+    def _moving_bar(self) -> Tqdm | None:
+        trainer = self.trainer
+        if trainer.validating or trainer.sanity_checking:
+            return self._val_progress_bar
+        if trainer.testing:
+            return self._test_progress_bar
+        return self._predict_progress_bar if trainer.predicting else self._train_progress_bar
 
     def _line_if_due(self) -> None:
         now, (then, step) = time.monotonic(), self._last_line
@@ -243,11 +215,11 @@ class RunProgress(TQDMProgressBar):
             return
         trainer = self.trainer
         self._last_line = (now, trainer.global_step)
-        parts = [self._evaluated, self._decoding]
+        parts = [self._stage, self._decoding]
         if trainer.state.fn == "fit":
             if done := trainer.global_step - step:
-                parts = [_metrics(trainer.progress_bar_metrics), f"{done / (now - then):.2f} steps/s", *parts]
-                parts.insert(2, f"{self._tokens_per_second(trainer):.0f} tok/s")
+                speeds = f"{done / (now - then):.2f} steps/s", f"{self._tokens_per_second(trainer):.0f} tok/s"
+                parts = [_metrics(trainer.progress_bar_metrics), *speeds, *parts]
             total, here = total_steps(trainer), trainer.global_step - self._first_step
             if total and here:
                 left = (total - trainer.global_step) * (now - self._since) / here

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from functools import partial
+from itertools import groupby
 from types import SimpleNamespace
 
 import lightning as L
@@ -34,7 +35,7 @@ def terminal(monkeypatch) -> Terminal:
     for module in (progress, tqdm_progress):
         monkeypatch.setattr(module, "sys", SimpleNamespace(stdout=screen))
     monkeypatch.setattr(progress, "Tqdm", partial(progress.Tqdm, mininterval=0))
-    monkeypatch.setattr(progress, "SECONDS_BEFORE_A_BAR", 0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_DESCRIPTIONS", 0)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_METRICS", 0)
     return screen
 
@@ -81,36 +82,26 @@ def shown(screen: Terminal) -> list[str]:
 def test_the_bar_counts_optimiser_steps_to_the_end_of_the_run(pair, terminal, settings, total) -> None:
     trainer = fit(pair, RunProgress(), **settings)
     assert trainer.global_step == total
-    steps = [int(n) for part in shown(terminal) for n in re.findall(rf"^Epoch.* (\d+)/{total} ", part)]
+    steps = [int(n) for part in shown(terminal) for n in re.findall(rf"^epoch.* (\d+)/{total} ", part)]
     assert steps == sorted(steps)
     assert set(steps) & {1, 2, 3, 4, 5}  # it moves inside a phase
     assert steps[-1] == total
     assert re.search(r"steps/s, .*loss=.*tok/s=", shown(terminal)[-1])
 
 
-def test_rollouts_and_inner_epochs_have_a_bar_of_their_own(pair, terminal) -> None:
+def test_the_bar_says_what_the_run_is_doing(pair, terminal) -> None:
     fit(pair, RunProgress())
-    phases = [re.sub(r": +\d+%.*\| (\d+/\d+) .*", r" \1", part) for part in shown(terminal) if part.startswith("phase")]
-    first = [f"phase 1: rollouts {n}/4" for n in (1, 2, 3)]
-    first += [f"phase 1: inner epoch {n}/3 {step}/6" for n, step in ((1, 1), (1, 2), (2, 3), (2, 4), (3, 5), (3, 6))]
-    assert [part for part in phases if part.startswith("phase 1")] == first
-    assert phases[-1] == "phase 2: inner epoch 3/3 6/6"
+    said = [re.match(r"epoch 0[^|]*?(?=: +\d+%)", part) for part in shown(terminal)]
+    said = [re.sub(r" of 8 responses, \d+ tok/s", "", found[0]) for found in said if found]
+    phase = [f"epoch 0 · decoding {n}/4 tokens" for n in range(4)] + ["epoch 0"]
+    phase += [f"epoch 0: inner epoch {n}/3" for n in (1, 2, 3)]
+    assert [text for text, _ in groupby(said)] == ["epoch 0", *phase, *phase]
 
 
-def test_evaluation_shows_decoding_below_its_batches(pair, terminal, monkeypatch) -> None:
-    below = []
-    original = RunProgress._open_phase_bar
-
-    def note(bars: RunProgress, total: int) -> None:
-        original(bars, total)
-        assert bars._phase_bar is not None
-        below.append((bars.trainer.validating, abs(bars._phase_bar.pos)))
-
-    monkeypatch.setattr(RunProgress, "_open_phase_bar", note)
+def test_evaluation_says_its_batch_and_what_it_decodes(pair, terminal) -> None:
     fit(pair, RunProgress(), GenerationEvaluator(max_new_tokens=5), generates=False, limit_val_batches=1)
-    assert below == [(True, 2)]  # two bars above: the training's and the validation's
-    decoding = [part for part in shown(terminal) if part.startswith("decoding")]
-    assert re.search(r"4/5 \[.*, 4 responses, \d+ tok/s\]", decoding[-1])
+    said = [part for part in shown(terminal) if part.startswith("validation: batch 1/1")]
+    assert any(re.search(r"decoding 4/5 tokens of 4 responses, \d+ tok/s", part) for part in said)
 
 
 def test_without_a_terminal_it_is_quiet_between_two_lines(pair, lines, capsys) -> None:
@@ -121,9 +112,10 @@ def test_without_a_terminal_it_is_quiet_between_two_lines(pair, lines, capsys) -
 
 def test_lines_say_step_speed_time_left_and_what_is_going_on(pair, lines) -> None:
     fit(pair, RunProgress(seconds_between_lines=0.0))
-    assert re.fullmatch(r"step 0/12 · decoding 0/4 tokens of 8 responses, \d+ tok/s", lines[0])
+    assert lines[0] == "step 0/12 · epoch 0"
+    assert re.fullmatch(r"step 0/12 · epoch 0 · decoding 0/4 tokens of 8 responses, \d+ tok/s", lines[1])
     after = [line for line in lines if line.startswith("step 3/12")]
-    assert re.match(r"step 3/12 · .*loss .* · [\d.]+ steps/s · \d+ tok/s · \d\d:\d\d left$", after[0])
+    assert re.match(r"step 3/12 · .*loss .* · [\d.]+ steps/s · \d+ tok/s · epoch 0.* · \d\d:\d\d left$", after[0])
     assert any(line.startswith("step 12/12") for line in lines)
 
 
