@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_distill.files import commit, remove, temporary_path
 from lit_distill.models.merging import merged_weights, save_adapter
 from lit_distill.models.readback import Expected, WrongExportError, check_adapter, check_folder
 from lit_distill.models.tying import mark_untied, tied_names
@@ -51,17 +51,14 @@ def save_adapted(
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces ``folder`` at the end; one that fails verification becomes ``<name>.wrong``."""
-    unfinished, wrong = (folder.with_name(f"{folder.name}.{kind}") for kind in ("unfinished", "wrong"))
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished, wrong = temporary_path(folder), folder.with_name(f"{folder.name}.wrong")
+    remove(unfinished)
     try:
         yield unfinished
     except WrongExportError as error:
-        shutil.rmtree(wrong, ignore_errors=True)
-        unfinished.rename(wrong)
+        commit(unfinished, wrong)
         raise WrongExportError(f"{error} The written files are in {wrong}.") from error
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+    commit(unfinished, folder)
 
 
 def save_folder(

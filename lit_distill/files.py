@@ -17,9 +17,15 @@ FULL_DISK_BYTES = 2**20
 """A disk with less free space than this counts as full."""
 
 
-def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name with ``write``, and rename it to ``path`` once it is complete and on the disk."""
-    unfinished = temporary_path(path)
+def atomic_write(path: Path, write: Callable[[Path], object], shared: bool = False) -> None:
+    """Write a file under a temporary name with ``write``, and rename it to ``path`` once it is complete and on the disk.
+
+    Args:
+        path: the file; its folder is created if needed.
+        write: writes the content to the path that it gets.
+        shared: whether other processes may write the same file at the same time; the last one wins.
+    """
+    unfinished = temporary_path(path.with_name(f"{path.name}.{os.getpid()}") if shared else path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with report_full_disk(unfinished):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +19,7 @@ from lit_distill.data.files import content_hash, decode_utf8, read_objects
 from lit_distill.data.records import RECORD_FILES, find_files, load_hub, refuse_hub_options
 from lit_distill.data.special_tokens import required_eos
 from lit_distill.data.tokenize import VERSION, cache_file, digest, encode, tokenizer_content
+from lit_distill.files import atomic_write
 from lit_distill.types import ArgumentError, arguments_of
 
 FEATURES = Features({"input_ids": List(Value("int32"))})
@@ -172,10 +172,10 @@ def _pack(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[in
 
 
 def _write(target: Path, texts: Iterable[str], tokenizer: Any, length: int, origin: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}.partial")
     count, tail = 0, 0
-    try:
+
+    def write(partial: Path) -> None:
+        nonlocal count, tail
         with ArrowWriter(path=str(partial), features=FEATURES) as writer:
             for row in _pack(texts, tokenizer, length):
                 if len(row) < length:
@@ -190,9 +190,8 @@ def _write(target: Path, texts: Iterable[str], tokenizer: Any, length: int, orig
                 f"has {tail} tokens, too few for one row of {length}" if tail else "is empty: there is no text in it"
             )
             raise ValueError(f"{origin} {problem}. Give more text{', or a smaller length' if tail else ''}.")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    atomic_write(target, write, shared=True)  # with runs that use the same cache
     rank_zero_info(
         f"corpus: packed {count} rows of {length} tokens; {tail} tokens at the end do not fill a row and are left out"
     )
