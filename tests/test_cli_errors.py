@@ -70,6 +70,23 @@ def test_what_was_probably_meant_is_said(command, capsys) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--config", "right.yaml", "--trainer.max_stepz", "3"], "'trainer.max_steps'"),
+        (["--config", "rihgt.yaml"], "right.yaml"),
+    ],
+)
+def test_a_misspelt_word_of_the_command_line_has_a_suggestion(
+    pair, tmp_path, monkeypatch, capsys, words, meant
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tiny_config(pair), tmp_path / "right.yaml")
+    with pytest.raises(SystemExit) as stop:
+        main("fit", *words)
+    assert f"Did you mean {meant}?" in f"{stop.value.code} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("data.init_args.batch_size", 0, "data.init_args.batch_size: expected at least 1, got 0"),

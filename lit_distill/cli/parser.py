@@ -39,7 +39,7 @@ _INIT_ARGUMENT = re.compile(r"class_path[ =]'(?P<owner>[\w.]+)'[^\n]*\n\s*Option
 _CALLABLE_ARGUMENT = re.compile(
     r"Option '(?P<key>[\w.]+)' is not accepted. Got value: Namespace\(class_path='(?P<owner>[\w.]+)'.*"
 )
-_KEY = re.compile(r"(?:does not accept option|^Option) '(?P<key>[\w.]+)'")
+_KEY = re.compile(r"(?:does not accept option|^Option) '(?P<key>[\w.]+)'|^unrecognized arguments: --(?P<word>[\w.]+)")
 _GIVEN = re.compile(r"Given value: (?P<value>\{.*\})")
 _CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
 
@@ -54,7 +54,9 @@ def check_configs(words: Sequence[str]) -> None:
     given += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     for path in map(Path, given):
         if not path.is_file():
-            raise ValueError(f"--config: there is no file {path} (current folder: {Path.cwd()}).")
+            close = get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
+            hint = f" Did you mean {path.with_name(close[0])}?" if close else ""
+            raise ValueError(f"--config: there is no file {path} (current folder: {Path.cwd()}).{hint}")
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -163,7 +165,7 @@ def readable(message: str, keys: Iterable[str] = ()) -> str:
         listed = ", ".join(map(repr, beside))
         return f"{text.splitlines()[0]}\n  {listed}: only init_args is allowed beside class_path."
     if found := _KEY.search(text):
-        return text + _suggestion(found["key"], keys)
+        return text + _suggestion(found["key"] or found["word"], keys)
     return text
 
 
