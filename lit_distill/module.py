@@ -72,6 +72,8 @@ class DistillationModule(L.LightningModule):
         source: provides the training sequences; the responses of the dataset by default.
         corpus_objectives: losses on the plain text of ``data.init_args.corpus``, by name.
         micro_batch_size: sequences per forward pass and rank; the loss does not depend on it. All at once by default.
+        padding_free: put several texts into one row, without padding, if student and teacher keep them apart; the loss does not
+            depend on it.
         head_chunk_rows: number of tokens whose logits are in memory at a time; by default 30 MB of logits on a CPU, 128 MB on a
             GPU.
         optimizer: AdamW by default; parameters with one dimension (norms, biases) get no weight decay.
@@ -99,6 +101,7 @@ class DistillationModule(L.LightningModule):
         source: Source | None = None,
         corpus_objectives: dict[str, Objective] | None = None,
         micro_batch_size: int | None = None,
+        padding_free: bool = True,
         head_chunk_rows: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -115,6 +118,7 @@ class DistillationModule(L.LightningModule):
         self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment]
         self.corpus_objectives: Mapping[str, Objective] = nn.ModuleDict(corpus_objectives or {})  # type: ignore[assignment]
         self.micro_batch_size = micro_batch_size
+        self.padding_free = padding_free
         self.head_chunk_rows = head_chunk_rows
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
@@ -146,7 +150,7 @@ class DistillationModule(L.LightningModule):
         avoid_cudnn_attention(device_type)
         self.student_spec, self.teacher_spec = resolve_dtypes(self.student_spec, self.teacher_spec, device_type)
         self.student, teacher = build_student_and_teacher(
-            self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self)
+            self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self), self.padding_free
         )
         warn_of_emulation(self.student, teacher, precision, device_type)
         self.teacher = FrozenTeacher(teacher, shared=teacher is self.student) if teacher else None

@@ -7,11 +7,14 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lit_distill.functional import PackedRows, pack_rows
 
 
 class ArgumentError(ValueError):
@@ -113,6 +116,16 @@ class Sequences(TensorRecord):
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    @cached_property
+    def packed(self) -> PackedRows | None:
+        """The same texts in rows with less padding, for models that keep the texts of a row apart; None if there is no gain."""
+        return pack_rows(self.input_ids, self.attention_mask)
+
+    @cached_property
+    def packed_in_one_row(self) -> PackedRows | None:
+        """The same texts in one row, for attention kernels that know documents there only; None if there is no padding."""
+        return pack_rows(self.input_ids, self.attention_mask, one_row=True)
 
     def slice(self, start: int, stop: int) -> Sequences:
         """Sequences ``start`` to ``stop``, without the columns that are padding in all of them."""

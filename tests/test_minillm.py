@@ -95,7 +95,7 @@ def test_the_teachers_body_passes_once_over_each_rollout_token_however_many_inne
     at_most = prompt + ROLLOUTS * (length - 1)
     assert at_most - ROLLOUTS * NEW_TOKENS <= seen["teacher"] <= at_most
     text = phase.sequences().slice(0, ROLLOUTS)
-    learning = 3 * text.input_ids.numel()
+    learning = 3 * (text.input_ids if text.packed is None else text.packed.input_ids).numel()
     assert text.input_ids.shape[1] <= width + length
     assert at_most - ROLLOUTS * NEW_TOKENS + learning <= seen["student"] <= at_most + learning
 

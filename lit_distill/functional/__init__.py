@@ -26,6 +26,7 @@ from lit_distill.functional.importance import (
     effective_sample_size,
     importance_weights,
 )
+from lit_distill.functional.packing import PackedRows, assign_rows, pack_rows
 from lit_distill.functional.policy_gradient import (
     clipped_surrogate,
     is_clipped,
@@ -49,10 +50,12 @@ __all__ = [
     "CalibrationBins",
     "DecisionWeights",
     "ExposureBias",
+    "PackedRows",
     "PreferenceVariant",
     "TokenPreferenceVariant",
     "WeightKind",
     "adaptive_kl",
+    "assign_rows",
     "brier_score",
     "clipped_surrogate",
     "cosine_schedule",
@@ -70,6 +73,7 @@ __all__ = [
     "is_clipped",
     "jensen_shannon",
     "linear_schedule",
+    "pack_rows",
     "reverse_kl",
     "reverse_kl_k1",
     "reverse_kl_k3",

@@ -13,6 +13,7 @@ import torch
 from lit_distill.models.causal_lm import CausalLM, check_head
 from lit_distill.models.fsdp import apply_fsdp, reshard_root
 from lit_distill.models.lora import ADAPTER, LoraSpec, add_lora, fingerprint, restrict_state_dict_to_trainable
+from lit_distill.models.packing import check_packing
 from lit_distill.models.spec import ModelSpec, is_quantized, load_model, load_tokenizer, open_model, safetensors_reader
 from lit_distill.models.tensor_parallel import apply_tensor_parallel
 from lit_distill.models.vocabulary import common_vocabulary_size
@@ -30,6 +31,7 @@ def build_student_and_teacher(
     teacher: ModelSpec | None,
     tokenizer: PreTrainedTokenizerBase,
     sharding: Sharding | None = None,
+    padding_free: bool = True,
 ) -> tuple[CausalLM, CausalLM | None]:
     """Load student and teacher. Default dtypes: float32 for the student, or as stored with adapters; as stored for the teacher.
 
@@ -40,20 +42,21 @@ def build_student_and_teacher(
         teacher: spec under ``model.teacher``; None if no teacher is needed.
         tokenizer: the student's.
         sharding: how both are sharded over the ranks, all of which must call this function; None loads them whole.
+        padding_free: let each pack texts into fewer rows if it keeps them apart.
 
     Raises:
         ValueError: if a model cannot be loaded, or their tokenizers differ.
     """
     student_builder = ModelBuilder(student, "student", torch.float32 if student.lora is None else None, sharding)
     if teacher is None:
-        return student_builder.finish(None), None
+        return student_builder.finish(None, padding_free), None
     if teacher.shared_with_student:
-        lm = student_builder.finish(None)
+        lm = student_builder.finish(None, padding_free)
         return lm, lm
     teacher_builder = ModelBuilder(teacher, "teacher", None, sharding)
     rows = [part.model.get_output_embeddings().weight.shape[0] for part in (student_builder, teacher_builder)]
     size = common_vocabulary_size(tokenizer, load_tokenizer(teacher, "teacher"), *rows)
-    return student_builder.finish(size), teacher_builder.finish(size, frozen=True)
+    return student_builder.finish(size, padding_free), teacher_builder.finish(size, padding_free, frozen=True)
 
 
 class ModelBuilder:
@@ -96,7 +99,7 @@ class ModelBuilder:
             files = {name: stored.get(id(named[original])) for name, original in originals.items()}
             self.names = {name: file for name, file in files.items() if file is not None}
 
-    def finish(self, vocabulary_size: int | None, frozen: bool = False) -> CausalLM:
+    def finish(self, vocabulary_size: int | None, padding_free: bool = True, frozen: bool = False) -> CausalLM:
         """Shard the model, read its weights and check it."""
         sharding = self.sharding
         if sharding is None:
@@ -111,6 +114,8 @@ class ModelBuilder:
             restrict_state_dict_to_trainable(lm)
         if device.type != "meta":
             check_head(lm, self.key, device)
+            if padding_free:
+                check_packing(lm, self.key, device)
             reshard_root(lm)
         return lm
 

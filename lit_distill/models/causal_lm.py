@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,28 +50,40 @@ class CausalLM(nn.Module):
         """Result of `lora.fingerprint`, stored before the base weights are sharded; None if they are not."""
         self.caching: Caching | None = None
         """Set by `caching_of` at its first call."""
+        self.packs: Literal["rows", "one row"] | None = None
+        """How texts are packed for training, set by `check_packing`; None pads them."""
         taken = inspect.signature(model.base_model.forward).parameters
-        self._takes_positions = "position_ids" in taken
+        self.takes_positions = "position_ids" in taken
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in taken), None)
         if compile_body:
             model.base_model.compile(dynamic=True)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states from which the token after each input token is predicted.
 
         Args:
             input_ids: ``[B, S]``, the tokens that are not in the cache yet.
-            attention_mask: ``[B, C + S]``, over cached and new tokens; padding on either side.
+            attention_mask: ``[B, C + S]``, over cached and new tokens; padding on either side. None for packed rows.
             cache: keys and values of the first C tokens, extended in place.
+            position_ids: ``[B, S]``, of packed rows only.
 
         Returns:
             ``[B, S, H]`` in the body's dtype.
         """
-        positions = {}
-        if self._takes_positions:  # counted from the first real token, so that left padding changes nothing
-            position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-            positions["position_ids"] = position_ids[:, -input_ids.shape[1] :]
-        if cache is not None and only_recurrent(cache):  # no layer attends to cached tokens
+        positions = {} if position_ids is None else {"position_ids": position_ids}
+        if attention_mask is not None and self.takes_positions:
+            # counted from the first real token, so that left padding changes nothing
+            counted = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+            positions["position_ids"] = counted[:, -input_ids.shape[1] :]
+        if (
+            attention_mask is not None and cache is not None and only_recurrent(cache)
+        ):  # no layer attends to cached tokens
             attention_mask = attention_mask[:, -input_ids.shape[1] :]
         output = self.model.base_model(
             input_ids=input_ids,
@@ -85,8 +97,14 @@ class CausalLM(nn.Module):
 
     def target_rows(self, sequences: Sequences) -> Tensor:
         """The hidden rows ``[N, H]`` that predict the N targets of ``sequences``, in their order."""
-        hidden = self(sequences.input_ids, sequences.attention_mask)
-        return hidden[:, :-1][sequences.target_mask[:, 1:]]
+        targets = sequences.target_mask[:, 1:]
+        packed = None
+        if self.packs is not None:
+            packed = sequences.packed if self.packs == "rows" else sequences.packed_in_one_row
+        if packed is None:
+            return self(sequences.input_ids, sequences.attention_mask)[:, :-1][targets]
+        hidden = self(packed.input_ids, None, position_ids=packed.position_ids)
+        return hidden.flatten(0, 1)[packed.places[:, :-1][targets]]
 
     def head(self) -> LMHead:
         """The LM head over the common vocabulary; a collective that gathers it if the model is sharded.

@@ -39,7 +39,7 @@ sharding = Sharding(mesh, **settings)
 found = {}
 
 def load(spec, dtype=None, frozen=False, sharding=sharding):
-    return ModelBuilder(ModelSpec(**spec), "model.student", dtype, sharding).finish(None, frozen)
+    return ModelBuilder(ModelSpec(**spec), "model.student", dtype, sharding).finish(None, frozen=frozen)
 
 ids = torch.arange(10).view(2, 5) + 1
 cases = {
