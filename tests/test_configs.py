@@ -21,6 +21,7 @@ from command_line import main, run
 from transformers import AutoConfig, GenerationConfig, GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config
 
 from lit_distill.cli.app import DistillCLI
+from lit_distill.data.tokenize import TEMPLATES
 from lit_distill.models import ModelSpec, load_model
 from lit_distill.models import build as model_pair
 from lit_distill.objectives import ReverseKL
@@ -364,7 +365,7 @@ def test_the_baselines_have_the_numbers_of_minillm(name: str, rate: float, epoch
     assert cli.trainer.gradient_clip_val == 1.0
     data = cli.datamodule
     assert (data.batch_size, data.limits.max_prompt_length, data.limits.max_length) == (32, 256, 512)
-    assert (data.validation_size, data.template.text) == (1000, "alpaca")
+    assert (data.validation_size, data.template, TEMPLATES["instruction"]) == (1000, None, "alpaca")
     weights = {type(objective).__name__: objective.weight for objective in cli.model.objectives.values()}
     assert weights == ({"ForwardKL": 0.5, "NextToken": 0.5} if name == "gpt2_kd" else {"NextToken": 1.0})
 

@@ -6,6 +6,7 @@ Masks are computed from lengths, never from the padding id, because the padding 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ class Example(NamedTuple):
     response_ids: list[int]
     references: list[str]
     prompt_text: str
+    targets: list[bool] | None = None
+    """Which tokens of prompt and response are learnt; None: the response."""
 
 
 def collate(
@@ -47,9 +50,7 @@ def collate(
     return Batch(
         ids=tuple(item.id for item in items),
         prompts=_left_padded([item.prompt_ids for item in items] or [[pad_id]], pad_id) if prompts else None,
-        sequences=pad_sequences([(item.prompt_ids, item.response_ids) for item in items], pad_id)
-        if responses
-        else None,
+        sequences=_sequences(items, pad_id) if responses else None,
         references=tuple(tuple(item.references) for item in items) if with_references else (),
         prompt_texts=tuple(item.prompt_text for item in items),
         corpus=None if corpus is None else _packed(corpus, pad_id),
@@ -69,6 +70,18 @@ def _left_padded(rows: Sequence[list[int]], pad_id: int) -> Prompts:
     return Prompts(
         input_ids=torch.tensor(ids, dtype=torch.int64), attention_mask=(columns >= width - sizes).to(torch.int64)
     )
+
+
+def _sequences(items: Sequence[Example], pad_id: int) -> Sequences:
+    texts = pad_sequences([(item.prompt_ids, item.response_ids) for item in items], pad_id)
+    if all(item.targets is None for item in items):
+        return texts
+    targets = texts.target_mask.clone()
+    for row, item in enumerate(items):
+        if item.targets is not None:
+            targets[row, : len(item.targets)] = torch.tensor(item.targets)
+    targets[:, 0] = False  # no token predicts it
+    return replace(texts, target_mask=targets)
 
 
 def pad_sequences(texts: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Sequences:

@@ -1,13 +1,16 @@
-"""Maps the fields instruction, input, output, id and references to columns of the user's records."""
+"""Maps the fields of every format, such as instruction, output or messages, to columns of the user's records."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lit_distill.data.files import ORIGIN
+from lit_distill.data.files import ORIGIN, with_objects
 
-CANONICAL = ("instruction", "input", "output", "id", "references")
+CANONICAL = (
+    *("instruction", "input", "output", "id", "references"),
+    *("prompt", "completion", "messages", "conversations", "text", "system", "tools"),
+)
 PREDICTION_COLUMNS = ("finished", "stop_token", "add_special_tokens")
 
 
@@ -67,7 +70,7 @@ class ColumnMapping:
 
     def value(self, record: Mapping[str, Any], name: str) -> Any:
         """The value of a canonical name or of a column; None if it is missing."""
-        return record.get(self.columns.get(name, name))
+        return with_objects(record.get(self.columns.get(name, name)))
 
     def text(self, record: Mapping[str, Any], name: str, where: str) -> str:
         """The value as text; a missing ``input`` is an empty text.
@@ -96,21 +99,21 @@ class ColumnMapping:
         """
         text = self.text(record, name, where)
         if not text.strip():
-            what = "response" if name == "output" else name
+            what = "response" if name in ("output", "completion") else name
             raise ValueError(
                 f"{where}: the {what} is empty (field `{self.columns[name]}`). Fill it or remove the item."
             )
         return text
 
-    def references(self, record: Mapping[str, Any], where: str) -> list[str]:
-        """The accepted responses: the field ``references`` or, if it is missing, the output.
+    def references(self, record: Mapping[str, Any], where: str, output: str = "output") -> list[str]:
+        """The accepted responses: the field ``references`` or, if it is missing, the field ``output``.
 
         Raises:
             ValueError: if one of them is empty or not a text; the message begins with ``where``.
         """
         value = self.value(record, "references")
         if value is None or value == []:
-            return [self.filled(record, "output", where)]
+            return [self.filled(record, output, where)]
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             column = self.columns["references"]

@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_distill.data.files import content_hash, decode_utf8, read_objects
-from lit_distill.data.records import RECORD_FILES, find_files, load_hub, refuse_hub_options
+from lit_distill.data.cache import cache_file, digest
+from lit_distill.data.files import (
+    KINDS_OF_FILES,
+    ORIGIN,
+    content_hash,
+    decode_utf8,
+    kind_of_file,
+    open_binary,
+    record_tables,
+)
+from lit_distill.data.records import find_files, load_hub, refuse_hub_options
 from lit_distill.data.special_tokens import required_eos
-from lit_distill.data.tokenize import VERSION, cache_file, digest, encode, tokenizer_content
+from lit_distill.data.tokenize import VERSION, encode, tokenizer_content
 from lit_distill.files import atomic_write
 from lit_distill.types import ArgumentError, arguments_of
 
@@ -73,7 +80,7 @@ class Corpus(PackedText):
     """Packed text from files or the hub.
 
     Args:
-        path: .txt files (blank lines between documents), .jsonl, .json or .parquet files with a text field; or a hub id.
+        path: .txt files (blank lines between documents), or files of records as for ``train`` with a text field; or a hub id.
         text_field: the column with the text of a document; not used for .txt files.
         split: which split of a hub dataset.
         config: which configuration of a hub dataset.
@@ -90,7 +97,7 @@ class Corpus(PackedText):
 
     def documents(self) -> tuple[str, Iterator[str]]:
         """A fingerprint, and the texts of the files in their order or of the hub dataset."""
-        files = find_files(self.path, (".txt", *RECORD_FILES), "path")
+        files = find_files(self.path, (".txt", *KINDS_OF_FILES), "path")
         if files is None:
             hub = load_hub(self.path, split=self.split, config=self.config, revision=self.revision, key="")
             return digest(hub._fingerprint, self.text_field), self._from_hub(hub)
@@ -103,27 +110,15 @@ class Corpus(PackedText):
         return f"path: {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
 
     def _from_file(self, file: Path) -> Iterator[str]:
-        if file.suffix == ".txt":
+        if kind_of_file(file) == ".txt":
             yield from _paragraphs(file)
-        elif file.suffix == ".parquet":
-            yield from self._from_parquet(file)
-        else:
-            for where, record in read_objects(file):
-                yield self._text(record.get(self.text_field), where)
-
-    def _from_parquet(self, file: Path) -> Iterator[str]:
-        try:
-            with pq.ParquetFile(file) as parquet:
-                names = parquet.schema_arrow.names
-                if self.text_field not in names:
-                    raise ValueError(f"text_field: {file} has no column {self.text_field!r}, only {', '.join(names)}.")
-                number = 0
-                for batch in parquet.iter_batches(columns=[self.text_field]):
-                    for value in batch.column(0).to_pylist():
-                        number += 1
-                        yield self._text(value, f"{file}, row {number}")
-        except pa.ArrowException as error:
-            raise ValueError(f"{file}: not readable as Parquet: {error}") from error
+            return
+        for table in record_tables([file], [self.text_field]):
+            if self.text_field not in table.column_names:
+                names = ", ".join(name for name in table.column_names if name != ORIGIN)
+                raise ValueError(f"text_field: {file} has no column {self.text_field!r}, only {names}.")
+            for where, value in zip(table[ORIGIN].to_pylist(), table[self.text_field].to_pylist(), strict=True):
+                yield self._text(value, where)
 
     def _from_hub(self, records: datasets.Dataset) -> Iterator[str]:
         if self.text_field not in records.column_names:
@@ -143,7 +138,7 @@ class Corpus(PackedText):
 
 def _paragraphs(file: Path) -> Iterator[str]:
     lines: list[str] = []
-    with file.open("rb") as stream:
+    with open_binary(file) as stream:
         for number, line in enumerate(stream, start=1):
             text = decode_utf8(line, f"{file}, line {number}").rstrip("\r\n")
             if text.strip():

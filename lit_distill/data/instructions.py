@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -11,16 +12,17 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from lit_distill.data.chat import AssistantTurns
 from lit_distill.data.collate import padding_id
 from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.corpus import Corpus, PackedText
 from lit_distill.data.length_limits import LengthLimits, fit_lengths, longest_prompt
 from lit_distill.data.loader import BatchDataset, ResumableLoader, make_loader
 from lit_distill.data.records import Records
-from lit_distill.data.sampler import CorpusOrder, GlobalBatchSampler, validation_mask
+from lit_distill.data.sampler import CorpusOrder, GlobalBatchSampler, num_batches, validation_mask
 from lit_distill.data.templates import Template
 from lit_distill.data.tokenize import check_ids, first_id_beyond, tokenize_records, unshared_token
-from lit_distill.types import ArgumentError, Batch, arguments_of
+from lit_distill.types import ArgumentError, Batch, arguments_of, check_sizes
 
 SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 FALLBACK_SPLITS = {"test": "validation", "predict": "train"}
@@ -36,14 +38,21 @@ class InstructionData(LightningDataModule):
         predict: records for whose prompts `predict` generates responses; by default the training split.
         validation_size: without ``validation``, number (int) or share (float) of the ``train`` items to validate on; ``seed``
             decides which.
-        fields: instruction, input, output, id, references -> column; by default the column of the same name.
-        template: "alpaca", "chat", or a string with fields in braces, such as ``"Q: {question}\nA:"``.
+        fields: field -> column, for columns with other names than the fields: instruction, input, output; prompt, completion;
+            messages or conversations; text; and id, references, system, tools. The fields that there are decide how records are
+            read.
+        template: "alpaca", "chat", or a string with fields in braces, such as ``"Q: {question}\nA:"``. By default "alpaca" for
+            instructions, "chat" for conversations, and nothing around prompts with completions and plain texts.
+        chat_template: a Jinja chat template, or a file with one, in place of the tokenizer's; it is exported with the student.
+        assistant_turns: of a conversation, learn "all" turns of the assistant or the "last" one; "each" makes every turn an item of
+            its own, with the conversation before it as its prompt.
         responses: whether the records have responses; false yields prompts only.
         empty_responses: what to do with records whose response is empty: "error", or "drop" them and log their number.
         max_prompt_length: tokens of a prompt.
         max_length: tokens of prompt and response together.
         overlong: what to do with longer items: "drop" or "truncate".
         batch_size: items per training batch over all ranks.
+        tokens_per_batch: fill training batches to about so many tokens, over all ranks, instead of ``batch_size`` items.
         eval_batch_size: items per batch of every other stage, over all ranks.
         group_by_length: put items of similar length into one batch.
         corpus: plain text that is added to the training batches.
@@ -64,13 +73,16 @@ class InstructionData(LightningDataModule):
         predict: Records | None = None,
         validation_size: int | float = 0,  # noqa: PYI041 - the type decides between items and share
         fields: dict[str, str] | None = None,
-        template: str = "alpaca",
+        template: str | None = None,
+        chat_template: str | None = None,
+        assistant_turns: AssistantTurns = "all",
         responses: bool = True,
         empty_responses: Literal["error", "drop"] = "error",
         max_prompt_length: int = 256,
         max_length: int = 512,
         overlong: Literal["drop", "truncate"] = "drop",
         batch_size: int = 8,
+        tokens_per_batch: int | None = None,
         eval_batch_size: int = 16,
         group_by_length: bool = True,
         corpus: Corpus | None = None,
@@ -97,11 +109,15 @@ class InstructionData(LightningDataModule):
         self.records = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.validation_size = validation_size
         self.fields = ColumnMapping(fields)
-        self.template = Template(template)
+        self.template = None if template is None else Template(template)
+        self.chat_template = chat_template
+        self.assistant_turns: AssistantTurns = assistant_turns
         self.responses = responses
         self.empty_responses = empty_responses
         self.limits = LengthLimits(max_prompt_length, max_length, overlong)
+        check_sizes(tokens_per_batch=tokens_per_batch)
         self.batch_size = batch_size
+        self.tokens_per_batch = tokens_per_batch
         self.eval_batch_size = eval_batch_size
         self.group_by_length = group_by_length
         self.corpus: PackedText | None = corpus
@@ -112,6 +128,7 @@ class InstructionData(LightningDataModule):
         """Whether training batches contain the left-padded prompts, which generation needs; set by the module."""
         self._datasets: dict[str, tuple[BatchDataset, np.ndarray]] = {}
         self._uses_fallback: set[str] = set()  # splits without their own records
+        self._said: set[str] = set()
         self._dropped: dict[str, int] = {}  # number of dropped records without a response, by split
 
     @property
@@ -122,6 +139,11 @@ class InstructionData(LightningDataModule):
     def num_items(self, split: str) -> int:
         """Number of items that `setup` found in "train", "validation", "test" or "predict"."""
         return len(self._datasets[split][1]) if split in self._datasets else 0
+
+    def batches_per_epoch(self) -> int:
+        """Number of training batches of an epoch, over all ranks."""
+        _, lengths = self._dataset("train")
+        return num_batches(lengths, self.batch_size, drop_last=True, tokens_per_batch=self.tokens_per_batch)
 
     def longest(self, split: str) -> tuple[int, int]:
         """Tokens of the longest prompt and of the longest item, after truncation; 0 and 0 if there is no such split."""
@@ -145,7 +167,8 @@ class InstructionData(LightningDataModule):
         Override only this method to read data from another source. The fingerprint of the dataset must depend on its content.
         """
         records = self.records[name]
-        return None if records is None else records.read(f"{name}", self.fields.used(self.template.variables))
+        variables = () if self.template is None else self.template.variables
+        return None if records is None else records.read(name, self.fields.used(variables))
 
     def prepare_data(self) -> None:
         """Tokenise into the cache; Lightning calls this in one process per machine."""
@@ -183,7 +206,7 @@ class InstructionData(LightningDataModule):
             if self.corpus is not None and name == "train":
                 corpus = self.corpus.rows(tokenizer)
                 rank_zero_info(f"corpus: {len(corpus)} rows of {self.corpus.length} tokens")
-            responses = self.responses and any(len(ids) for ids in rows[:1]["response_ids"])
+            responses = self.responses and bool(rows[0]["response_ids"] or rows[0]["targets"])
             self._datasets[name] = BatchDataset(rows, self.limits, padding_id(tokenizer), responses, corpus), lengths
         if stage is not None:
             self._dataset(SPLITS[getattr(stage, "value", stage)][0])  # raises if the stage has no data
@@ -210,6 +233,7 @@ class InstructionData(LightningDataModule):
             rank=rank,
             world_size=world_size,
             corpus=corpus,
+            tokens_per_batch=self.tokens_per_batch,
         )
         return make_loader(dataset, sampler, self.num_workers, ResumableLoader)
 
@@ -267,8 +291,7 @@ class InstructionData(LightningDataModule):
         records = self.read_split(name)
         if records is None:
             return None
-        # records for generation need no output
-        responses = self.responses and (name != "predict" or self.fields.has("output", records.column_names))
+        responses = self.responses and name != "predict"  # records for generation need no responses
         rows = tokenize_records(
             records,
             name,
@@ -277,11 +300,18 @@ class InstructionData(LightningDataModule):
             fields=self.fields,
             responses=responses,
             drop_empty=self.empty_responses == "drop",
+            assistant_turns=self.assistant_turns,
+            say=self._say,
         )
         if not len(rows):
             raise ValueError(f"{name}: all of the {len(records)} records have an empty response.")
         self._dropped[name] = len(records) - len(rows)
         return rows
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:  # the records are read by `prepare_data` and by `setup`
+            rank_zero_info(text)
+            self._said.add(text)
 
     def check_token_ids(self, size: int) -> None:
         """Raise if the data contain a token that the teacher does not have.
@@ -307,6 +337,13 @@ class InstructionData(LightningDataModule):
         return replicas["rank"], replicas["num_replicas"]
 
     def _tokenizer(self) -> Any:
+        """The tokenizer of the data, or of the model, with the chat template that was asked for."""
+        tokenizer = self._own_tokenizer()
+        if self.chat_template is not None:
+            tokenizer.chat_template = _template_of(self.chat_template)
+        return tokenizer
+
+    def _own_tokenizer(self) -> Any:
         if self.tokenizer is None:
             tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
             if tokenizer is None:
@@ -320,3 +357,15 @@ class InstructionData(LightningDataModule):
             return AutoTokenizer.from_pretrained(self.tokenizer)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer: no tokenizer could be loaded from {self.tokenizer!r}: {error}") from error
+
+
+def _template_of(given: str) -> str:
+    """A chat template: the text itself, or the content of the file that it names."""
+    if "{" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            f"chat_template: there is no file {given!r} (current folder: {Path.cwd()}), and it is no Jinja template."
+        )
+    return path.read_text(encoding="utf-8")

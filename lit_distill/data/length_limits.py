@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import datasets
 import numpy as np
 
 from lit_distill.types import check_sizes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class LengthLimits:
         if self.overlong not in {"drop", "truncate"}:
             raise ValueError(f"overlong: expected 'drop' or 'truncate', got {self.overlong!r}.")
 
-    def cut(self, prompt: list[int], response: list[int], kept: int) -> tuple[list[int], list[int]]:
+    def cut(self, prompt: list[T], response: list[T], kept: int) -> tuple[list[T], list[T]]:
         """Prompt and response, truncated to the limits; items that are short enough are returned unchanged.
 
         Args:
-            prompt: token ids.
-            response: token ids with EOS, or an empty list.
+            prompt: token ids, or other values of each token.
+            response: token ids with EOS, or other values of each token; may be empty.
             kept: number of tokens at the start of the prompt that are never removed.
         """
         if len(prompt) > self.max_prompt_length:
@@ -56,7 +58,8 @@ def fit_lengths(rows: datasets.Dataset, split: str, limits: LengthLimits) -> tup
     Raises:
         ValueError: if no row remains.
     """
-    prompts, responses = (_sizes(rows, name) for name in ("prompt_ids", "response_ids"))
+    prompts = _numbers(rows, "num_prompt_tokens")
+    responses = _numbers(rows, "num_tokens") - prompts
     long_prompt = prompts > limits.max_prompt_length
     long_total = ~long_prompt & (prompts + responses > limits.max_length)
     if limits.overlong == "drop":
@@ -87,13 +90,10 @@ def fit_lengths(rows: datasets.Dataset, split: str, limits: LengthLimits) -> tup
 
 def longest_prompt(rows: datasets.Dataset, limits: LengthLimits) -> int:
     """Number of tokens of the longest prompt, after truncation to the limit."""
-    return min(int(_sizes(rows, "prompt_ids").max(initial=0)), limits.max_prompt_length)
+    return min(int(_numbers(rows, "num_prompt_tokens").max(initial=0)), limits.max_prompt_length)
 
 
-def _sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
-    """``[rows]`` number of tokens of each row."""
-    if not len(rows):
-        return np.zeros(0, dtype=np.int64)
-    return np.concatenate(
-        [np.fromiter(map(len, batch[column]), np.int64) for batch in rows.select_columns([column]).iter(10_000)]
-    )
+def _numbers(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """``[rows]`` int64: a column of numbers."""
+    parts = rows.select_columns([column]).with_format("numpy").iter(100_000)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(part[column] for part in parts)]).astype(np.int64)

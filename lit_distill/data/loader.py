@@ -60,9 +60,23 @@ class BatchDataset(Dataset[Batch]):
         items = []
         for position in range(len(indices)):
             row = {name: values[position] for name, values in columns.items()}
-            prompt, response = self.limits.cut(row["prompt_ids"], row["response_ids"], row["num_prefix_tokens"])
-            items.append(Example(row["id"], prompt, response, row["references"], row["prompt_text"]))
+            prompt, response, kept = row["prompt_ids"], row["response_ids"], row["num_prefix_tokens"]
+            targets = None
+            if row["targets"]:
+                learnt = _mask(row["targets"], len(prompt) + len(response))
+                before, after = self.limits.cut(learnt[: len(prompt)], learnt[len(prompt) :], kept)
+                targets = before + after
+            prompt, response = self.limits.cut(prompt, response, kept)
+            items.append(Example(row["id"], prompt, response, row["references"], row["prompt_text"], targets))
         return items
+
+
+def _mask(spans: list[int], size: int) -> list[bool]:
+    """``size`` values, true inside the spans, which are given as begin and end in turn."""
+    mask = [False] * size
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        mask[start:end] = [True] * (end - start)
+    return mask
 
 
 class ResumableLoader(DataLoader[Batch]):

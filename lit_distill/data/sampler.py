@@ -20,6 +20,7 @@ class Order(NamedTuple):
     batch_size: int
     shuffle: bool
     group_by_length: bool
+    tokens_per_batch: int | None = None
 
 
 class BatchIndices(NamedTuple):
@@ -38,6 +39,7 @@ def global_batches(
     shuffle: bool,
     group_by_length: bool,
     drop_last: bool,
+    tokens_per_batch: int | None = None,
 ) -> list[np.ndarray]:
     """The batches of one epoch over all ranks; inside a batch, items are sorted from long to short.
 
@@ -51,10 +53,17 @@ def global_batches(
             to short over the whole epoch.
         drop_last: leave out the last items if they do not fill a batch, unless there is no other batch. If shuffled, these are
             different items in every epoch.
+        tokens_per_batch: fill the batches to about so many tokens instead of ``batch_size`` items; every epoch has as many batches.
     """
     count = len(lengths)
     random = np.random.default_rng([seed, ITEMS, epoch])
     order = random.permutation(count) if shuffle else np.arange(count)
+    if tokens_per_batch is not None:
+        number = num_batches(lengths, batch_size, drop_last, tokens_per_batch)
+        batches = split_by_tokens(order, lengths, tokens_per_batch, number, drop_last)
+        if group_by_length:
+            batches = _regrouped(batches, lengths, random)
+        return [_long_first(batch, lengths) for batch in batches]
     if drop_last and count > batch_size:
         order = order[: count // batch_size * batch_size]
     # without shuffling, one window contains all items
@@ -67,6 +76,47 @@ def global_batches(
     if shuffle and group_by_length:
         batches = [batches[index] for index in random.permutation(len(batches))]
     return batches
+
+
+def num_batches(lengths: np.ndarray, batch_size: int, drop_last: bool, tokens_per_batch: int | None) -> int:
+    """The number of batches of an epoch over all ranks."""
+    if tokens_per_batch is None:
+        full, rest = divmod(len(lengths), batch_size)
+        return full + int(rest > 0 and not (drop_last and full > 0))
+    full, rest = divmod(int(lengths.sum()), tokens_per_batch)
+    return max(1, full + int(rest > 0 and not drop_last))
+
+
+def split_by_tokens(
+    order: np.ndarray, lengths: np.ndarray, tokens_per_batch: int, number: int, drop_last: bool
+) -> list[np.ndarray]:
+    """The items in ``number`` batches of about ``tokens_per_batch`` tokens: an item is in the batch in which its middle lies.
+
+    Args:
+        order: the items.
+        lengths: number of tokens of every item of the epoch.
+        tokens_per_batch: tokens of a batch.
+        number: number of batches.
+        drop_last: leave out the items after the last batch; otherwise they are in it.
+    """
+    sizes = lengths[order]
+    batch = ((np.cumsum(sizes) - sizes / 2) // tokens_per_batch).astype(np.int64)
+    if drop_last and number > 1:
+        order, batch = order[batch < number], batch[batch < number]
+    bounds = np.searchsorted(np.minimum(batch, number - 1), np.arange(1, number))
+    return np.split(order, bounds)
+
+
+def _regrouped(batches: list[np.ndarray], lengths: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
+    """Within windows of batches, texts of like length in one batch; the number of tokens of each batch stays about the same."""
+    regrouped = []
+    for start in range(0, len(batches), WINDOW):
+        window = batches[start : start + WINDOW]
+        items = _long_first(np.concatenate(window), lengths)
+        each = max(1, int(lengths[items].sum()) // len(window))
+        parts = split_by_tokens(items, lengths, each, len(window), drop_last=False)
+        regrouped += [parts[index] for index in random.permutation(len(parts))]
+    return regrouped
 
 
 def _long_first(items: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -142,6 +192,7 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
         rank: rank of this process among those that share the data.
         world_size: number of processes that share the data.
         corpus: selects the corpus rows of each batch, if there is a corpus.
+        tokens_per_batch: fill the batches to about so many tokens instead of ``batch_size`` items.
     """
 
     def __init__(
@@ -156,6 +207,7 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
         rank: int = 0,
         world_size: int = 1,
         corpus: CorpusOrder | None = None,
+        tokens_per_batch: int | None = None,
     ) -> None:
         self.lengths = np.asarray(lengths)
         super().__init__(
@@ -169,11 +221,15 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
         self.batch_size = batch_size
         self.group_by_length = group_by_length
         self.corpus = corpus
+        self.tokens_per_batch = tokens_per_batch
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
         self.epoch = epoch
-        self.order = Order(self.seed, self.batch_size, self.shuffle, self.group_by_length)
+        self.order = Order(self.seed, self.batch_size, self.shuffle, self.group_by_length, self.tokens_per_batch)
+        self._sizes: tuple[int, np.ndarray] | None = (
+            None  # batches done before, and number of items of each batch after them
+        )
         self.start = 0  # number of batches of the epoch that are done, and of items in them
         self.items = 0
 
@@ -185,7 +241,10 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
     def skip(self, batches: int, epoch: int | None = None) -> None:
         """Start this epoch (or another) after ``batches`` batches, to resume a run; valid until the epoch changes."""
         self._begin(self.epoch if epoch is None else epoch)
-        self.start, self.items = batches, min(batches * self.batch_size, self._num_items())
+        items = min(batches * self.batch_size, self._num_items())
+        if self.tokens_per_batch is not None:
+            items = int(self._batch_sizes()[:batches].sum())
+        self.start, self.items = batches, items
 
     def state_after(self, batches: int) -> dict[str, Any]:
         """The position in this epoch after ``batches`` batches; a run with any batch size can resume from it.
@@ -195,11 +254,12 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
         """
         size, longer = divmod(self._num_remaining(), max(1, len(self) - self.start))
         taken = batches - self.start
-        items = (
-            taken * size + min(taken, longer)
-            if self._batch_size_changed()
-            else min(taken * self.batch_size, self._num_remaining())
-        )
+        if self._has_tokens():
+            items = int(self._batch_sizes()[:taken].sum())
+        elif self._batch_size_changed():
+            items = taken * size + min(taken, longer)
+        else:
+            items = min(taken * self.batch_size, self._num_remaining())
         state = {"epoch": self.epoch, "batches": batches, "items": self.items + items, "order": self.order._asdict()}
         rows = {} if self.corpus is None else {"corpus_rows": self.corpus.position(self.epoch * len(self) + batches)}
         return {**state, **rows}
@@ -215,28 +275,54 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
             self.skip(state["batches"])
             return
         self.order, self.items = Order(**state["order"]), state["items"]
-        left = self._num_items() - self.items
-        number = max(1, min(-(-left // self.batch_size), len(self) - self.items // self.batch_size)) if left > 0 else 0
-        self.start = len(self) - number
+        same = self._has_tokens() and not self._batch_size_changed()
+        self.start = state["batches"] if same else len(self) - self._num_remaining_batches()
         if self.corpus is not None and "corpus_rows" in state:
             self.corpus.offset += state["corpus_rows"] - self.corpus.position(self.epoch * len(self) + self.start)
 
+    def _num_remaining_batches(self) -> int:
+        """Number of batches for the remaining items of an epoch that began with batches of another size, or of the same."""
+        left = self._num_items() - self.items
+        if left <= 0:
+            return 0
+        if self._has_tokens():
+            return max(1, min(len(self), round(left / self._num_items() * len(self))))
+        return max(1, min(-(-left // self.batch_size), len(self) - self.items // self.batch_size))
+
     def _num_items(self) -> int:
         """Number of items of the epoch, without those that ``drop_last`` left out when the epoch began."""
+        if self.order.tokens_per_batch is not None:
+            return sum(map(len, self._epoch_batches()))
         full, rest = divmod(len(self.lengths), self.order.batch_size)
         return len(self.lengths) - (rest if self.drop_last and full else 0)
 
     def _num_remaining(self) -> int:
         """Number of remaining items of the epoch."""
-        return min(self._num_items() - self.items, (len(self) - self.start) * self.batch_size)
+        left = self._num_items() - self.items
+        return left if self._has_tokens() else min(left, (len(self) - self.start) * self.batch_size)
 
     def _batch_size_changed(self) -> bool:
         """Whether the batch size differs from the one at the start of the epoch."""
-        return self.order.batch_size != self.batch_size
+        now = (self.batch_size, self.tokens_per_batch)
+        return (
+            (self.order.batch_size, self.order.tokens_per_batch) != now
+            if self._has_tokens()
+            else self.order.batch_size != now[0]
+        )
 
-    def _batches(self) -> list[np.ndarray]:
-        """The remaining global batches of the epoch."""
-        batches = global_batches(
+    def _has_tokens(self) -> bool:
+        """Whether batches are filled to a number of tokens, now or when the epoch began."""
+        return self.tokens_per_batch is not None or self.order.tokens_per_batch is not None
+
+    def _batch_sizes(self) -> np.ndarray:
+        """Number of items of each remaining batch of the epoch."""
+        if self._sizes is None or self._sizes[0] != self.start:
+            self._sizes = self.start, np.array([len(batch) for batch in self._batches()], dtype=np.int64)
+        return self._sizes[1]
+
+    def _epoch_batches(self) -> list[np.ndarray]:
+        """All global batches of the epoch, as it began."""
+        return global_batches(
             self.lengths,
             self.order.batch_size,
             seed=self.order.seed,
@@ -244,10 +330,20 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
             shuffle=self.order.shuffle,
             group_by_length=self.order.group_by_length,
             drop_last=self.drop_last,
+            tokens_per_batch=self.order.tokens_per_batch,
         )
+
+    def _batches(self) -> list[np.ndarray]:
+        """The remaining global batches of the epoch."""
+        batches = self._epoch_batches()
         if not self._batch_size_changed():
             return batches[self.start :]
         left = np.concatenate(batches)[self.items :][: self._num_remaining()]
+        number = len(self) - self.start
+        if self.tokens_per_batch is not None and number > 0:
+            each = max(1, int(self.lengths[left].sum()) // number)
+            parts = split_by_tokens(left, self.lengths, each, number, drop_last=False)
+            return [_long_first(part, self.lengths) for part in parts]
         return [_long_first(part, self.lengths) for part in np.array_split(left, max(1, len(self) - self.start))]
 
     def __iter__(self) -> Iterator[BatchIndices]:  # type: ignore[override]
@@ -259,5 +355,4 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
 
     def __len__(self) -> int:
         """Number of batches of a whole epoch, the same on all ranks, also if the epoch was resumed."""
-        full, rest = divmod(len(self.lengths), self.batch_size)
-        return full + int(rest > 0 and not (self.drop_last and full > 0))
+        return num_batches(self.lengths, self.batch_size, self.drop_last, self.tokens_per_batch)

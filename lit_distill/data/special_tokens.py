@@ -45,17 +45,23 @@ def turn_end(tokenizer: Any) -> list[int]:
 
     ``<end_of_turn>`` for Gemma, ``<|end|>`` for Phi-3, ``<|im_end|>`` for ChatML, also if EOS is another token.
     """
+    text = turn_end_text(tokenizer)
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def turn_end_text(tokenizer: Any) -> str:
+    """What the chat template adds after a response, up to the first special token; empty if it adds none."""
     if not getattr(tokenizer, "chat_template", None):
-        return []
+        return ""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception:  # noqa: BLE001 - templates may raise any error, for example if there is no system message
-        return []
-    ids = tokenizer(text.rpartition(PROBE)[2], add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    last = next((position for position, token in enumerate(ids) if token in special), None)
-    return [] if last is None else ids[: last + 1]
+        return ""
+    rest = text.rpartition(PROBE)[2]
+    special = {*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values())}
+    ends = [rest.index(token) + len(token) for token in special if token and token in rest]
+    return rest[: min(ends)] if ends else ""
 
 
 def response_end(tokenizer: Any, template: Template) -> list[int]:

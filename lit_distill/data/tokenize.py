@@ -2,33 +2,71 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, List, Value
+from lightning.pytorch.utilities import rank_zero_info
 
+from lit_distill.data.cache import cache_file, digest
+from lit_distill.data.chat import AssistantTurns, ChatRenderer, Conversation, encode_spans, read_conversation
 from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.files import ORIGIN
+from lit_distill.data.formats import Format, recognise
 from lit_distill.data.special_tokens import prompt_prefix, response_end, with_prefix
 from lit_distill.data.templates import Template, check_chat_template
+from lit_distill.files import atomic_write
 
-VERSION = "4"  # part of every fingerprint: increase it when the format of the rows changes
+VERSION = "5"  # part of every fingerprint: increase it when the format of the rows changes
 FEATURES = Features(
     {
         "id": Value("string"),
         "prompt_ids": List(Value("int32")),  # with the special tokens that the tokenizer adds before a prompt
         "response_ids": List(Value("int32")),  # with EOS or the end of a turn; empty without responses
+        "targets": List(
+            Value("int32")
+        ),  # begin and end of each span that is learnt, counted from the prompt; empty: the response
         "num_prefix_tokens": Value("int32"),  # tokens at the start of the prompt that truncation keeps (BOS)
+        "num_prompt_tokens": Value("int32"),
+        "num_tokens": Value("int32"),  # of prompt and response
         "references": List(Value("string")),
         "prompt_text": Value("string"),
     }
 )
+RECORDS_PER_PROCESS = 10_000
+"""Fewer records are not worth another process."""
+TEMPLATES: dict[Format, str] = {
+    "instruction": "alpaca",
+    "conversation": "chat",
+    "completion": "{prompt}",
+    "text": "{text}",
+}
+"""The template of a format, unless another one is asked for."""
+
+
+class Rendered(NamedTuple):
+    """A record, or an answer of a conversation, as texts, before it is tokenised."""
+
+    id: str
+    prompt: str
+    response: str
+    references: list[str]
+    prefix: list[int]
+    """Ids before the prompt."""
+    end: list[int]
+    """Ids behind the response."""
+    where: str
+    targets: list[tuple[int, int]] | None = None
+    """Of conversations: characters of prompt and response that are learnt; None learns the whole response."""
 
 
 def tokenize_records(
@@ -36,27 +74,34 @@ def tokenize_records(
     split: str,
     tokenizer: Any,
     *,
-    template: Template,
+    template: Template | None,
     fields: ColumnMapping,
     responses: bool,
     drop_empty: bool = False,
+    assistant_turns: AssistantTurns = "all",
+    num_proc: int | None = None,
+    say: Callable[[str], None] = rank_zero_info,
 ) -> datasets.Dataset:
     """Rows of `FEATURES`, in the order of the records, not truncated.
 
-    Prompt and response are tokenised separately and concatenated, so a prompt has the same ids in training and in generation.
+    Prompt and response of an instruction are tokenised separately and concatenated, a conversation as a whole, so that a prompt
+    has the same ids in training and in generation.
 
     Args:
         records: raw columns.
         split: name of the split, used for the ids of records without id, and in messages.
         tokenizer: a ``PreTrainedTokenizerBase``.
-        template: renders the prompt.
+        template: renders the prompt; None takes the one of the format.
         fields: maps fields to columns.
-        responses: whether every record must have an output. If false, references are read if the column exists.
+        responses: whether every record must have a response. If false, references are read if the column exists.
         drop_empty: leave out records with an empty output instead of raising an error.
+        assistant_turns: which turns of a conversation are learnt.
+        num_proc: processes; by default one per CPU, and per 10,000 records.
+        say: is told how the records are read.
 
     Raises:
-        ValueError: for a missing field, an empty response or an unknown template variable; the message names the file and
-            line, or the key.
+        ValueError: for records of no known format, a missing field, an empty response, an unknown template variable or a
+            conversation that the chat template does not reproduce; the message names the file and line, or the argument.
     """
     if not len(records):
         raise ValueError(f"{split}: there are no records. Give at least one.")
@@ -65,70 +110,217 @@ def tokenize_records(
     if ORIGIN in records.column_names:
         source += f" ({records[0][ORIGIN].rpartition(', ')[0]})"
     fields.check(columns, source)
-    check_chat_template(template, tokenizer)
-    template.check(fields.known(columns))
-    if responses:
+    kind = recognise(columns, fields, template, responses, records[0], source)
+    if kind == "completion" and isinstance(fields.value(records[0], "prompt"), list):
+        kind = "conversation"
+    chosen = template or Template(TEMPLATES[kind])
+    check_chat_template(chosen, tokenizer)
+    if kind != "conversation":
+        chosen.check(fields.known(columns))
+    if responses and kind == "instruction":
         _require_output(fields, columns, source)
-    with_references = responses or fields.has("references", columns) or fields.has("output", columns)
     fingerprint = digest(
         VERSION,
         records._fingerprint,
         split,
         tokenizer_content(tokenizer),
-        template.text,
+        chosen.text,
         sorted(fields.columns.items()),
         responses,
         drop_empty,
+        kind,
+        assistant_turns,
     )
-    prefix = prompt_prefix(tokenizer, template)
-    end = response_end(tokenizer, template)
+    say(f"{split}: {_described(kind, fields, columns)}, rendered by {_named(chosen)}")
+    reader = _RecordReader(split, tokenizer, chosen, fields, kind, columns, responses, drop_empty, assistant_turns)
+    return _mapped(records, reader.rows, fingerprint, split, num_proc)
 
-    def rows(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {name: [] for name in ("id", "references", "prompt_text")}
-        outputs, places, ends, prefixes = [], [], [], []
+
+def _described(kind: Format, fields: ColumnMapping, columns: list[str]) -> str:
+    names = {
+        "instruction": ("instruction", "input", "output"),
+        "conversation": ("messages", "conversations", "prompt", "completion"),
+        "completion": ("prompt", "completion"),
+        "text": ("text",),
+    }[kind]
+    found = [fields.columns[name] for name in (*names, "system", "tools") if fields.has(name, columns)]
+    what = {"instruction": "instructions", "conversation": "conversations", "completion": "prompts with completions"}
+    return f"{what.get(kind, 'plain texts')} in the columns {', '.join(found)}"
+
+
+def _named(template: Template) -> str:
+    return "the chat template" if template.is_chat else f"the template {template.text[:40]!r}"
+
+
+def _mapped(
+    records: datasets.Dataset, rows: Any, fingerprint: str, split: str, num_proc: int | None
+) -> datasets.Dataset:
+    """The rows of all records, from the cache or by as many processes as the records are worth, in one file."""
+    cached = cache_file(fingerprint)
+    if not cached.exists():
+        processes = num_proc or min(os.cpu_count() or 1, len(records) // RECORDS_PER_PROCESS)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        parts = cached.with_name(f".{fingerprint}.{os.getpid()}.parts")
+        try:
+            mapped = records.map(
+                rows,
+                batched=True,
+                with_indices=True,
+                remove_columns=records.column_names,
+                features=FEATURES,
+                cache_file_name=str(parts),
+                new_fingerprint=fingerprint,
+                load_from_cache_file=False,
+                num_proc=processes if processes > 1 else None,
+                desc=f"Tokenizing {split}",
+            )
+        except ValueError as error:  # raised in another process, perhaps
+            raise ValueError(str(error)) from error
+        atomic_write(cached, partial(_write_rows, mapped), shared=True)
+        for part in cached.parent.glob(f"{parts.name}*"):
+            with suppress(OSError):  # Windows keeps what is mapped; the cache is complete
+                part.unlink()
+    found = datasets.Dataset.from_file(str(cached))
+    found._fingerprint = fingerprint
+    return found
+
+
+def _write_rows(rows: datasets.Dataset, path: Path) -> None:
+    schema = FEATURES.arrow_schema
+    with pa.ipc.new_stream(str(path), schema) as writer:
+        for table in rows.with_format("arrow").iter(RECORDS_PER_PROCESS):
+            writer.write_table(table.cast(schema))
+
+
+class _RecordReader:
+    """Turns a batch of records into rows; it is sent to other processes."""
+
+    def __init__(
+        self,
+        split: str,
+        tokenizer: Any,
+        template: Template,
+        fields: ColumnMapping,
+        kind: Format,
+        columns: list[str],
+        responses: bool,
+        drop_empty: bool,
+        turns: AssistantTurns,
+    ) -> None:
+        self.split = split
+        self.tokenizer = tokenizer
+        self.template = template
+        self.fields = fields
+        self.kind = kind
+        self.responses = responses
+        self.drop_empty = drop_empty
+        self.output = "completion" if kind == "completion" else "output"
+        self.with_references = responses or fields.has("references", columns) or fields.has(self.output, columns)
+        self.renderer = ChatRenderer(tokenizer, turns, responses) if kind == "conversation" else None
+        self.prefix = prompt_prefix(tokenizer, template)
+        self.end = response_end(tokenizer, template) if kind != "conversation" else []
+
+    def rows(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """The rows of some records, by column."""
+        items: list[Rendered] = []
         for position, index in enumerate(indices):
             record = {name: values[position] for name, values in batch.items()}
-            where = record.get(ORIGIN) or f"{split}, row {index + 1}"
-            is_generated = record.get("finished") is not None
-            may_be_empty = is_generated and fields.value(record, "output") == ""  # the model generated EOS first
-            if drop_empty and responses and not may_be_empty and fields.is_empty(record, "output"):
-                continue
-            found["prompt_text"].append(_prompt(template, fields, record, where, tokenizer))
-            identity = fields.value(record, "id")
-            found["id"].append(f"{split}-{index}" if identity is None else str(identity))
-            empty = [""] if may_be_empty and not fields.value(record, "references") else None
-            found["references"].append(empty or (fields.references(record, where) if with_references else []))
-            outputs.append(fields.filled(record, "output", where) if responses and not may_be_empty else "")
-            places.append(where)
-            # columns that `predict` wrote: prompts without BOS, responses truncated at max_new_tokens, stop tokens of the others
-            prefixes.append([] if record.get("add_special_tokens") is False else prefix)
-            ends.append([] if record.get("finished") is False else _stop_token_ids(record, tokenizer) or end)
-        encoded = encode(tokenizer, found["prompt_text"])
-        prompts = [with_prefix(before, ids) for before, ids in zip(prefixes, encoded, strict=True)]
-        for ids, where in zip(prompts, places, strict=True):
-            if not ids:
-                raise ValueError(
-                    f"{where}: the prompt is empty, so there is nothing to respond to. Fill it or remove the item."
-                )
-        response_ids: list[list[int]] = [[] for _ in outputs]
-        if responses:
-            response_ids = [ids + end for ids, end in zip(encode(tokenizer, outputs), ends, strict=True)]
-        kept = [
-            len(before) or int(ids[0] == tokenizer.bos_token_id) for before, ids in zip(prefixes, prompts, strict=True)
-        ]
-        return {**found, "prompt_ids": prompts, "response_ids": response_ids, "num_prefix_tokens": kept}
+            where = record.get(ORIGIN) or f"{self.split}, row {index + 1}"
+            identity = self.fields.value(record, "id")
+            name = f"{self.split}-{index}" if identity is None else str(identity)
+            items += self._rendered(record, name, where)
+        return self._tokenized(items)
 
-    return records.map(
-        rows,
-        batched=True,
-        with_indices=True,
-        remove_columns=records.column_names,
-        features=FEATURES,
-        cache_file_name=str(cache_file(fingerprint)),
-        new_fingerprint=fingerprint,
-        load_from_cache_file=True,
-        desc=f"Tokenizing {split}",
-    )
+    def _rendered(self, record: dict[str, Any], name: str, where: str) -> Iterator[Rendered]:
+        if self.kind == "conversation":
+            yield from self._turns(record, name, where)
+        elif self.kind == "text":
+            yield Rendered(name, "", self.fields.filled(record, "text", where), [], self.prefix, self.end, where)
+        else:
+            yield from self._instruction(record, name, where)
+
+    def _instruction(self, record: dict[str, Any], name: str, where: str) -> Iterator[Rendered]:
+        fields = self.fields
+        is_generated = record.get("finished") is not None
+        may_be_empty = is_generated and fields.value(record, self.output) == ""  # the model generated EOS first
+        if self.drop_empty and self.responses and not may_be_empty and fields.is_empty(record, self.output):
+            return
+        prompt = _prompt(self.template, fields, record, where, self.tokenizer)
+        empty = [""] if may_be_empty and not fields.value(record, "references") else None
+        references = fields.references(record, where, self.output) if self.with_references and empty is None else []
+        response = fields.filled(record, self.output, where) if self.responses and not may_be_empty else ""
+        # columns that `predict` wrote: prompts without BOS, responses truncated at max_new_tokens, stop tokens of the others
+        prefix = [] if record.get("add_special_tokens") is False else self.prefix
+        end = [] if record.get("finished") is False else _stop_token_ids(record, self.tokenizer) or self.end
+        yield Rendered(name, prompt, response, empty or references, prefix, end, where)
+
+    def _turns(self, record: dict[str, Any], name: str, where: str) -> Iterator[Rendered]:
+        assert self.renderer is not None
+        turns = self.renderer.items(self._conversation(record, where), where)
+        given = self.fields.value(record, "references")
+        for number, turn in enumerate(turns, start=1):
+            references = [given] if isinstance(given, str) else given or [turn.reference]
+            own = name if len(turns) == 1 else f"{name}/{number}"
+            answer = turn.text[len(turn.prompt) :]
+            texts = [text for text in references if text]
+            yield Rendered(own, turn.prompt, answer, texts, [], [], where, turn.targets)
+
+    def _conversation(self, record: dict[str, Any], where: str) -> Conversation:
+        value = partial(self.fields.value, record)
+        messages = value("conversations") if value("messages") is None else value("messages")
+        if messages is None and isinstance(value("prompt"), list):  # what comes before a completion is not learnt
+            before = [{**m, "train": False} if isinstance(m, dict) else m for m in value("prompt")]
+            completion = value("completion") or []
+            messages = before + (
+                completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+            )
+        return read_conversation(messages, value("system"), value("tools"), where)
+
+    def _tokenized(self, items: list[Rendered]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        ids = self._whole(items) if self.kind == "conversation" else self._parts(items)
+        for item, (prompt, response, targets) in zip(items, ids, strict=True):
+            if not prompt:
+                raise ValueError(
+                    f"{item.where}: the prompt is empty, so there is nothing to respond to. Fill it or remove the item."
+                )
+            row = {
+                "id": item.id,
+                "prompt_ids": prompt,
+                "response_ids": response,
+                "targets": targets,
+                "num_prefix_tokens": len(item.prefix) or int(prompt[0] == self.tokenizer.bos_token_id),
+                "num_prompt_tokens": len(prompt),
+                "num_tokens": len(prompt) + len(response),
+                "references": item.references,
+                "prompt_text": item.prompt,
+            }
+            for name, value in row.items():
+                columns[name].append(value)
+        return columns
+
+    def _parts(self, items: list[Rendered]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Prompt, response and targets, tokenised separately; of plain texts, the prompt is BOS or else the first token."""
+        prompts = encode(self.tokenizer, [item.prompt for item in items])
+        responses = encode(self.tokenizer, [item.response for item in items]) if self.responses else [[] for _ in items]
+        for item, prompt_ids, response_ids in zip(items, prompts, responses, strict=True):
+            prompt = with_prefix(item.prefix, prompt_ids)
+            response = response_ids + item.end if self.responses else []
+            if self.kind == "text" and not prompt:
+                prompt, response = response[:1], response[1:]
+            yield prompt, response, []
+
+    def _whole(self, items: list[Rendered]) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """Prompt, response and targets of conversations, tokenised as a whole."""
+        places = [
+            sorted({len(item.prompt), *(place for span in item.targets or [] for place in span)}) for item in items
+        ]
+        encoded = encode_spans(self.tokenizer, [item.prompt + item.response for item in items], places)
+        for item, at, (ids, counts) in zip(items, places, encoded, strict=True):
+            tokens = dict(zip(at, counts, strict=True))
+            size = tokens[len(item.prompt)]
+            targets = [tokens[place] for span in item.targets or [] for place in span]
+            yield ids[:size], ids[size:], [] if targets == [size, len(ids)] else targets
 
 
 def check_ids(ids: Iterable[str]) -> None:
@@ -142,7 +334,7 @@ def check_ids(ids: Iterable[str]) -> None:
         raise ValueError(
             f"predict: {len(duplicates)} duplicate ids, such as {duplicates[0]!r} "
             f"({counts[duplicates[0]]} times). `predict` uses the ids to continue an unfinished file. Give each item its own id; "
-            "data.init_args.fields.id names the column."
+            "fields.id names the column."
         )
 
 
@@ -190,29 +382,12 @@ def tokenizer_content(tokenizer: Any) -> str:
     return digest(content, special, tokenizer.chat_template)
 
 
-def cache_file(fingerprint: str) -> Path:
-    """Path of the cached rows with this fingerprint, in the cache folder of ``datasets``."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "lit_distill" / f"{fingerprint}.arrow"
-
-
-def digest(*parts: Any) -> str:
-    """32 hex digits: a hash of the parts as JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
 def _require_output(fields: ColumnMapping, columns: list[str], source: str) -> None:
-    if fields.has("output", columns):
-        return
-    turns = next((name for name in ("messages", "conversations") if name in columns), None)
-    advice = (
-        f"Conversations (`{turns}`) are not supported: write each prompt and its response as fields of a record."
-        if turns
-        else "Map `output` to one of them, or set data.init_args.responses to false for prompts only."
-    )
-    raise ValueError(
-        f"fields.output: there is no column {fields.columns['output']!r} for the responses in {source}. "
-        f"The columns are {', '.join(columns)}. {advice}"
-    )
+    if not fields.has("output", columns):
+        raise ValueError(
+            f"fields.output: there is no column {fields.columns['output']!r} for the responses in {source}. The columns are "
+            f"{', '.join(columns)}. Map `output` to one of them, or set responses to false for prompts only."
+        )
 
 
 def _stop_token_ids(record: dict[str, Any], tokenizer: Any) -> list[int]:

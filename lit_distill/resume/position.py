@@ -111,8 +111,9 @@ def validation_was_due(trainer: Any) -> bool:
 def _in_current_batches(trainer: Any, states: list[dict[str, Any]], batches: int) -> int:
     """Convert a number of finished batches to the current batch size; at least one batch of the epoch is left."""
     data = trainer.datamodule
-    sizes = [state["order"]["batch_size"] for state in states if "order" in state]
-    if len(sizes) != 1 or sizes[0] == getattr(data, "batch_size", sizes[0]):
+    orders = [state["order"] for state in states if "order" in state]
+    names = ("batch_size", "tokens_per_batch")
+    if len(orders) != 1 or all(getattr(data, name, orders[0].get(name)) == orders[0].get(name) for name in names):
         return batches
     loader, limit = data.train_dataloader(), trainer.limit_train_batches
     loader.load_state_dict(states[0])

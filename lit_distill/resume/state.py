@@ -139,7 +139,8 @@ def _batch_settings(run: ResumableRun) -> dict[str, Any]:
     """The settings that determine the items of a batch and its mini-batches."""
     return {
         "source": type(run.source).__name__,
-        "batch_size": getattr(_data_module(run), "batch_size", None),
+        "batch_size": getattr(_data_module(run), "tokens_per_batch", None)
+        or getattr(_data_module(run), "batch_size", None),
     }
 
 

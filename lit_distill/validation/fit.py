@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 REFUSED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
+LARGE_BATCH = 1_000_000
+"""A number of texts of which no source makes one optimiser step, if it makes several of any batch."""
+
+
 def check_strategy(trainer: Any) -> None:
     """Refuse a strategy of the Trainer that cannot train a `DistillationModule`.
 
@@ -96,6 +100,7 @@ def check_fit(run: DistillationRun) -> None:
     with arguments_of(run.source):
         run.source.check_trainer(trainer)
     _check_corpus(run, trainer)
+    _check_tokens_per_batch(run, trainer)
     if length is not None:
         _check_interval(trainer, length)
     check_monitors(run, length)
@@ -117,6 +122,15 @@ def _check_corpus(run: DistillationRun, trainer: Any) -> None:
         raise ValueError(
             f"data.init_args.corpus.batch_size: {corpus.batch_size} rows are {rows} on each rank, but a batch has {steps} "
             "optimiser steps. Give at least one row for each step and rank."
+        )
+
+
+def _check_tokens_per_batch(run: DistillationRun, trainer: Any) -> None:
+    tokens = getattr(trainer.datamodule, "tokens_per_batch", None)
+    if tokens is not None and run.source.steps_per_batch(LARGE_BATCH) != 1:
+        raise ValueError(
+            f"data.init_args.tokens_per_batch: {tokens}, but {type(run.source).__name__} makes several optimiser steps of a batch, "
+            "and needs batches of one size. Set data.init_args.batch_size instead."
         )
 
 

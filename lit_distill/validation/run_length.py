@@ -41,7 +41,8 @@ def run_length(trainer: Any, source: Source) -> RunLength | None:
     data = trainer.datamodule
     if not hasattr(data, "num_items") or not hasattr(data, "batch_size"):
         return None
-    per_epoch = max(1, data.num_items("train") // data.batch_size)  # fewer items than a batch are one batch
+    batches_per_epoch = getattr(data, "batches_per_epoch", lambda: data.num_items("train") // data.batch_size)
+    per_epoch = max(1, batches_per_epoch())  # fewer items than a batch are one batch
     limit = trainer.limit_train_batches
     per_epoch = min(per_epoch, limit) if isinstance(limit, int) else max(1, int(per_epoch * limit))
     steps_per_batch = source.steps_per_batch(data.batch_size)

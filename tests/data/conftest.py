@@ -41,14 +41,14 @@ def backend() -> str:
     return tokenizer.to_str()
 
 
-def wrap(backend: str, **options) -> PreTrainedTokenizerFast:
+def wrap_backend(backend: str, **options) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend), eos_token=EOS, **options)
 
 
 @pytest.fixture
 def tokenizer(backend) -> PreTrainedTokenizerFast:
     """No BOS, and padding is EOS, as with many base models."""
-    return wrap(backend, pad_token=EOS)
+    return wrap_backend(backend, pad_token=EOS)
 
 
 @pytest.fixture
@@ -57,12 +57,12 @@ def bos_tokenizer(backend) -> PreTrainedTokenizerFast:
     raw = Tokenizer.from_str(backend)
     specials = [(token, raw.token_to_id(token)) for token in ("<bos>", "<eos>")]
     raw.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=specials)
-    return wrap(raw.to_str(), bos_token=BOS)
+    return wrap_backend(raw.to_str(), bos_token=BOS)
 
 
 @pytest.fixture
 def chat_tokenizer(backend) -> PreTrainedTokenizerFast:
-    return wrap(backend, pad_token=EOS, chat_template=CHAT)
+    return wrap_backend(backend, pad_token=EOS, chat_template=CHAT)
 
 
 @pytest.fixture

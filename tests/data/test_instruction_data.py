@@ -133,7 +133,7 @@ def test_what_was_dropped_is_reported(make, monkeypatch):
     monkeypatch.setattr("lit_distill.data.instructions.rank_zero_info", said.append)
     make(max_prompt_length=10, max_length=40).setup("fit")
     assert re.search(
-        r"train: \d+ items, \d+ dropped: \d+ with the prompt over 10 tokens \(max_prompt_length\)", said[0]
+        r"train: \d+ items, \d+ dropped: \d+ with the prompt over 10 tokens \(max_prompt_length\)", said[1]
     )
 
 

@@ -136,7 +136,7 @@ def test_a_missing_file_says_what_was_looked_for_and_where(path):
 
 
 def test_a_folder_and_a_file_of_another_kind_are_refused(tmp_path):
-    other = tmp_path / "data.csv"
+    other = tmp_path / "data.xlsx"
     other.write_text("a,b")
     fails(str(tmp_path), KEY + ".path", "is a folder")
     fails(str(other), KEY + ".path", ".jsonl")

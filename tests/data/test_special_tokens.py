@@ -182,7 +182,9 @@ def test_a_field_that_one_split_lacks_is_named_with_the_split(tokenizer, write_j
         data.setup("fit")
 
 
-def test_conversations_get_advice_that_helps(tokenizer, write_jsonl) -> None:
+def test_a_template_of_ones_own_cannot_render_conversations(tokenizer, write_jsonl) -> None:
     path = write_jsonl([{"instruction": "x", "messages": [{"role": "user", "content": "hi"}]}])
-    with pytest.raises(ValueError, match=r"Conversations \(`messages`\) are not supported"):
+    with pytest.raises(
+        ValueError, match=r"^template: '\{instruction\}' cannot render the conversations in .*train.jsonl"
+    ):
         rows_of(path, tokenizer, "{instruction}")
