@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_distill.files import LOCK_FILE, acquire_lock, release_lock
 from lit_distill.types import ArgumentError, arguments_of
@@ -93,6 +94,8 @@ class PredictionWriter(Callback):
         if self._file is not None and records:
             self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             self._file.flush()
+        if trainer.received_sigterm:  # Lightning stops `fit` only
+            raise SIGTERMException
 
     def on_predict_end(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Log the path of the file."""

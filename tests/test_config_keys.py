@@ -99,3 +99,35 @@ def test_arguments_of_a_base_class_are_those_of_the_object_too() -> None:
 
     with pytest.raises(ArgumentError), arguments_of(Mine()):
         raise ValueError("label_smoothing: wrong")
+
+
+def test_lists_and_mappings_tell_objects_apart_too() -> None:
+    lists = (["a", "b"], ["c"])
+    given = [{"class_path": "test_config_keys.Words", "init_args": {"words": words, "by": {1: 0.5}}} for words in lists]
+    keys = ConfigKeys({"trainer": {"callbacks": given}}, {})
+    with pytest.raises(ConfigError, match=r"^trainer\.callbacks\[1\]\.init_args\.words: too few"):
+        keys.build(Words, (), {"words": ["c"], "by": {1: 0.5}})
+
+
+class Words:
+    def __init__(self, words: list[str], by: dict[int, float]) -> None:
+        if len(words) < 2:
+            raise ValueError("words: too few")
+
+
+def test_a_class_of_the_same_name_elsewhere_is_another_one() -> None:
+    class NextToken:
+        def __init__(self, weight: float) -> None:
+            raise ValueError("weight: never")
+
+    paths = ("lit_distill.objectives.NextToken", "mine.NextToken")
+    given = {name: {"class_path": path, "init_args": {"weight": 1.0}} for name, path in zip("ab", paths, strict=True)}
+    with pytest.raises(ConfigError, match=r"^objectives\.b\.init_args\.weight: never"):
+        ConfigKeys({"objectives": given}, {}).build(NextToken, (), {"weight": 1.0})
+
+
+def test_a_second_object_of_a_class_with_a_key_of_its_own_has_the_place_it_stands_in() -> None:
+    again = {"class_path": "test_config_keys.Words", "init_args": {"words": ["c"], "by": {}}}
+    keys = ConfigKeys({"words": {"words": ["a", "b"], "by": {}}, "trainer": {"callbacks": [again]}}, {Words: "words"})
+    with pytest.raises(ConfigError, match=r"^trainer\.callbacks\[0\]\.init_args\.words: too few"):
+        keys.build(Words, (), {"words": ["c"], "by": {}})

@@ -43,6 +43,7 @@ from lit_distill.distributed.watchdog import exit_with_rank_zero
 from lit_distill.generation import Prediction
 from lit_distill.module import DistillationModule
 from lit_distill.resume import check_continuation
+from lit_distill.sources import DatasetResponses
 from lit_distill.validation import (
     check_callback_classes,
     check_seed,
@@ -197,7 +198,7 @@ class DistillCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build all objects; an error about their arguments gets the YAML key."""
         config = self._whole_config()
-        fixed = {DistillationModule: "model", Prediction: "model.prediction"}
+        fixed = {DistillationModule: "model", Prediction: "model.prediction", DatasetResponses: "model.source"}
         self._keys = ConfigKeys(config.as_dict(), fixed | {callback: key for key, callback in CALLBACKS.items()})
         with self._keys.attached():
             super().instantiate_classes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,9 +102,10 @@ class ConfigKeys:
 
     def _find(self, kind: type, named: Mapping[str, Any]) -> Place | None:
         """The place of a class in the config; if it occurs several times, the one with the same arguments."""
-        if kind in self.fixed:
-            return Place(self.fixed[kind], self.fixed[kind], {})
         found = list(_places(self.config, kind, ""))
+        if (key := self.fixed.get(kind)) is not None:
+            given = self.config.get(key)
+            found.append(Place(key, key, given if isinstance(given, Mapping) else {}))
         exact = [place for place in found if _fits(place.given, named)]
         return next(iter([*exact, *found]), None)
 
@@ -123,7 +125,7 @@ def _places(node: Any, kind: type, key: str) -> Iterator[Place]:
             yield from _places(item, kind, f"{key}[{index}]")
     elif isinstance(node, Mapping):
         path = node.get("class_path")
-        if isinstance(path, str) and path.rpartition(".")[2] == kind.__name__:
+        if isinstance(path, str) and _names(path, kind):
             yield Place(key, f"{key}.init_args", node.get("init_args") or {})
         elif is_dataclass(kind) and set(node) == set(inspect.signature(kind).parameters):
             yield Place(key, key, node)
@@ -131,10 +133,27 @@ def _places(node: Any, kind: type, key: str) -> Iterator[Place]:
             yield from _places(value, kind, f"{key}.{part}" if key else str(part))
 
 
+def _names(path: str, kind: type) -> bool:
+    """Whether a ``class_path`` names a class, which may be imported from several modules."""
+    module, _, name = path.rpartition(".")
+    if name != kind.__name__ or not module or module not in sys.modules:
+        return name == kind.__name__
+    return getattr(sys.modules[module], name, kind) is kind
+
+
 def _fits(given: Mapping[str, Any], named: Mapping[str, Any]) -> bool:
-    """Whether an object was built with the plain values of a config; nested objects cannot be compared."""
-    plain = {name: value for name, value in given.items() if not isinstance(value, Mapping | list)}
-    return all(named.get(name) == value for name, value in plain.items())
+    """Whether an object was built with the values of a config; objects inside them cannot be compared."""
+    return all(_is_like(value, named.get(name)) for name, value in given.items())
+
+
+def _is_like(given: Any, built: Any) -> bool:
+    if isinstance(given, list) and isinstance(built, list | tuple):
+        return len(given) == len(built) and all(map(_is_like, given, built))
+    if isinstance(given, Mapping):
+        return not isinstance(built, Mapping) or (
+            given.keys() == built.keys() and all(_is_like(value, built[key]) for key, value in given.items())
+        )
+    return bool(given == built)
 
 
 def _with_key(message: str, place: Place, kind: type) -> str:

@@ -81,7 +81,7 @@ def direct_preference_loss(
 
     Source: DPKD, https://arxiv.org/abs/2406.19774; the variants' papers at the top of this file.
     """
-    _check(variant, PreferenceVariant, beta, label_smoothing)
+    _check(variant, PreferenceVariant, beta, label_smoothing, dpop_lambda)
     if variant == "simpo" and not length_normalize:
         raise ValueError("length_normalize: simpo needs per-token means. Set true, or choose variant reference_free.")
     check_shapes(
@@ -163,7 +163,7 @@ def token_preference_loss(
 
     Source: microsoft/LMOps, dpkd; the tests compare with recorded inputs and outputs of that code.
     """
-    _check(variant, TokenPreferenceVariant, beta, label_smoothing)
+    _check(variant, TokenPreferenceVariant, beta, label_smoothing, dpop_lambda)
     check_same_vocabulary(student_logits, teacher_logits)
     student, teacher = student_logits.float(), teacher_logits.detach().float()
     favourite, rival = teacher.argmax(-1, keepdim=True), student.argmax(-1, keepdim=True)
@@ -214,12 +214,14 @@ def _gap(logits: Tensor, favourite: Tensor, rival: Tensor) -> Tensor:
     return (logits.gather(-1, favourite) - logits.gather(-1, rival)).squeeze(-1)
 
 
-def _check(variant: str, variants: object, beta: float, label_smoothing: float) -> None:
+def _check(variant: str, variants: object, beta: float, label_smoothing: float, dpop_lambda: float) -> None:
     known: tuple[str, ...] = get_args(variants)
     if variant not in known:
         raise ValueError(f"variant: expected one of {', '.join(known)}, got {variant!r}.")
     if not beta > 0:
         raise ValueError(f"beta: expected a preference temperature > 0, got {beta}.")
+    if not dpop_lambda >= 0:
+        raise ValueError(f"dpop_lambda: expected 0 or more, got {dpop_lambda}.")
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing: expected a probability in [0, 0.5], got {label_smoothing}.")
     if variant == "ipo" and label_smoothing:

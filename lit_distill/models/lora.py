@@ -60,7 +60,7 @@ def check_lora(lora: LoraSpec, key: str) -> None:
         ValueError: if a setting is invalid or peft is missing; names the key.
     """
     if lora.r < 1:
-        raise ValueError(f"{key}.r: expected a rank of at least 1, got {lora.r}. To train all weights, remove {key}.")
+        raise ValueError(f"{key}.r: expected a rank of at least 1, got {lora.r}. To train all weights, remove lora.")
     if not lora.lora_alpha > 0:
         raise ValueError(f"{key}.lora_alpha: expected a number > 0, got {lora.lora_alpha}. A common value is 2 * r.")
     if not 0 <= lora.lora_dropout < 1:

@@ -32,7 +32,7 @@ def resolve_layers(
         ValueError: if both are given, if indices are out of range or repeated, or if no layer is left.
     """
     if keep is not None and drop is not None:
-        raise ValueError(f"{key}.keep_layers and {key}.drop_layers are both given. Give only one of them.")
+        raise ValueError(f"{key}.keep_layers: is given, and drop_layers too. Give only one of them.")
     if drop is not None:
         dropped = _indices(num_layers, drop, f"{key}.drop_layers")
         if len(dropped) == num_layers:
@@ -42,10 +42,10 @@ def resolve_layers(
         return None
     if not isinstance(keep, int):
         if not keep:
-            raise ValueError(f"{key}.keep_layers is an empty list. Name at least one of the {num_layers} layers.")
+            raise ValueError(f"{key}.keep_layers: is an empty list. Name at least one of the {num_layers} layers.")
         return _indices(num_layers, keep, f"{key}.keep_layers")
     if not 1 <= keep <= num_layers:
-        raise ValueError(f"{key}.keep_layers is {keep}, but the model has {num_layers} layers: give 1 to {num_layers}.")
+        raise ValueError(f"{key}.keep_layers: {keep}, but the model has {num_layers} layers: give 1 to {num_layers}.")
     return [round(position * (num_layers - 1) / max(keep - 1, 1)) for position in range(keep)]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_distill.objectives.signals import PAIR_SIGNALS, SIGNALS, TEACHER_SIGNALS, random_signals
+from lit_distill.types import ArgumentError
 
 
 class LossTerm(NamedTuple):
@@ -109,6 +110,8 @@ def probe(objective: Objective, vocabulary_size: int, key: str) -> bool:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             term = objective(**signals)
+    except ArgumentError:
+        raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
         given = ", ".join(f"{name} {list(signal.shape)}" for name, signal in signals.items())
         raise ValueError(f"{key}: forward failed on three rows ({given}): {type(error).__name__}: {error}") from error

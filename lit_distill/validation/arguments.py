@@ -20,7 +20,8 @@ def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> 
         raise ValueError(f"corpus_objectives: {both[0]!r} is also in model.objectives; give it another name.")
     for name in (*names, *others):
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+            key = "objectives" if name in names else "corpus_objectives"
             raise ValueError(
-                f"objectives: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and not the name "
+                f"{key}: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and not the name "
                 "of a method of dictionaries, such as `keys`."
             )

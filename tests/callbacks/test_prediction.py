@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import run, tiny_config, write
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_distill.module import DistillationModule
 
@@ -74,3 +75,20 @@ def test_where_files_cannot_be_locked_the_run_says_so_and_goes_on(config, monkey
     with pytest.warns(UserWarning, match=r"\.predictions\.jsonl\.running cannot be locked \(No locks available"):
         run("predict", "--config", config)
     assert len(ids()) == 48
+
+
+def test_a_signal_to_stop_ends_the_run_after_the_batch_and_the_next_one_continues(config, monkeypatch) -> None:
+    step = DistillationModule.predict_step
+
+    def stopped(module, batch, batch_idx):
+        module.trainer._signal_connector.received_sigterm = True
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as signalled:
+        signalled.setattr(DistillationModule, "predict_step", stopped)
+        with pytest.raises(SIGTERMException):
+            run("predict", "--config", config)
+    first = len(ids())
+    assert 0 < first < 48
+    run("predict", "--config", config)
+    assert len(set(ids())) == len(ids()) == 48

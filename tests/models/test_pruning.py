@@ -143,12 +143,12 @@ def test_layers_are_named_by_keeping_or_by_dropping(keep, drop, layers):
     [
         ([0, 6], None, r"model\.student\.keep_layers has \[6\], but the model has 6 layers: 0 to 5"),
         (None, [-7], r"model\.student\.drop_layers has \[-7\], but the model has 6 layers"),
-        (0, None, r"model\.student\.keep_layers is 0, .* give 1 to 6"),
-        (7, None, r"model\.student\.keep_layers is 7, .* give 1 to 6"),
-        ([], None, r"model\.student\.keep_layers is an empty list"),
+        (0, None, r"model\.student\.keep_layers: 0, .* give 1 to 6"),
+        (7, None, r"model\.student\.keep_layers: 7, .* give 1 to 6"),
+        ([], None, r"model\.student\.keep_layers: is an empty list"),
         ([1, 2, -5], None, r"model\.student\.keep_layers is \[1, 2, -5\], which names layer\(s\) \[1\] of 6 twice"),
         (None, [0, 1, 2, 3, 4, 5], r"model\.student\.drop_layers names all 6 layers"),
-        ([0], [1], r"model\.student\.keep_layers and model\.student\.drop_layers are both given"),
+        ([0], [1], r"model\.student\.keep_layers: is given, and drop_layers too"),
     ],
 )
 def test_impossible_layers_are_an_error_that_names_the_key(keep, drop, message):
