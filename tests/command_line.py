@@ -51,6 +51,7 @@ def tiny_config(pair: tuple[Path, Path], **model: Any) -> dict[str, Any]:
         "trainer": {"accelerator": "cpu", "max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1},
         "generation": {"max_new_tokens": 4},
         "calibration": {"next_token": False},  # the diagram of a validation takes half as long as the rest of a run
+        "report": {"enabled": False},  # its page takes longer than the test
     }
 
 

@@ -147,6 +147,7 @@ def test_a_base_stored_in_16_bits_stays_so_and_its_adapters_do_not(pair, tmp_pat
     assert exported.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_adapters_or_another_base_is_refused(pair, tmp_path) -> None:
     config = config_of(pair)
     done = run("fit", "--config", write(config, tmp_path / "x.yaml"), "--export.enabled", "false")

@@ -50,6 +50,7 @@ def test_with_fraction_one_and_reverse_kl_it_is_the_single_term_of_minillm_witho
     torch.testing.assert_close(weights(gkd), weights(minillm), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_student_speaks_in_the_share_of_batches_that_was_asked_for_and_always_in_the_same(pair, tmp_path) -> None:
     runs = [
         fit(pair, tmp_path, StudentRollouts(on_policy_fraction=0.5, max_new_tokens=2), {"kd": ForwardKL()}, steps=40)[

@@ -196,7 +196,12 @@ def svg(figure: Figure, alt: str, number: int) -> str:
     body = text[text.index("<defs>") :]  # without the head of a file, and without a size: the page scales it
     body = re.sub(r"\s*<style.*?</style>", "", body, count=1, flags=re.DOTALL)  # holds for the whole page
     body = re.sub(r'<g id="[^"]*"', "<g", body)
-    body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>f{number}-", body)
+    body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>f{number}-", body)  # see `renumbered`
     body = re.sub("|".join(VARIABLES), lambda found: f"var(--{VARIABLES[found[0]]})", body)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view[0]}'
     return f'{head} role="img" aria-label="{alt}">{body}'
+
+
+def renumbered(drawing: str, number: int) -> str:
+    """The same figure, from `svg`, with another number, to stand on the page once more."""
+    return re.sub(r'( id="|href="#|url\(#)f\d+-', rf"\g<1>f{number}-", drawing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from markupsafe import Markup, escape
 
 from lit_distill.report import sections
 from lit_distill.report.columns import columns_of
-from lit_distill.report.figures import draw_swatch, make_figure, svg
+from lit_distill.report.figures import draw_swatch, make_figure, renumbered, svg
 from lit_distill.report.metrics import ARROWS, NOTHING
 from lit_distill.report.record import Report
 from lit_distill.report.sections import Block, Drawing, Section
@@ -45,8 +46,12 @@ def render_page(reports: Sequence[Report]) -> str:
         figure = make_figure(drawing.draw, drawing.width, drawing.height)
         return Markup(svg(figure, escape(printable(drawing.alt)), next(numbers)))  # noqa: S704 - matplotlib's own text
 
+    @cache
+    def drawn_swatch(style: int) -> str:
+        return svg(make_figure(lambda figure: draw_swatch(figure.subplots(), style), 34, 14), "", 0)
+
     def swatch(style: int) -> Markup:
-        return picture(Drawing("", "", "", lambda figure: draw_swatch(figure.subplots(), style), 34, 14))
+        return Markup(renumbered(drawn_swatch(style), next(numbers)))  # noqa: S704 - matplotlib's own text
 
     here = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -18,6 +18,8 @@ from lit_distill.sources import TeacherMixedRollouts
 from lit_distill.validation.optimizer import check_optimizer
 from lit_distill.validation.run_length import run_length
 
+pytestmark = pytest.mark.slow
+
 REFUSED_OPTIMIZERS: dict[str, tuple[dict[str, Any], str]] = {
     "torch.optim.LBFGS": ({}, r"LBFGS "),
     "torch.optim.Muon": ({}, r"Muon only supports 2D parameters"),

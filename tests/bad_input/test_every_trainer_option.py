@@ -19,6 +19,8 @@ from training import learner_of, quiet_trainer
 from lit_distill.data import ProceduralData
 from lit_distill.objectives import ForwardKL
 
+pytestmark = pytest.mark.slow
+
 BATCHES = 4  # of an epoch
 
 # argument -> values with which two steps are learnt; or (value, other arguments, steps) where it decides about that

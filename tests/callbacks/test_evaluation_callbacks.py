@@ -9,6 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_distill.evaluation.ngrams import exact_match, rouge_l
 
+pytestmark = pytest.mark.slow
+
 
 def evaluator(cli):
     return next(callback for callback in cli.trainer.callbacks if type(callback).__name__ == "GenerationEvaluator")

@@ -158,6 +158,7 @@ def answers(trainer, batch) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_the_ratio_is_that_of_the_sums_and_the_reference_stands_first(judge, stub) -> None:
     trainer, callback = judge()
     pairs = []
@@ -180,6 +181,7 @@ def test_the_ratio_is_that_of_the_sums_and_the_reference_stands_first(judge, stu
     json.dumps(report, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_swapped_orders_undo_a_preference_for_the_first_place(judge, stub, tmp_path) -> None:
     stub.reply = lambda body: (200, {}, chat("9 5"))
     assert judge()[1].report()["judge"]["ratio"] == pytest.approx(100 * 5 / 9)
@@ -190,6 +192,7 @@ def test_swapped_orders_undo_a_preference_for_the_first_place(judge, stub, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_the_ratio_is_the_mean_over_seeds(judge, stub) -> None:
     _, callback = judge(seeds=[1, 2, 3], temperature=1.0)
     report = callback.report()["judge"]
@@ -200,6 +203,7 @@ def test_the_ratio_is_the_mean_over_seeds(judge, stub) -> None:
     assert report["ratio_std"] == pytest.approx((sum((r - mean) ** 2 for r in report["ratios"]) / 2) ** 0.5)
 
 
+@pytest.mark.slow
 def test_a_second_run_asks_nothing_even_after_a_line_was_cut_in_two(judge, stub, tmp_path) -> None:
     first = judge()[1].report()["judge"]
     cache = tmp_path / "runs" / "judge.jsonl"
@@ -216,6 +220,7 @@ def test_a_second_run_asks_nothing_even_after_a_line_was_cut_in_two(judge, stub,
     assert len(stub.bodies) == 2 * NUM_TEST + 1
 
 
+@pytest.mark.slow
 def test_answers_without_scores_are_counted_and_left_out(judge, stub) -> None:
     replies = iter(["Both are fine.", "8 0", "11 3", "<think>7 7</think>\n**8/10, 4/10**\nSo.", "6 3"])
     stub.reply = lambda body: (200, {}, chat(next(replies)))
@@ -235,6 +240,7 @@ def test_scores_are_read_from_a_first_line_that_holds_nothing_else(answer, score
     assert parse_scores(answer) == scores
 
 
+@pytest.mark.slow
 def test_the_request_budget_is_kept_said_once_and_the_rest_is_asked_later(judge, stub) -> None:
     with pytest.warns(UserWarning, match="the budget is reached; 2 of 5") as warned:
         _, callback = judge(budget={"max_requests": 3})
@@ -404,6 +410,7 @@ def test_the_old_option_of_the_back_off_is_named_and_has_no_effect() -> None:
     assert endpoint == ChatEndpoint("http://h/v1", "m")
 
 
+@pytest.mark.slow
 def test_a_refused_request_leaves_the_others(judge, stub) -> None:
     def reply(body: dict) -> tuple:
         return (400, {}, b"filtered") if len(stub.bodies) == 2 else by_length(body)
@@ -414,6 +421,7 @@ def test_a_refused_request_leaves_the_others(judge, stub) -> None:
     assert (report["count"], report["refused"]) == (NUM_TEST - 1, 1)
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_down_costs_a_training_a_warning(judge, stub) -> None:
     stub.reply = lambda body: (500, {"retry-after-ms": "1"}, b"down")
     with pytest.warns(UserWarning, match="no judge metrics.*500: down"):
@@ -423,6 +431,7 @@ def test_a_judge_that_is_down_costs_a_training_a_warning(judge, stub) -> None:
     assert "val/loss" in trainer.callback_metrics
 
 
+@pytest.mark.slow
 def test_a_training_is_judged_at_every_nth_validation_and_by_default_at_none(judge, stub) -> None:
     trainer, _ = judge("fit", every_n_validations=2, val_check_interval=1)
     with (Path(trainer.log_dir) / "metrics.csv").open() as file:
@@ -433,6 +442,7 @@ def test_a_training_is_judged_at_every_nth_validation_and_by_default_at_none(jud
     assert len(stub.bodies) == asked
 
 
+@pytest.mark.slow
 def test_a_test_whose_judge_is_down_ends_with_an_error_after_the_other_figures(judge, stub, tmp_path) -> None:
     stub.reply = lambda body: (500, {"retry-after-ms": "1"}, b"down")
     with pytest.raises(ArgumentError, match=r"^base_url: .*500: down") as caught:
@@ -444,6 +454,7 @@ def test_a_test_whose_judge_is_down_ends_with_an_error_after_the_other_figures(j
     assert "judge" not in log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content_type", ["text/html", "application/json"])
 def test_a_test_of_whose_answers_none_can_be_used_ends_with_an_error(judge, stub, content_type) -> None:
     stub.reply = lambda body: (200, {"Content-Type": content_type}, b"<html>A web page</html>")
@@ -458,6 +469,7 @@ def test_a_response_of_another_format_is_an_empty_answer(stub, payload) -> None:
     assert client(endpoint)[0].ask(endpoint.body(QUESTION)) == ""
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_opened_is_an_error_of_the_judge(judge, tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ArgumentError, match=r"^cache: .*file") as caught:
@@ -465,6 +477,7 @@ def test_a_cache_that_cannot_be_opened_is_an_error_of_the_judge(judge, tmp_path)
     assert isinstance(caught.value.owner, Judge)
 
 
+@pytest.mark.slow
 def test_a_missing_key_is_said_before_the_run_with_the_variable_to_set(judge, stub, monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ArgumentError, match=r"^api_key_env: .*OPENAI_API_KEY is not set") as caught:

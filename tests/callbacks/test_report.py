@@ -16,11 +16,16 @@ from lit_distill.callbacks import RunReport
 from lit_distill.report.record import make_report, read_report, write_report
 
 
+def reported(pair, **model) -> dict:
+    """A tiny config whose tests write a report."""
+    return tiny_config(pair, **model) | {"report": {"enabled": True}}
+
+
 @pytest.fixture(scope="module")
 def finished(pair, tmp_path_factory):
     """The folder and config of a short training, and the reports of a test before it and of one after it."""
     folder = tmp_path_factory.mktemp("report")
-    config = tiny_config(pair, optimizer={"class_path": "SGD", "init_args": {"lr": 0.5}})
+    config = reported(pair, optimizer={"class_path": "SGD", "init_args": {"lr": 0.5}})
     del config["calibration"]  # it is in the report by default
     config["trainer"]["default_root_dir"] = str(folder / "runs")
     config |= {"export": {"enabled": False}, "exposure_bias": {"max_prompts": 2, "num_samples": 1, "max_new_tokens": 3}}
@@ -82,7 +87,7 @@ def test_the_page_shows_the_student_before_and_after(finished) -> None:
 def test_the_table_is_printed_once_and_the_page_is_named(pair, tmp_path, monkeypatch, caplog, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        run("test", "--config", write(tiny_config(pair), tmp_path / "x.yaml"), "--trainer.logger", "false")
+        run("test", "--config", write(reported(pair), tmp_path / "x.yaml"), "--trainer.logger", "false")
     assert "same first choice as the teacher" in caplog.text
     assert str(Path("runs") / "report.html") in caplog.text
     assert "Test metric" not in capsys.readouterr().out
@@ -90,7 +95,7 @@ def test_the_table_is_printed_once_and_the_page_is_named(pair, tmp_path, monkeyp
 
 def test_nothing_is_written_where_it_is_switched_off_or_nothing_is_tested(pair, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = write(tiny_config(pair), tmp_path / "x.yaml")
+    path = write(reported(pair), tmp_path / "x.yaml")
     run("test", "--config", path, "--report.enabled", "false", "--trainer.logger", "false")
     run("validate", "--config", path, "--trainer.logger", "false")
     assert not list(tmp_path.rglob("report.*"))
@@ -98,7 +103,7 @@ def test_nothing_is_written_where_it_is_switched_off_or_nothing_is_tested(pair, 
 
 def test_what_cannot_be_compared_with_is_said_before_anything_is_tested(pair, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = write(tiny_config(pair), tmp_path / "x.yaml")
+    path = write(reported(pair), tmp_path / "x.yaml")
     with pytest.raises(ValueError, match=r"report.compare_with: there is no runs/none"):
         run("test", "--config", path, "--report.compare_with", '["runs/none"]')
 

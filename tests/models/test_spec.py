@@ -65,7 +65,7 @@ def test_keep_layers_and_drop_layers_prune_the_loaded_model(folder, ids):
     dropped = load_model(ModelSpec(str(folder), drop_layers=[1, 2]), KEY)
     assert kept.config.num_hidden_layers == 2
     assert torch.equal(kept(ids).logits, dropped(ids).logits)
-    with pytest.raises(ValueError, match=r"model\.student\.keep_layers is 9, but the model has 4 layers"):
+    with pytest.raises(ValueError, match=r"model\.student\.keep_layers: 9, but the model has 4 layers"):
         load_model(ModelSpec(str(folder), keep_layers=9), KEY)
 
 

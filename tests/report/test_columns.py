@@ -42,6 +42,7 @@ def test_without_training_seeds_the_deviation_is_that_over_the_seeds_of_the_draw
     assert teacher.metrics["rouge_l"] == (70.0, 0.5, 1)
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_a_setting_are_columns_of_their_own() -> None:
     reports = [
         report_of(seed=seed, training_config={"model": {"lr": lr}}) for seed, lr in ((1, 0.1), (2, 0.1), (3, 0.2))
@@ -70,6 +71,7 @@ def test_checkpoints_of_one_training_are_columns_of_their_own() -> None:
     assert labels == ["teacher", "student, step 50", "student, step 100"]
 
 
+@pytest.mark.slow
 def test_tests_on_other_data_are_not_mixed_and_are_warned_of() -> None:
     here, there = report_of(seed=1), report_of(seed=2, config={"data": {"class_path": "Other"}})
     there["metrics"]["teacher_perplexity"] = 2.5

@@ -63,6 +63,7 @@ def test_the_pages_tags_are_all_closed(page) -> None:
     assert not Tags(page).open
 
 
+@pytest.mark.slow
 def test_the_same_reports_give_the_same_page() -> None:
     assert render_page([report_of()]) == render_page([report_of()])
 
@@ -110,6 +111,7 @@ def test_every_drawing_is_xml_that_says_what_it_shows_and_has_finite_places(page
                 assert not re.search(r"\b(nan|inf)\b", value) or name == "aria-label"
 
 
+@pytest.mark.slow
 def test_what_a_drawing_says_has_the_numbers_of_the_record() -> None:
     said = [value for name, value in Tags(render_page([report_of()])).attributes if name == "aria-label"]
     assert any("confidence 0.90: 75% right, 12 predictions" in text for text in said)
@@ -118,6 +120,7 @@ def test_what_a_drawing_says_has_the_numbers_of_the_record() -> None:
     assert any("under 4 words, student, step 100: 50.0" in text for text in said)
 
 
+@pytest.mark.slow
 def test_over_seeds_the_predictions_of_a_student_add_up_and_those_of_its_teacher_do_not() -> None:
     reports = [report_of(seed=seed) for seed in (1, 2)]
     reports[1]["metrics"]["teacher_perplexity"] = 2.1  # both tests of the teacher count in its column

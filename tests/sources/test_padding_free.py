@@ -44,7 +44,7 @@ KINDS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("turns", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_weights_are_those_of_a_padded_run(pair, tmp_path, monkeypatch, kind: str, turns: int) -> None:
     packed = []
