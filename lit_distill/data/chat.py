@@ -153,7 +153,9 @@ class ChatRenderer:
                 f"{where}: the conversation has no turn of the assistant that is learnt. Remove the record."
             )
         if self.turns == "each" and answers:
-            return [self._item(conversation, i + 1, [i] if self.responses else [], where) for i in learnt or answers]
+            items = [self._item(conversation, i + 1, [i] if self.responses else [], where) for i in learnt or answers]
+            ends_with_user = not self.responses and answers[-1] < len(messages) - 1
+            return items + ([self._item(conversation, len(messages), [], where)] if ends_with_user else [])
         chosen = learnt if self.turns == "all" else [i for i in answers[-1:] if trained[i]]
         if self.responses and not chosen:
             raise ValueError(f"{where}: the last turn of the assistant is not learnt. Remove the record.")
@@ -168,34 +170,54 @@ class ChatRenderer:
         if is_answer and not learnt:
             return Turn(prompt, prompt, [], reference)
         text = self._render(messages, tools, where, prompt=not is_answer)
-        marked = self._marked(messages, tools, text, not is_answer) if self.has_marks else None
-        spans = []
-        for position in learnt:
-            number = sum(message["role"] == "assistant" for message in messages[:position])
-            found = None if marked is None or number >= len(marked) else marked[number]
-            spans.append(self._with_end(text, found) if found else self._span(messages, position, tools, text, where))
+        spans = self._marked(messages, learnt, tools, not is_answer) if self.has_marks else None
+        if spans is None:
+            ends = self._ends(messages, learnt, tools, text, where)
+            spans = [(self._start(messages, position, tools, text, where), end) for position, end in ends.items()]
+            if hidden := [position for (start, end), position in zip(spans, learnt, strict=True) if end <= start]:
+                raise ValueError(_hidden(where, hidden[0]))
+        spans = [self._with_end(text, span) for span in spans]
         if is_answer and not text.startswith(prompt):
             raise ValueError(_not_reproduced(where, len(messages), prompt, text))
         end = max([len(prompt), *(end for _, end in spans)])
         return Turn(prompt, text[:end], spans, reference)
 
-    def _span(
-        self, messages: list[Message], position: int, tools: list[Any] | None, text: str, where: str
-    ) -> tuple[int, int]:
-        """Begin and end of a message of the assistant, from what the template renders without it and with other words."""
+    def _start(self, messages: list[Message], position: int, tools: list[Any] | None, text: str, where: str) -> int:
+        """Where a message of the assistant begins: after what a model that writes it gets."""
         before = self._render(messages[:position], tools, where, prompt=True)
         if not text.startswith(before):
             raise ValueError(_not_reproduced(where, position + 1, before, text))
-        other = [*messages[:position], {"role": "assistant", "content": PROBE}, *messages[position + 1 :]]
-        replaced = self._render(other, tools, where, prompt=messages[-1]["role"] != "assistant")
-        after = _num_shared(text[::-1], replaced[::-1])
-        end = len(text) - after
-        if PROBE not in replaced or end <= len(before):
-            raise ValueError(
-                f"{where}: the chat template shows nothing of message {position + 1}, which the assistant has written. Mark it "
-                "train: false."
-            )
-        return self._with_end(text, (len(before), end))
+        return len(before)
+
+    def _ends(
+        self, messages: list[Message], learnt: Sequence[int], tools: list[Any] | None, text: str, where: str
+    ) -> dict[int, int]:
+        """Where the contents of messages of the assistant end, from what the template renders with other words in their place."""
+        parts = self._replaced(messages, learnt, tools, where).split(PROBE)
+        ends: dict[int, int] = {}
+        at = len(parts[0])
+        for position, part in zip(learnt, parts[1:], strict=False):
+            content = messages[position]["content"]
+            written = next((c for c in (content, content.strip()) if text.startswith(c + part, at)), None)
+            if written is None:
+                break
+            ends[position] = at + len(written)
+            at += len(written) + len(part)
+        if len(parts) == len(learnt) + 1 and len(ends) == len(learnt) and at == len(text):
+            return ends
+        return {position: self._end(messages, position, tools, text, where) for position in learnt}
+
+    def _end(self, messages: list[Message], position: int, tools: list[Any] | None, text: str, where: str) -> int:
+        """The same for one message, whose content the template changes."""
+        replaced = self._replaced(messages, [position], tools, where)
+        if PROBE not in replaced:
+            raise ValueError(_hidden(where, position))
+        return len(text) - _num_shared(text[::-1], replaced[::-1])
+
+    def _replaced(self, messages: list[Message], positions: Sequence[int], tools: list[Any] | None, where: str) -> str:
+        other = {"role": "assistant", "content": PROBE}
+        changed = [other if i in positions else message for i, message in enumerate(messages)]
+        return self._render(changed, tools, where, prompt=messages[-1]["role"] != "assistant")
 
     def _with_end(self, text: str, span: tuple[int, int]) -> tuple[int, int]:
         """The span with the end of a turn that follows it."""
@@ -203,9 +225,9 @@ class ChatRenderer:
         return start, end + len(self.end) if self.end and text.startswith(self.end, end) else end
 
     def _marked(
-        self, messages: list[Message], tools: list[Any] | None, text: str, prompt: bool
+        self, messages: list[Message], learnt: Sequence[int], tools: list[Any] | None, prompt: bool
     ) -> list[tuple[int, int]] | None:
-        """The spans that the template marks, one for each answer; None if it does not mark every answer once."""
+        """The spans that the template marks of the answers to learn; None if it does not mark every answer once."""
         encoded = self.tokenizer.apply_chat_template(
             messages,
             tools=tools,
@@ -221,8 +243,8 @@ class ChatRenderer:
             members = list(group)
             if marked:
                 spans.append((offsets[members[0]][0], offsets[members[-1]][1]))
-        answers = sum(message["role"] == "assistant" for message in messages)
-        return spans if len(spans) == answers else None
+        answers = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
+        return [spans[answers.index(position)] for position in learnt] if len(spans) == len(answers) else None
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, where: str, *, prompt: bool) -> str:
         try:
@@ -251,6 +273,13 @@ def _num_shared(one: str, other: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _hidden(where: str, position: int) -> str:
+    return (
+        f"{where}: the chat template shows nothing of message {position + 1}, which the assistant has written. Mark it "
+        "train: false."
+    )
 
 
 def _not_reproduced(where: str, number: int, before: str, text: str) -> str:

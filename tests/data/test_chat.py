@@ -188,6 +188,8 @@ def test_a_conversation_that_ends_with_the_user_is_a_prompt_as_it_is(make_tokeni
     assert (row["references"], row["response_ids"], row["targets"]) == ([], [], [])
     (row,) = rows_of(write_jsonl, tokenizer, {"messages": THREE[:-1]})
     assert learnt(tokenizer, row) == ["1<|im_end|>", "the 2<|im_end|>"]
+    each = rows_of(write_jsonl, tokenizer, {"messages": THREE[:-1]}, responses=False, turns="each")
+    assert [prompt["references"] for prompt in each] == [["1"], ["the 2"], []]
     (prompt,) = rows_of(write_jsonl, tokenizer, {"messages": THREE}, responses=False)
     assert (prompt["prompt_ids"], prompt["references"]) == (row["prompt_ids"], [" 3 "])
 
