@@ -68,15 +68,15 @@ def recognise(
         found.remove("text")  # often the same content, rendered for another model
     if len(found) == 1:
         return found[0]
-    shown = {name: with_objects(value) for name, value in record.items() if name != ORIGIN}
+    shown = {name: with_objects(value) for name, value in record.items() if name != ORIGIN and value is not None}
     if not found:
         raise ValueError(
-            f"fields: {source} have none of the known shapes: {KNOWN}. The first record is {shown!r:.300}. Map its columns, as in "
-            "fields: {instruction: question, output: answer}."
+            f"fields: {source} have none of the known shapes: {KNOWN}. The columns are {', '.join(columns)}; of the known "
+            f"ones, the first record has {shown!r:.300}. Map its columns, as in fields: {{instruction: question, output: answer}}."
         )
     first = SHAPES[found[0]][0][0]
     raise ValueError(
-        f"fields: {source} may be read as {' or as '.join(found)}. The first record is {shown!r:.300}. Choose by naming a column, "
+        f"fields: {source} may be read as {' or as '.join(found)}. The first record has {shown!r:.300}. Choose by naming a column, "
         f"as in fields: {{{first}: {fields.columns[first]}}}."
     )
 

@@ -37,7 +37,7 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", r"data\.jsonl: the file holds no records"),
     "blank": (b"\n\n  \n", r"data\.jsonl: the file holds no records"),
     "binary": (bytes(range(256)) * 4, r"data\.jsonl, line 1: "),
-    "compressed": (b"\x1f\x8b" + bytes(50), r"data\.jsonl, line 1: the file is compressed\. Unpack it"),
+    "compressed": (b"\x1f\x8b" + bytes(50), r"data\.jsonl, line 1: the file is compressed\. Give it the ending \.gz"),
     "UTF-16": ((LINE * 3).decode().encode("utf-16"), r"data\.jsonl, line 1: .*UTF-8"),
     "Latin-1": (LINE + '{"instruction": "Größe"}'.encode("latin-1"), r"data\.jsonl, line 2: not UTF-8 text"),
     "truncated": (LINE * 3 + LINE[:20], r"data\.jsonl, line 4: not valid JSON"),
@@ -48,9 +48,12 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
     ),
     "no instruction": (
         b'{"question": "x", "output": "y"}\n' * 4,
-        r"needs the field 'instruction'.*data\.init_args\.fields",
+        r"data\.init_args\.fields: the train records .* none of the known shapes.* columns are question, output.*'output': 'y'",
     ),
-    "no output": (b'{"instruction": "x"}\n' * 4, r"data\.init_args\.fields\.output"),
+    "no output": (
+        b'{"instruction": "x"}\n' * 4,
+        r"data\.init_args\.fields: .* none of the known shapes.*'instruction': 'x'",
+    ),
     "a missing value": (LINE + b'{"instruction": "x"}\n', r"line 2: the field `output` is missing"),
     "an empty response": (LINE + b'{"instruction": "x", "output": " "}\n', r"line 2: the response is empty"),
     "a field that is a list": (

@@ -52,7 +52,8 @@ def test_mapped_fields_and_a_template_decide() -> None:
 
 def test_what_fits_nothing_or_two_formats_shows_the_first_record() -> None:
     with pytest.raises(
-        ValueError, match=r"^fields: the train records have none .*'question': 'what it holds'.*output: answer"
+        ValueError,
+        match=r"^fields: the train records have none .*columns are question, answer.*'question': 'what it holds'.*output: answer",
     ):
         kind("question", "answer")
     with pytest.raises(

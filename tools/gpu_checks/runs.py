@@ -96,7 +96,7 @@ def method(name: str, machine: Machine) -> dict[str, Any]:
         machine: on a CPU the sizes are smaller.
     """
     config: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    for role in ("student", "teacher"):
+    for role in {"student", "teacher"} & config["model"].keys():
         config["model"][role]["path"] = str(ASSETS / role)
     data, settings = config["data"]["init_args"], config["model"].get("source", {}).get("init_args", {})
     if "num_train" in data:
