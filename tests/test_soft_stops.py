@@ -114,7 +114,8 @@ def test_after_a_stop_the_same_items_come_and_the_same_bits(
 def test_so_it_is_for_every_stop_at_every_second_batch_of_two_epochs(pair, straight, tmp_path, stop: str) -> None:
     """Validations and bounds of the run take turns, so that each stop meets each of them."""
     count, seldom = 0, any(word in stop for word in ("validation", "epoch"))  # such hooks are called at few batches
-    for at in range(BATCHES if "epoch" in stop else 1, 2 * BATCHES + 1, BATCHES if "epoch" in stop else 2):
+    every = BATCHES if "epoch" in stop else 1 if seldom else 2
+    for at in range(BATCHES if "epoch" in stop else 1, 2 * BATCHES + 1, every):
         for turn in range(3 if seldom else 1):
             validation = list(VALIDATION)[(at + 2 * turn + len(stop)) % len(VALIDATION)]
             if "validation" in stop and validation == "none":
