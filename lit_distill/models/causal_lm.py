@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
@@ -101,6 +102,8 @@ class CausalLM(nn.Module):
         packed = None
         if self.packs is not None:
             packed = sequences.packed if self.packs == "rows" else sequences.packed_in_one_row
+            if packed is not None and self.packs == "rows" and packed.input_ids.shape[1] > self.context_length:
+                packed = None  # some models have a causal mask of their context length
         if packed is None:
             return self(sequences.input_ids, sequences.attention_mask)[:, :-1][targets]
         hidden = self(packed.input_ids, None, position_ids=packed.position_ids)
@@ -122,6 +125,11 @@ class CausalLM(nn.Module):
     def takes_cache(self) -> bool:
         """Whether the body's forward has a cache argument."""
         return self._cache_argument is not None
+
+    @property
+    def context_length(self) -> float:
+        """The longest row that the model takes; infinite if its config names none."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     @property
     def config(self) -> PreTrainedConfig:

