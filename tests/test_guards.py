@@ -202,7 +202,6 @@ def test_after_a_signal_the_run_goes_on_from_its_last_step_to_the_same_bits(
     [
         ("raise RuntimeError('rank one is ill')", "rank one is ill"),
         ("os.kill(os.getpid(), signal.SIGKILL)", ""),
-        ("os.kill(os.getpid(), signal.SIGTERM)", "--ckpt_path last"),
     ],
 )
 def test_a_rank_that_ends_ends_the_others_and_is_heard(pair, tmp_path, what: str, said: str) -> None:

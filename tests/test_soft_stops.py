@@ -201,7 +201,7 @@ def test_so_it_is_in_epochs_that_are_cut_short(pair, tmp_path, limits: dict[str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [2])
 def test_so_it_is_when_a_run_is_killed_after_a_checkpoint_at_any_batch(pair, tmp_path, every: int) -> None:
     """By epochs: also after the last batch of one, after which no validation comes."""
     whole = Run(learner(pair), tmp_path / "whole", **LONG["epochs"])
