@@ -20,7 +20,7 @@ from lit_distill.evaluation.exposure_bias import (
 )
 from lit_distill.generation import SamplingParams
 from lit_distill.report.figures import Curve, draw_accumulated_error
-from lit_distill.types import ArgumentError, Batch
+from lit_distill.types import ArgumentError, Batch, check_sizes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,8 +57,7 @@ class ExposureBiasMonitor(PromptEvaluator):
         every_n_validations: int | None = None,
     ) -> None:
         super().__init__(max_prompts, every_n_validations)
-        if num_samples < 1:
-            raise ValueError(f"num_samples: expected at least 1, got {num_samples}.")
+        check_sizes(num_samples=num_samples)
         self.sampling = SamplingParams(max_new_tokens, temperature=1.0)
         powers = [2**n for n in range(3, max_new_tokens.bit_length()) if 2**n <= max_new_tokens] or [max_new_tokens]
         self.lengths = powers if lengths is None else lengths

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from lit_distill.types import Batch
+from lit_distill.types import Batch, check_sizes
 
 if TYPE_CHECKING:
     from lit_distill.evaluation.text_metrics import GenerationMetrics
@@ -34,8 +34,7 @@ class PromptEvaluator(Callback, ABC):
     def __init__(self, max_prompts: int, every_n_validations: int | None) -> None:
         if max_prompts < -1:
             raise ValueError(f"max_prompts: expected -1 (all), 0 (off) or more, got {max_prompts}.")
-        if every_n_validations is not None and every_n_validations < 1:
-            raise ValueError(f"every_n_validations: expected at least 1, got {every_n_validations}.")
+        check_sizes(every_n_validations=every_n_validations)
         self.max_prompts = max_prompts
         self.every_n_validations = every_n_validations
         self._validations = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch import Callback, Trainer
 
 from lit_distill.files import atomic_write
-from lit_distill.types import ArgumentError
+from lit_distill.types import ArgumentError, check_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +50,7 @@ class RolloutRecorder(Callback):
         tokens: bool = False,
         signals: bool = False,
     ) -> None:
-        if every_n_phases < 1:
-            raise ValueError(f"every_n_phases: expected at least 1, got {every_n_phases}.")
+        check_sizes(every_n_phases=every_n_phases)
         if format not in ("jsonl", "parquet"):
             raise ValueError(f"format: expected jsonl or parquet, got {format!r}.")
         self.path = path

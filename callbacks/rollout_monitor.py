@@ -12,6 +12,7 @@ from lit_distill.callbacks.collapse import CollapseDetector
 from lit_distill.callbacks.samples import show_samples
 from lit_distill.functional import reverse_kl_k3
 from lit_distill.sources import DatasetResponses
+from lit_distill.types import check_sizes
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -48,8 +49,7 @@ class RolloutMonitor(Callback):
     reads_entropies = True
 
     def __init__(self, every_n_phases: int = 10, num_samples: int = 8) -> None:
-        if every_n_phases < 1:
-            raise ValueError(f"every_n_phases: expected at least 1, got {every_n_phases}.")
+        check_sizes(every_n_phases=every_n_phases)
         self.every_n_phases = every_n_phases
         self.num_samples = num_samples
         self._phases = 0

@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, Literal, NamedTuple
 
-from lit_distill.data.files import with_objects
-from lit_distill.data.special_tokens import turn_end_text
+from lit_distill.data.special_tokens import PROBE, turn_end_text
 
 AssistantTurns = Literal["all", "last", "each"]
 ROLES = {
@@ -27,8 +26,6 @@ ROLES = {
 }
 """Names of roles in public sets of conversations -> the names in chat templates."""
 MARK = re.compile(r"\{%-?\s*generation\b")
-PROBE = "\ue011\ue022\ue033"
-"""Words of the assistant that are in no conversation."""
 Message = dict[str, Any]
 
 
@@ -72,10 +69,9 @@ def read_conversation(messages: Any, system: Any, tools: Any, where: str) -> Con
     Raises:
         ValueError: if a message has no known role or no text; the message begins with ``where``.
     """
-    given = with_objects(messages)
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"{where}: the conversation is {_shown(given)}; expected a list of messages.")
-    found = [_message(message, f"{where}: message {number}") for number, message in enumerate(given, start=1)]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: the conversation is {_shown(messages)}; expected a list of messages.")
+    found = [_message(message, f"{where}: message {number}") for number, message in enumerate(messages, start=1)]
     if system and found[0][0]["role"] != "system":
         found.insert(0, ({"role": "system", "content": str(system)}, False))
     return Conversation(
@@ -105,8 +101,7 @@ def _message(given: Any, where: str) -> tuple[Message, bool]:
     return {"role": role, "content": content or "", **others}, learnt
 
 
-def _tools(given: Any, where: str) -> list[Any] | None:
-    tools = with_objects(given)
+def _tools(tools: Any, where: str) -> list[Any] | None:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)

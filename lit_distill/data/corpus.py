@@ -27,7 +27,7 @@ from lit_distill.data.records import find_files, load_hub, refuse_hub_options
 from lit_distill.data.special_tokens import required_eos
 from lit_distill.data.tokenize import VERSION, encode, tokenizer_content
 from lit_distill.files import atomic_write
-from lit_distill.types import ArgumentError, arguments_of
+from lit_distill.types import ArgumentError, arguments_of, check_sizes
 
 FEATURES = Features({"input_ids": List(Value("int32"))})
 DOCUMENTS_AT_ONCE = 1_000
@@ -50,8 +50,7 @@ class PackedText:
             raise ValueError(
                 f"length: expected at least 2, got {self.length}: a token is predicted from the tokens before it."
             )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}.")
+        check_sizes(batch_size=self.batch_size)
 
     def documents(self) -> tuple[str, Iterator[str]]:
         """A fingerprint of the content, and the texts. Override only this method to read text from another source."""

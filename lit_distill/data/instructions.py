@@ -91,15 +91,10 @@ class InstructionData(LightningDataModule):
         tokenizer: str | None = None,
     ) -> None:
         super().__init__()
-        least = {
-            "batch_size": (batch_size, 1),
-            "eval_batch_size": (eval_batch_size, 1),
-            "num_workers": (num_workers, 0),
-            "seed": (seed, 0),
-        }
-        for name, (value, minimum) in least.items():
-            if value < minimum:
-                raise ValueError(f"{name}: expected at least {minimum}, got {value}.")
+        check_sizes(batch_size=batch_size, eval_batch_size=eval_batch_size, tokens_per_batch=tokens_per_batch)
+        for name, value in (("num_workers", num_workers), ("seed", seed)):
+            if value < 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}.")
         if validation_size < 0 or (isinstance(validation_size, float) and validation_size >= 1):
             raise ValueError(
                 f"validation_size: expected a number of items, or a share below 1.0, got {validation_size}."
@@ -115,7 +110,6 @@ class InstructionData(LightningDataModule):
         self.responses = responses
         self.empty_responses = empty_responses
         self.limits = LengthLimits(max_prompt_length, max_length, overlong)
-        check_sizes(tokens_per_batch=tokens_per_batch)
         self.batch_size = batch_size
         self.tokens_per_batch = tokens_per_batch
         self.eval_batch_size = eval_batch_size

@@ -227,9 +227,8 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
     def _begin(self, epoch: int) -> None:
         self.epoch = epoch
         self.order = Order(self.seed, self.batch_size, self.shuffle, self.group_by_length, self.tokens_per_batch)
-        self._sizes: tuple[int, np.ndarray] | None = (
-            None  # batches done before, and number of items of each batch after them
-        )
+        # batches done before, and number of items of each batch after them
+        self._sizes: tuple[int, np.ndarray] | None = None
         self.start = 0  # number of batches of the epoch that are done, and of items in them
         self.items = 0
 
@@ -252,11 +251,11 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
         Args:
             batches: number of batches of the epoch that are done, at least ``self.start``.
         """
-        size, longer = divmod(self._num_remaining(), max(1, len(self) - self.start))
         taken = batches - self.start
         if self._has_tokens():
             items = int(self._batch_sizes()[:taken].sum())
         elif self._batch_size_changed():
+            size, longer = divmod(self._num_remaining(), max(1, len(self) - self.start))
             items = taken * size + min(taken, longer)
         else:
             items = min(taken * self.batch_size, self._num_remaining())
@@ -303,12 +302,7 @@ class GlobalBatchSampler(DistributedSampler, SequentialSampler):
 
     def _batch_size_changed(self) -> bool:
         """Whether the batch size differs from the one at the start of the epoch."""
-        now = (self.batch_size, self.tokens_per_batch)
-        return (
-            (self.order.batch_size, self.order.tokens_per_batch) != now
-            if self._has_tokens()
-            else self.order.batch_size != now[0]
-        )
+        return (self.order.batch_size, self.order.tokens_per_batch) != (self.batch_size, self.tokens_per_batch)
 
     def _has_tokens(self) -> bool:
         """Whether batches are filled to a number of tokens, now or when the epoch began."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from lit_distill.data.templates import Template
 
-PROBE = "lorem ipsum 4711"
-"""A response that no chat template contains; the text after it in a rendered chat is the end of a turn."""
+PROBE = "\ue011\ue022\ue033"
+"""A response that is in no chat template and no conversation, to find where the template writes a response."""
 
 
 def prompt_prefix(tokenizer: Any, template: Template) -> list[int]:

@@ -267,9 +267,11 @@ class _RecordReader:
 
     def _conversation(self, record: dict[str, Any], where: str) -> Conversation:
         value = partial(self.fields.value, record)
-        messages = value("conversations") if value("messages") is None else value("messages")
-        if messages is None and isinstance(value("prompt"), list):  # what comes before a completion is not learnt
-            before = [{**m, "train": False} if isinstance(m, dict) else m for m in value("prompt")]
+        messages = value("messages")
+        if messages is None:
+            messages = value("conversations")
+        if messages is None and isinstance(prompt := value("prompt"), list):  # what precedes a completion is not learnt
+            before = [{**m, "train": False} if isinstance(m, dict) else m for m in prompt]
             completion = value("completion") or []
             messages = before + (
                 completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]

@@ -56,10 +56,8 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, one_row: bool = False) 
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     places = torch.tensor(starts, device=device)[:, None] + positions
     columns = torch.arange(width, device=device)
-    position_ids = (
-        columns - torch.tensor(filled, device=device)[:, None]
-    ).flatten()  # right for the padding at the end
     packed = input_ids.new_zeros(len(rows) * width)
+    position_ids = (columns - torch.tensor(filled, device=device)[:, None]).flatten()  # of the padding at the end
     used = places[attended]
     packed[used] = input_ids[attended]
     position_ids[used] = positions[attended]

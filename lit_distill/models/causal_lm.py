@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lit_distill.types import Sequences
 
 
+Packs = Literal["rows", "one row"]
+"""How texts may be packed: into several rows, or all into one."""
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 """Names of the KV cache argument of the body's forward: the first since transformers 5.24, the second before and in custom code."""
 
@@ -51,7 +53,7 @@ class CausalLM(nn.Module):
         """Result of `lora.fingerprint`, stored before the base weights are sharded; None if they are not."""
         self.caching: Caching | None = None
         """Set by `caching_of` at its first call."""
-        self.packs: Literal["rows", "one row"] | None = None
+        self.packs: Packs | None = None
         """How texts are packed for training, set by `check_packing`; None pads them."""
         taken = inspect.signature(model.base_model.forward).parameters
         self.takes_positions = "position_ids" in taken

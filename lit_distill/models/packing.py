@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lit_distill.models.causal_lm import CausalLM, Packs
 from lit_distill.types import Sequences
 
-if TYPE_CHECKING:
-    from lit_distill.models.causal_lm import CausalLM
-
-Packs = Literal["rows", "one row"]
 WAYS: tuple[Packs, ...] = ("rows", "one row")
 SIZES = (9, 5, 6, 3)
 """Tokens of the texts that are tried; they fit into two rows."""

@@ -46,6 +46,12 @@ def wrap_backend(backend: str, **options) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
+def wrapped():
+    """Makes a tokenizer of `backend`; keyword arguments go to it."""
+    return wrap_backend
+
+
+@pytest.fixture
 def tokenizer(backend) -> PreTrainedTokenizerFast:
     """No BOS, and padding is EOS, as with many base models."""
     return wrap_backend(backend, pad_token=EOS)

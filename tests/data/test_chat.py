@@ -6,7 +6,6 @@ import json
 from itertools import pairwise
 
 import pytest
-from conftest import wrap_backend  # of this folder
 from tokenizers import AddedToken
 
 from lit_distill.data import InstructionData, Records
@@ -51,11 +50,11 @@ THREE = [
 
 
 @pytest.fixture
-def make_tokenizer(backend):
+def make_tokenizer(backend, wrapped):
     """A tokenizer whose padding is EOS, with the special tokens of chat templates."""
 
     def make(template: str):
-        tokenizer = wrap_backend(backend, **SPECIAL_TOKENS, chat_template=template)
+        tokenizer = wrapped(backend, **SPECIAL_TOKENS, chat_template=template)
         names = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>")
         tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(name) for name in names]})
         return tokenizer

@@ -111,13 +111,10 @@ class ProceduralData(InstructionData):
             seed=seed,
             tokenizer=tokenizer,
         )
-        check_sizes(turns=turns)
         self.corpus = corpus
         self.turns = turns
         self.counts = {"train": num_train, "validation": num_validation, "test": num_test}
-        for name, count in self.counts.items():
-            if count < 1:
-                raise ValueError(f"num_{name}: expected at least 1, got {count}.")
+        check_sizes(**{f"num_{name}": count for name, count in self.counts.items()}, turns=turns)
         self.task_seed = task_seed
 
     def read_split(self, name: str) -> datasets.Dataset:
