@@ -50,6 +50,13 @@ def test_of_two_objects_of_a_class_the_one_with_these_arguments_is_named(keys) -
         keys.build(ForwardKL, (), {"weight": 1.0, "temperature": -2.0})
 
 
+def test_null_is_refused_where_none_is_no_value(keys) -> None:
+    message = r"^model\.objectives\.first\.init_args\.temperature: expected float, got null\. .* default, 1\.0\.$"
+    with pytest.raises(ConfigError, match=message):
+        keys.build(ForwardKL, (), {"weight": 1.0, "temperature": None})
+    assert keys.build(StudentRollouts, (), {"seed": None}).seed >= 0
+
+
 def test_an_object_is_known_after_it_was_built(keys) -> None:
     source = keys.build(StudentRollouts, (), {"seed": 1})
     assert message(keys, ArgumentError(source, "seed: wrong")) == "model.source.init_args.seed: wrong"

@@ -85,6 +85,7 @@ class ConfigKeys:
     def build(self, kind: type[Built], arguments: tuple[Any, ...], named: dict[str, Any]) -> Built:
         """Call a constructor; its errors get the key."""
         try:
+            _check_nulls(kind, named)
             built = kind(*arguments, **named)
         except (ConfigError, ArgumentError):
             raise
@@ -154,6 +155,20 @@ def _is_like(given: Any, built: Any) -> bool:
             given.keys() == built.keys() and all(_is_like(value, built[key]) for key, value in given.items())
         )
     return bool(given == built)
+
+
+def _check_nulls(kind: type, named: Mapping[str, Any]) -> None:
+    """Reject null for an argument that cannot be None: jsonargparse accepts it everywhere."""
+    parameters = inspect.signature(kind).parameters
+    for name in (name for name, value in named.items() if value is None and name in parameters):
+        parameter = parameters[name]
+        if parameter.annotation is parameter.empty or parameter.default in (None, parameter.empty):
+            continue
+        wanted = getattr(parameter.annotation, "__name__", parameter.annotation)
+        if not re.search(r"None|Optional|Any|object", str(parameter.annotation)):
+            raise ValueError(
+                f"{name}: expected {wanted}, got null. Remove the key for its default, {parameter.default}."
+            )
 
 
 def _with_key(message: str, place: Place, kind: type) -> str:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 IMPOSSIBLE = -1e4  # log-probability of a token with logit -inf: its exp() is 0 in float32, and 0 times it is 0, not NaN
 NO_MASS = -100.0  # exp() of less is 0 in float32
@@ -23,21 +20,9 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     Returns:
         ``[...]`` float32, nats, between 0 and log V.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     log_q = finite_log_softmax(logits, temperature)
     return -(log_q.exp() * log_q).sum(-1)
-
-
-def student_and_teacher_log_probs(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The student's log-probabilities with their graph and the teacher's without, finite and in float32."""
-    _check_temperature(temperature)
-    check_same_vocabulary(student_logits, teacher_logits)
-    log_q = finite_log_softmax(student_logits, temperature)
-    with torch.no_grad():
-        log_p = finite_log_softmax(teacher_logits, temperature)
-    return log_q, log_p
 
 
 def finite_log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -48,42 +33,8 @@ def finite_log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return logits.log_softmax(-1).clamp(min=IMPOSSIBLE)
 
 
-def log_mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
-    """log(share * p + (1 - share) * q), finite where both are 0."""
-    return torch.add(p * share, q, alpha=1 - share).clamp_(min=torch.finfo(p.dtype).tiny).log_()
-
-
-def with_gradient(value: Tensor, log_q: Tensor, gradient: Tensor) -> Tensor:
-    """``value`` [...] in the graph, with ``gradient`` [..., V] as its derivative by ``log_q``."""
-    attached: Tensor = _WithGradient.apply(value, log_q, gradient)
-    return attached
-
-
-class _WithGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, log_q: Tensor, gradient: Tensor) -> Tensor:  # noqa: ARG004 - an input of the graph
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[None, Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return None, grad_value.unsqueeze(-1) * gradient, None
-
-
-@torch.no_grad()
-def has_support_gap(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """[...] bool: p has mass on a token that is impossible under q."""
-    return ((log_q <= IMPOSSIBLE) & (log_p > NO_MASS)).any(-1)
-
-
-def infinite_where(condition: Tensor) -> Tensor:
-    """+inf where the condition holds, else 0. Adding it to a value does not change the gradient."""
-    return torch.zeros_like(condition, dtype=torch.float32).masked_fill_(condition, torch.inf)
-
-
-def _check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float) -> None:
+    """Reject a temperature that is not > 0 and finite."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number > 0, got {temperature}.")
 

@@ -11,9 +11,8 @@ rules:
   impossible for the teacher only); the gradient uses -10,000 for log 0, so it is finite and points away from the gap;
 - p = q gives 0 with zero gradient, up to rounding: a sum of signed terms may end a few float32 ulps below 0.
 
-Every gradient is computed in closed form, as the derivative by log q; autograd applies that of log-softmax. So besides the
-student's log-probabilities, a single ``[..., V]`` is stored for the backward pass. Terms proportional to q alone are left
-out of it, because log-softmax cancels them. The functions are differentiable once.
+Every gradient is computed in closed form together with the value, from the derivative by log q; a single ``[..., V]`` is stored
+for the backward pass. The functions are differentiable once.
 
 | function | formula | source |
 |---|---|---|
@@ -29,16 +28,12 @@ out of it, because log-softmax cancels them. The functions are differentiable on
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from lit_distill.functional.distributions import (
-    has_support_gap,
-    infinite_where,
-    log_mixture,
-    student_and_teacher_log_probs,
-    with_gradient,
-)
+from lit_distill.functional.closed_form import Distribution, evaluate, mass_where_impossible
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -57,11 +52,13 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
     Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
     """
-    log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
-    with torch.no_grad():
-        p = log_p.exp()
-        value = (p * (log_p - log_q)).sum(-1) + infinite_where(has_support_gap(log_p, log_q))
-    return with_gradient(value, log_q, p.neg_())
+    return evaluate(_forward_kl, student_logits, teacher_logits, temperature)
+
+
+def _forward_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
+    infinite = mass_where_impossible(p, q)
+    value = p.logprobs.sub_(q.logprobs).mul_(p.probs).sum(-1) + infinite
+    return value, p.probs.neg_()
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -82,11 +79,13 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
     Source: MiniLLM, https://arxiv.org/abs/2306.08543.
     """
-    log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
-    with torch.no_grad():
-        terms = log_q.exp() * (log_q - log_p)
-        value = terms.sum(-1) + infinite_where(has_support_gap(log_q, log_p))
-    return with_gradient(value, log_q, terms)
+    return evaluate(_reverse_kl, student_logits, teacher_logits, temperature)
+
+
+def _reverse_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
+    infinite = mass_where_impossible(q, p)
+    terms = q.logprobs.sub_(p.logprobs).mul_(q.probs)
+    return terms.sum(-1) + infinite, terms
 
 
 def jensen_shannon(
@@ -117,13 +116,14 @@ def jensen_shannon(
         )
     if not 0 < beta < 1:
         raise ValueError(f"beta: expected the teacher's share of the mixture, inside (0, 1), got {beta}.")
-    log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
-    with torch.no_grad():
-        p, q = log_p.exp(), log_q.exp()
-        log_m = log_mixture(p, q, beta)
-        student_terms = q.mul_(log_q - log_m).mul_(1 - beta)
-        value = beta * p.mul_(log_p - log_m).sum(-1) + student_terms.sum(-1)
-    return with_gradient(value, log_q, student_terms)
+    return evaluate(partial(_jensen_shannon, beta=beta), student_logits, teacher_logits, temperature)
+
+
+def _jensen_shannon(q: Distribution, p: Distribution, beta: float) -> tuple[Tensor, Tensor]:
+    log_m = _log_mixture(p, q, beta)
+    student_terms = q.logprobs.sub_(log_m).mul_(q.probs).mul_(1 - beta)
+    teacher_terms = p.logprobs.sub_(log_m).mul_(p.probs)
+    return beta * teacher_terms.sum(-1) + student_terms.sum(-1), student_terms
 
 
 def skew_forward_kl(
@@ -146,13 +146,13 @@ def skew_forward_kl(
     Source: DistiLLM, https://arxiv.org/abs/2402.03898.
     """
     _check_skew(skew, "ForwardKL (function forward_kl)")
-    log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
-    with torch.no_grad():
-        p, q = log_p.exp(), log_q.exp()
-        log_ratio = log_p - log_mixture(p, q, skew)
-        value = p.mul_(log_ratio).sum(-1)
-        gradient = q.mul_(log_ratio.exp_()).mul_(skew - 1)
-    return with_gradient(value, log_q, gradient)
+    return evaluate(partial(_skew_forward_kl, skew=skew), student_logits, teacher_logits, temperature)
+
+
+def _skew_forward_kl(q: Distribution, p: Distribution, skew: float) -> tuple[Tensor, Tensor]:
+    log_ratio = p.logprobs.sub_(_log_mixture(p, q, skew))
+    value = p.probs.mul_(log_ratio).sum(-1)
+    return value, log_ratio.exp_().mul_(q.probs).mul_(skew - 1)
 
 
 def skew_reverse_kl(
@@ -175,14 +175,14 @@ def skew_reverse_kl(
     Source: DistiLLM, https://arxiv.org/abs/2402.03898.
     """
     _check_skew(skew, "ReverseKL (function reverse_kl)")
-    log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
-    with torch.no_grad():
-        p, q = log_p.exp(), log_q.exp()
-        log_ratio = log_q - log_mixture(p, q, 1 - skew)
-        terms = q * log_ratio
-        value = terms.sum(-1)
-        gradient = terms.sub_(q.mul_(log_ratio.exp_()), alpha=skew)
-    return with_gradient(value, log_q, gradient)
+    return evaluate(partial(_skew_reverse_kl, skew=skew), student_logits, teacher_logits, temperature)
+
+
+def _skew_reverse_kl(q: Distribution, p: Distribution, skew: float) -> tuple[Tensor, Tensor]:
+    log_ratio = q.logprobs.sub_(_log_mixture(p, q, 1 - skew))
+    terms = torch.mul(q.probs, log_ratio, out=p.probs)
+    value = terms.sum(-1)
+    return value, terms.sub_(log_ratio.exp_().mul_(q.probs), alpha=skew)
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -201,13 +201,13 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature:
 
     Source: f-distill, https://arxiv.org/abs/2307.15190.
     """
-    log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
-    with torch.no_grad():
-        q = log_q.exp()
-        excess = q - log_p.exp()
-        value = 0.5 * excess.abs().sum(-1)
-        gradient = q.mul_(excess.sign_()).mul_(0.5)
-    return with_gradient(value, log_q, gradient)
+    return evaluate(_total_variation, student_logits, teacher_logits, temperature)
+
+
+def _total_variation(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
+    excess = torch.sub(q.probs, p.probs, out=p.probs)
+    value = 0.5 * torch.abs(excess, out=q.logprobs).sum(-1)
+    return value, excess.sign_().mul_(q.probs).mul_(0.5)
 
 
 def adaptive_kl(
@@ -235,16 +235,19 @@ def adaptive_kl(
     """
     if not 0 < head_mass < 1:
         raise ValueError(f"head_mass: expected a probability inside (0, 1), got {head_mass}.")
-    log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
-    with torch.no_grad():
-        p, q = log_p.exp(), log_q.exp()
-        weight = _share_of_gap_in_head(p, q, head_mass)
-        infinite = ((weight > 0) & has_support_gap(log_p, log_q)) | ((weight < 1) & has_support_gap(log_q, log_p))
-        forward, reverse = p.mul_(weight.unsqueeze(-1)), q.mul_(1 - weight.unsqueeze(-1))
-        log_ratio = log_q - log_p
-        reverse_terms = reverse.mul_(log_ratio)
-        value = (reverse_terms - forward * log_ratio).sum(-1) + infinite_where(infinite)
-    return with_gradient(value, log_q, reverse_terms.sub_(forward))
+    return evaluate(partial(_adaptive_kl, head_mass=head_mass), student_logits, teacher_logits, temperature)
+
+
+def _adaptive_kl(q: Distribution, p: Distribution, head_mass: float) -> tuple[Tensor, Tensor]:
+    weight = _share_of_gap_in_head(p.probs, q.probs, head_mass)
+    forward_gap, reverse_gap = mass_where_impossible(p, q), mass_where_impossible(q, p)
+    infinite = torch.where(weight > 0, forward_gap, 0.0) + torch.where(weight < 1, reverse_gap, 0.0)
+    log_ratio = q.logprobs.sub_(p.logprobs)
+    forward = p.probs.mul_(weight.unsqueeze(-1))
+    reverse = torch.mul(q.probs, 1 - weight.unsqueeze(-1), out=p.logprobs)
+    reverse_terms = reverse.mul_(log_ratio)
+    value = (reverse_terms - forward * log_ratio).sum(-1) + infinite
+    return value, reverse_terms.sub_(forward)
 
 
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -263,11 +266,19 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperatu
 
     Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
     """
-    log_q, log_p = student_and_teacher_log_probs(student_logits, teacher_logits, temperature)
-    with torch.no_grad():
-        p = log_p.exp()
-        value = -(p * log_q).sum(-1) + infinite_where(has_support_gap(log_p, log_q))
-    return with_gradient(value, log_q, p.neg_())
+    return evaluate(_soft_cross_entropy, student_logits, teacher_logits, temperature)
+
+
+def _soft_cross_entropy(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
+    infinite = mass_where_impossible(p, q)
+    derivative = p.probs.neg_()
+    return q.logprobs.mul_(derivative).sum(-1) + infinite, derivative
+
+
+def _log_mixture(p: Distribution, q: Distribution, share: float) -> Tensor:
+    """log(share * p + (1 - share) * q), finite where both are 0."""
+    mixture = torch.mul(p.probs, share).add_(q.probs, alpha=1 - share)
+    return mixture.clamp_(min=torch.finfo(mixture.dtype).tiny).log_()
 
 
 def _share_of_gap_in_head(p: Tensor, q: Tensor, head_mass: float) -> Tensor:

@@ -31,7 +31,7 @@ def test_functional_imports_torch_and_itself_only():
 
 def test_every_public_function_is_exported():
     for path in FILES:
-        if path.stem in {"__init__", "masking", "distributions"}:  # what the others are built from
+        if path.stem in {"__init__", "masking", "distributions", "closed_form"}:  # what the others are built from
             continue
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
