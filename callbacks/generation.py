@@ -94,7 +94,8 @@ class GenerationEvaluator(PromptEvaluator):
             ]
             texts_of[role] = texts[0]
         for row in range(min(len(batch), self.num_samples - len(self._samples))):
-            known = {"id": batch.ids[row], "prompt": batch.prompt_texts[row], "reference": batch.references[row][0]}
+            reference = next(iter(batch.references[row]), "")
+            known = {"id": batch.ids[row], "prompt": batch.prompt_texts[row], "reference": reference}
             self._samples.append(known | {role: texts[row] for role, texts in texts_of.items()})
 
     def on_end(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:

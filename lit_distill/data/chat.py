@@ -97,7 +97,12 @@ def _message(given: Any, where: str) -> tuple[Message, bool]:
     if content is not None and not isinstance(content, str):
         raise ValueError(f"{where}: its content is {_shown(content)}; expected text.")
     others = {k: v for k, v in given.items() if k not in ("role", "from", "content", "value", "train", "weight")}
-    learnt = role == "assistant" and given.get("train") is not False and given.get("weight") != 0
+    train, weight = given.get("train"), given.get("weight")
+    if train not in (None, True, False) or (isinstance(train, float | int) and not isinstance(train, bool)):
+        raise ValueError(f"{where}: train is {_shown(train)}; expected true or false.")
+    if weight is not None and (isinstance(weight, str | bool) or weight not in (0, 1)):
+        raise ValueError(f"{where}: weight is {_shown(weight)}; expected 0 (not learnt) or 1.")
+    learnt = role == "assistant" and train is not False and weight != 0
     return {"role": role, "content": content or "", **others}, learnt
 
 

@@ -46,7 +46,7 @@ def collate(
         corpus: rows of equal length, or None without a corpus.
         prompts: whether the batch contains the left-padded prompts, which generation needs.
     """
-    with_references = bool(items) and all(item.references for item in items)
+    with_references = any(item.references for item in items)
     return Batch(
         ids=tuple(item.id for item in items),
         prompts=_left_padded([item.prompt_ids for item in items] or [[pad_id]], pad_id) if prompts else None,

@@ -124,7 +124,12 @@ def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for field in schema:
         if field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table.select(schema.names).cast(schema)
+    columns = [table[field.name] for field in schema]
+    cast = [
+        column if column.type == field.type else column.cast(field.type)
+        for column, field in zip(columns, schema, strict=True)
+    ]
+    return pa.Table.from_arrays(cast, schema=schema)
 
 
 def _read_binary(path: Path, columns: Collection[str] | None) -> Iterator[pa.Table]:
@@ -139,7 +144,7 @@ def _read_binary(path: Path, columns: Collection[str] | None) -> Iterator[pa.Tab
             origins = [f"{path}, row {row + number}" for number in range(1, table.num_rows + 1)]
             row += table.num_rows
             yield table.append_column(ORIGIN, pa.array(origins, pa.string()))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, EOFError) as error:
         kind = "Parquet" if kind_of_file(path) == ".parquet" else "Arrow"
         raise ValueError(f"{path}: not readable as {kind}: {error}") from error
 
@@ -250,12 +255,17 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open_binary(path) as file:
-        text = decode_utf8(file.read(), str(path))
+    try:
+        with open_binary(path) as file:
+            text = decode_utf8(file.read(), str(path))
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
     if not text.strip():
         return
     try:
         value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}.") from error
     except json.JSONDecodeError as error:
         hint = " One object per line is JSONL: name the file *.jsonl." if error.msg == "Extra data" else ""
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.{hint}") from error
@@ -289,7 +299,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]
                 )
             yield where, {name: value or None for name, value in zip(header, row, strict=True)}
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line + 1}: not valid {path.suffix[1:].upper()}: {error}") from error
+        raise ValueError(f"{path}, line {line + 1}: not valid {kind_of_file(path)[1:].upper()}: {error}") from error
 
 
 def _as_object(value: object, where: str) -> dict[str, Any]:

@@ -299,7 +299,7 @@ class InstructionData(LightningDataModule):
         )
         if not len(rows):
             raise ValueError(f"{name}: all of the {len(records)} records have an empty response.")
-        self._dropped[name] = len(records) - len(rows)
+        self._dropped[name] = max(0, len(records) - len(rows))  # with assistant_turns: each, a record has several rows
         return rows
 
     def _say(self, text: str) -> None:

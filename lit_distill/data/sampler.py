@@ -84,13 +84,15 @@ def num_batches(lengths: np.ndarray, batch_size: int, drop_last: bool, tokens_pe
         full, rest = divmod(len(lengths), batch_size)
         return full + int(rest > 0 and not (drop_last and full > 0))
     full, rest = divmod(int(lengths.sum()), tokens_per_batch)
-    return max(1, full + int(rest > 0 and not drop_last))
+    return max(1, min(len(lengths), full + int(rest > 0 and not drop_last)))
 
 
 def split_by_tokens(
     order: np.ndarray, lengths: np.ndarray, tokens_per_batch: int, number: int, drop_last: bool
 ) -> list[np.ndarray]:
     """The items in ``number`` batches of about ``tokens_per_batch`` tokens: an item is in the batch in which its middle lies.
+
+    No batch is empty if there are ``number`` items: a batch before a long item gets one of its neighbour's.
 
     Args:
         order: the items.
@@ -101,10 +103,12 @@ def split_by_tokens(
     """
     sizes = lengths[order]
     batch = ((np.cumsum(sizes) - sizes / 2) // tokens_per_batch).astype(np.int64)
-    if drop_last and number > 1:
+    if drop_last and number > 1 and (batch < number).sum() >= number:
         order, batch = order[batch < number], batch[batch < number]
-    bounds = np.searchsorted(np.minimum(batch, number - 1), np.arange(1, number))
-    return np.split(order, bounds)
+    first = np.arange(1, number)
+    spare = np.searchsorted(np.minimum(batch, number - 1), first) - first  # items beyond one for each batch before
+    spare = np.maximum.accumulate(spare.clip(min=0)).clip(max=max(0, len(order) - number))
+    return np.split(order, spare + first)
 
 
 def _regrouped(batches: list[np.ndarray], lengths: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:

@@ -45,23 +45,26 @@ class Template:
             ValueError: if one is not; the message names the key, the variable and the existing fields.
         """
         for name in self.variables:
-            if name not in known:
+            if name not in known and not (self.is_chat and "prompt" in known):
                 raise ValueError(
                     f"template: {self.text!r} needs the field {name!r}, which the data do not have. "
                     f"The fields are {', '.join(known)}. Use one of these, or map the field with fields."
                 )
 
-    def render(self, field: Callable[[str], str], tokenizer: Any) -> str:
+    def render(self, field: Callable[[str], str], tokenizer: Any, system: str = "", prompt: str = "") -> str:
         """The text of the prompt.
 
         Args:
             field: returns the text of a field, given its name.
             tokenizer: provides the chat template, if the template is "chat".
+            system: the system message, if the template is "chat".
+            prompt: what the user says, if the template is "chat"; by default instruction and input.
         """
         if self.is_chat:
-            parts = [field("instruction"), field("input")]
-            message = {"role": "user", "content": "\n\n".join(part for part in parts if part)}
-            return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+            question = prompt or "\n\n".join(part for part in (field("instruction"), field("input")) if part)
+            messages = [{"role": "system", "content": system}] if system else []
+            messages.append({"role": "user", "content": question})
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         with_input = self._with_input is not self._plain and field("input").strip()
         pieces = self._with_input if with_input else self._plain
         return "".join(literal + (field(name) if name is not None else "") for literal, name in pieces)

@@ -26,7 +26,7 @@ from lit_distill.data.special_tokens import prompt_prefix, response_end, with_pr
 from lit_distill.data.templates import Template, check_chat_template
 from lit_distill.files import atomic_write
 
-VERSION = "5"  # part of every fingerprint: increase it when the format of the rows changes
+VERSION = "6"  # part of every fingerprint: increase it when the format of the rows changes
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -131,19 +131,23 @@ def tokenize_records(
         kind,
         assistant_turns,
     )
-    say(f"{split}: {_described(kind, fields, columns)}, rendered by {_named(chosen)}")
+    say(f"{split}: {_described(kind, fields, columns, chosen)}, rendered by {_named(chosen)}")
     reader = _RecordReader(split, tokenizer, chosen, fields, kind, columns, responses, drop_empty, assistant_turns)
     return _mapped(records, reader.rows, fingerprint, split, num_proc)
 
 
-def _described(kind: Format, fields: ColumnMapping, columns: list[str]) -> str:
-    names = {
+def _described(kind: Format, fields: ColumnMapping, columns: list[str], template: Template) -> str:
+    names: tuple[str, ...] = {
         "instruction": ("instruction", "input", "output"),
         "conversation": ("messages", "conversations", "prompt", "completion"),
         "completion": ("prompt", "completion"),
         "text": ("text",),
     }[kind]
-    found = [fields.columns[name] for name in (*names, "system", "tools") if fields.has(name, columns)]
+    if kind == "conversation":
+        names = (*names, "system", "tools")
+    elif template.is_chat or "system" in template.variables:
+        names = (*names, "system")
+    found = [fields.columns[name] for name in names if fields.has(name, columns)]
     what = {"instruction": "instructions", "conversation": "conversations", "completion": "prompts with completions"}
     return f"{what.get(kind, 'plain texts')} in the columns {', '.join(found)}"
 
@@ -403,4 +407,8 @@ def _prompt(template: Template, fields: ColumnMapping, record: dict[str, Any], w
     def field(name: str) -> str:
         return fields.filled(record, name, where) if name == "instruction" else fields.text(record, name, where)
 
-    return template.render(field, tokenizer)
+    def optional(name: str) -> str:
+        return "" if fields.value(record, name) is None else fields.text(record, name, where)
+
+    prompt = optional("prompt") if template.is_chat and fields.value(record, "instruction") is None else ""
+    return template.render(field, tokenizer, optional("system") if template.is_chat else "", prompt)

@@ -84,11 +84,13 @@ class GenerationMetrics(Metric):
 
         Args:
             texts: the text of each response.
-            references: the accepted responses to the same prompts, at least one each.
+            references: the accepted responses to the same prompts; a response whose prompt has none does not count.
             lengths: number of tokens of each response.
             finished: whether each response ended before max_new_tokens.
         """
-        for text, accepted, length, ended in zip(texts, references, lengths, finished, strict=True):
+        rows = [row for row in zip(texts, references, lengths, finished, strict=True) if row[1]]
+        texts = [text for text, *_ in rows]
+        for text, accepted, length, ended in rows:
             bucket = bisect_right(self.starts, len(accepted[0].split()))
             scores = (rouge_l(text, accepted), 100.0 * exact_match(text, accepted), float(length), float(not ended))
             self.sums[bucket] += self.sums.new_tensor(scores)

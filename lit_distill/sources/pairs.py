@@ -103,12 +103,25 @@ class ResponsePairs(Source):
         elif batch.sequences is None:
             raise ValueError(NO_RESPONSES)
         else:
-            pairs = Pairs(batch.sequences, rejected)
+            pairs = Pairs(self._last_responses(batch, batch.sequences), rejected)
         if self.inner_epochs > 1 and self._teacher_scores:
             pairs = self._scored(pairs, context.teacher)
         size = self.mini_batch_size or len(pairs) * context.world_size
         key = (self.seed, context.step) if self.shuffle else None
         yield from mini_batches(pairs, size, self.inner_epochs, context.world_size, key)
+
+    def _last_responses(self, batch: Batch, sequences: Sequences) -> Sequences:
+        """The texts of the dataset with the response to their prompt as targets, as in the rejected ones, and no earlier turn."""
+        sizes = require_prompts(batch, self).attention_mask.sum(dim=-1, keepdim=True)
+        columns = torch.arange(sequences.input_ids.shape[1], device=sizes.device)
+        targets = sequences.target_mask & (columns >= sizes)
+        empty = [item for item, any_left in zip(batch.ids, targets.any(dim=-1).tolist(), strict=False) if not any_left]
+        if empty:
+            raise ValueError(
+                f"ResponsePairs with chosen: dataset needs a response after each prompt, but {empty[0]} ends with its prompt. "
+                "Remove such conversations, or set chosen: teacher."
+            )
+        return replace(sequences, target_mask=targets)
 
     def _responses(
         self,

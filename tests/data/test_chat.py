@@ -180,6 +180,13 @@ def test_turns_are_left_out_one_by_one_or_all_but_the_last(make_tokenizer, write
     assert row["response_ids"] == []
 
 
+@pytest.mark.parametrize("wrong", [{"train": 0}, {"train": "false"}, {"weight": "0"}, {"weight": 0.5}])
+def test_what_is_neither_learnt_nor_left_out_is_refused(make_tokenizer, write_jsonl, wrong: dict) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"message 2: {name} is .*; expected"):
+        rows_of(write_jsonl, make_tokenizer(CHATML), {"messages": [THREE[0], {**THREE[1], **wrong}]})
+
+
 def test_a_conversation_that_ends_with_the_user_is_a_prompt_as_it_is(make_tokenizer, write_jsonl) -> None:
     tokenizer = make_tokenizer(CHATML)
     (row,) = rows_of(write_jsonl, tokenizer, {"messages": THREE[:-1]}, responses=False)

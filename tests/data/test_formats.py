@@ -173,3 +173,30 @@ def test_columns_that_appear_or_change_their_type_far_down_are_kept(tmp_path, mo
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     read = Records(str(path)).read("train").remove_columns([ORIGIN])
     assert read.to_list() == [{"a": row.get("a"), "n": row.get("n")} for row in rows]
+
+
+def test_the_chat_template_renders_prompts_and_the_column_system(chat_tokenizer, write_jsonl) -> None:
+    said: list[str] = []
+    for names in (("prompt", "completion"), ("instruction", "output")):
+        read = Records(write_jsonl([{names[0]: "Sort.", names[1]: "a", "system": "Be brief."}])).read("train", None)
+        columns, chat = ColumnMapping(None), Template("chat")
+        rows = tokenize_records(
+            read, "train", chat_tokenizer, template=chat, fields=columns, responses=True, say=said.append
+        )
+        assert rows[0]["prompt_text"] == "<system>Be brief.<eos><user>Sort.<eos><assistant>"
+    assert said[0].startswith("train: prompts with completions in the columns prompt, completion, system")
+
+
+def test_a_broken_archive_is_named(tmp_path) -> None:
+    whole = gzip.compress(json.dumps(ROWS).encode())
+    for name, content in (("cut.json.gz", whole[:-9]), ("plain.json.gz", b"[]"), ("cut.parquet.gz", whole[:-9])):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            Records(str(path)).read("train", None)
+
+
+def test_a_field_that_is_always_null_inside_lists_is_read(tmp_path) -> None:
+    path = tmp_path / "talk.parquet"
+    datasets.Dataset.from_list([{"messages": [{**turn, "tool_calls": None} for turn in TALK]}] * 3).to_parquet(path)
+    assert len(Records(str(path)).read("train", None)) == 3

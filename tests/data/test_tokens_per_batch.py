@@ -35,6 +35,18 @@ def test_batches_have_about_so_many_tokens_and_every_item_once(grouped: bool, dr
         assert np.mean([LENGTHS[batch].std() for batch in batches]) < LENGTHS.std() / 4
 
 
+@pytest.mark.parametrize("tokens", [5, 300, 512, 900])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_no_batch_is_empty_however_long_an_item_is(tokens: int, grouped: bool, drop_last: bool) -> None:
+    loader = sampler(tokens, group_by_length=grouped, drop_last=drop_last)
+    batches = items(loader)
+    assert len(batches) == len(loader)
+    assert all(batches)
+    used = [item for batch in batches for item in batch]
+    assert len(set(used)) == len(used)
+
+
 def test_another_epoch_has_as_many_other_batches() -> None:
     loader = sampler()
     first = items(loader)

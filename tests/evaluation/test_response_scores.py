@@ -115,3 +115,12 @@ def test_an_empty_bucket_has_no_score_and_nothing_at_all_has_none() -> None:
     scores = scored(GenerationMetrics([2, 5]), [("a", ["a b c"], 1, True)]).compute()
     assert {name.split("/")[1] for name in scores if "/" in name} == {"2-4_words"}
     assert scored(GenerationMetrics(), []).compute() == {}
+
+
+def test_a_response_without_references_does_not_count() -> None:
+    items = random_items(3)
+    mixed = [*items[:4], ("the cats ran", [], 50, False), *items[4:]]
+    expected, found = (scored(GenerationMetrics(), each).compute() for each in (items, mixed))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)

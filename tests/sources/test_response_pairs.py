@@ -22,7 +22,7 @@ from lit_distill.module import DistillationModule
 from lit_distill.objectives import DirectPreference, NextToken
 from lit_distill.sources import ResponsePairs
 from lit_distill.teachers import FrozenTeacher
-from lit_distill.types import Pairs, Sequences
+from lit_distill.types import Batch, Pairs, Prompts, Sequences
 
 STOP, STEPS, PROMPT = 0, 2, 1
 
@@ -137,6 +137,17 @@ def test_the_students_texts_are_rejected_and_the_datasets_chosen(pair, tmp_path)
         )
     logged = {name.removeprefix("train/dpkd/") for name in trainer.callback_metrics if "dpkd/" in name}
     assert logged == {"reward_chosen", "reward_rejected", "margin", "accuracy", "chosen_logprob", "rejected_logprob"}
+
+
+def test_of_a_conversation_the_answer_to_the_prompt_is_chosen_and_no_earlier_turn() -> None:
+    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 0]])
+    text = Sequences(ids, (ids > 0).long(), torch.tensor([[False, True, False, True, True], [True] * 4 + [False]]))
+    prompts = Prompts(torch.tensor([[1, 2, 3], [0, 1, 2]]), torch.tensor([[1, 1, 1], [0, 1, 1]]))
+    chosen = ResponsePairs()._last_responses(Batch(("a", "b"), prompts=prompts), text)
+    assert chosen.target_mask.int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 1, 0]]
+    unanswered = Prompts(ids[:1], torch.ones_like(ids[:1]))
+    with pytest.raises(ValueError, match="a ends with its prompt"):
+        ResponsePairs()._last_responses(Batch(("a",), prompts=unanswered), text.slice(0, 1))
 
 
 def test_a_teacher_that_is_chosen_answers_live_and_not_with_the_students_dice(pair, tmp_path) -> None:
