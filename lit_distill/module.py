@@ -24,7 +24,7 @@ from torchmetrics import Metric
 from lit_distill import validation
 from lit_distill.distributed import DataRanks, data_ranks, max_over_ranks, sharding_of, without_gradient_sync
 from lit_distill.evaluation.token_metrics import TokenMetrics
-from lit_distill.generation import Prediction, SamplingParams, prediction_records
+from lit_distill.generation import Engine, Generator, Prediction, SamplingParams, prediction_records
 from lit_distill.generation.decoder import Decoder, ProgressHook
 from lit_distill.losses import ObjectiveEvaluator, global_counts
 from lit_distill.models import (
@@ -78,6 +78,8 @@ class DistillationModule(L.LightningModule):
             GPU.
         optimizer: AdamW by default; parameters with one dimension (norms, biases) get no weight decay.
         lr_scheduler: stepped after every optimiser step; none by default.
+        generator: an engine that generates the responses of student and teacher, such as `ContinuousBatching`; by default the
+            project's own decoder, which also generates wherever the teacher samples some of the tokens.
         prediction: settings of `predict`.
         on_nonfinite: what to do on a NaN or infinite gradient: stop the run, or skip the step and count it.
 
@@ -105,6 +107,7 @@ class DistillationModule(L.LightningModule):
         head_chunk_rows: int | None = None,
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
+        generator: Engine | None = None,
         prediction: Prediction | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
@@ -122,6 +125,7 @@ class DistillationModule(L.LightningModule):
         self.head_chunk_rows = head_chunk_rows
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
+        self.generator = generator
         self.prediction = prediction or Prediction()
         self.guard = NonFiniteGradientGuard(on_nonfinite)
         self.hooks = CallbackHooks()
@@ -155,14 +159,21 @@ class DistillationModule(L.LightningModule):
         warn_of_emulation(self.student, teacher, precision, device_type)
         self.teacher = FrozenTeacher(teacher, shared=teacher is self.student) if teacher else None
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
-        self.generators = {"student": Decoder(self.student, self.stop_ids, self.teacher, self._on_decoding_step)}
+        self.decoders = {"student": Decoder(self.student, self.stop_ids, self.teacher, self._on_decoding_step)}
         if self.teacher is not None:
-            self.generators["teacher"] = Decoder(self.teacher, self.stop_ids, on_step=self._on_decoding_step)
+            self.decoders["teacher"] = Decoder(self.teacher, self.stop_ids, on_step=self._on_decoding_step)
+        self.generators: dict[str, Generator] = {name: self._generator(own) for name, own in self.decoders.items()}
         self._text = self._evaluator(self.objectives, "objectives")
         self._corpus = self._evaluator(self.corpus_objectives, "corpus_objectives")
         self.token_metrics = TokenMetrics(
             dict(self.objectives.items()), self.student, self.teacher, self.head_chunk_rows
         )
+
+    def _generator(self, decoder: Decoder) -> Generator:
+        """The generator that is configured for the model of the project's own ``decoder``."""
+        if self.generator is None:
+            return decoder
+        return self.generator.generator(decoder.model, self.stop_ids, self._on_decoding_step)
 
     @property
     def all_objectives(self) -> dict[str, Objective]:
@@ -178,6 +189,8 @@ class DistillationModule(L.LightningModule):
             validation.check_strategy(self.trainer)
             if stage == "fit":
                 validation.check_fit(self)
+            if self.generator is not None:
+                self.generator.check(self.student_spec, self.teacher_spec, sharded=sharding_of(self) is not None)
             validation.check_lengths(self, stage)
             validation.check_tokens(self)
         if stage == "fit":
@@ -227,10 +240,11 @@ class DistillationModule(L.LightningModule):
                 break
 
     def _rollout_context(self) -> RolloutContext:
+        generators: Mapping[str, Generator] = self.decoders if self.source.mixes_teacher else self.generators
         return RolloutContext(
             student=self.student,
             teacher=self.teacher,
-            generators=self.generators,
+            generators=generators,
             step=self.global_step,
             total_steps=self.total_steps,
             rank=self.data_ranks.rank,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_distill.models.caching import Caching, only_recurrent
 from lit_distill.models.fsdp import is_sharded, unshard_root, unsharded
 from lit_distill.models.lm_head import LMHead, head_of
-from lit_distill.models.precision import forward_only
+from lit_distill.models.precision import forward_only, product_dtype, weights_in
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -165,6 +165,17 @@ class CausalLM(nn.Module):
                 yield
             finally:
                 self._is_unsharded &= not unshard
+
+    @contextmanager
+    def transformers_model(self, device: torch.device) -> Iterator[PreTrainedModel]:
+        """The model itself in generation mode, for code of transformers that generates.
+
+        Such code may run in a thread, where autocast is off. So under mixed precision the model has 16-bit copies of its weights.
+        """
+        mixed = torch.is_autocast_enabled(device.type)
+        dtype = product_dtype(torch.get_autocast_dtype(device.type), device.type) if mixed else None
+        with self.generation_mode(), weights_in(self.model, dtype):
+            yield self.model
 
 
 @contextmanager

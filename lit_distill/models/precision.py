@@ -13,7 +13,9 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lit_distill.models.quantization import is_plain
 
 CAPABILITIES = {
     torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
@@ -68,6 +70,29 @@ def forward_only(device_type: str) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextmanager
+def weights_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside the context, the model has copies of its floating-point weights in ``dtype`` as its parameters; None changes nothing.
+
+    Afterwards it has its own parameters again, the same objects as before. Quantised weights stay as they are.
+    """
+    copies: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight is copied once
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for module in model.modules() if dtype is not None else ():
+            for name, own in list(module._parameters.items()):
+                if own is None or own.dtype == dtype or not own.is_floating_point() or not is_plain(own):
+                    continue
+                if own not in copies:
+                    copies[own] = nn.Parameter(own.detach().to(dtype), requires_grad=False)
+                replaced.append((module, name, own))
+                module._parameters[name] = copies[own]
+        yield
+    finally:
+        for module, name, own in replaced:
+            module._parameters[name] = own
 
 
 def auto_dtype(device_type: str) -> torch.dtype:

@@ -16,7 +16,7 @@ from lit_distill.types import Trajectories, arguments_of, join_responses
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lit_distill.generation import Decoder, SamplingParams
+    from lit_distill.generation import Generator, SamplingParams
     from lit_distill.models import CausalLM
     from lit_distill.objectives import Objective
     from lit_distill.teachers import FrozenTeacher
@@ -32,8 +32,8 @@ class RolloutContext:
 
     student: CausalLM
     teacher: FrozenTeacher | None
-    generators: Mapping[str, Decoder]
-    """By model: ``student`` and, if the run has a teacher, ``teacher``."""
+    generators: Mapping[str, Generator]
+    """By model: ``student`` and, if the run has a teacher, ``teacher``. Each is a `Decoder` if the source mixes the teacher in."""
     step: int
     """Optimiser steps done so far. The seed and this step determine every random number of a phase."""
     total_steps: Callable[[], int]
@@ -102,6 +102,8 @@ class Source(ABC):
     """Further signals if the run has a teacher."""
     needs_teacher = False
     """Whether the source uses the teacher to generate or to score responses."""
+    mixes_teacher = False
+    """Whether the teacher samples some of the tokens of a response, which only the project's own decoder can do."""
     reads_prompts = True
     """Whether the source needs the prompts of a batch, padded on the left for decoding."""
 

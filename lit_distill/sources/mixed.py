@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_distill.generation import SamplingParams
+from lit_distill.generation import Decoder, SamplingParams
 from lit_distill.generation.sampling import keyed_generator, phase_keys, run_seed
 from lit_distill.objectives import Objective, PolicyGradient
 from lit_distill.sources.advantages import AdvantageConfig
@@ -58,6 +58,7 @@ class TeacherMixedRollouts(Source):
         }
     )
     needs_teacher = True
+    mixes_teacher = True
 
     def __init__(
         self,
@@ -146,7 +147,9 @@ class TeacherMixedRollouts(Source):
         uniforms = torch.rand(
             self.sampling.max_new_tokens, generator=keyed_generator(self.seed, context.step, "coins", first)
         )
-        responses = context.generators["student"].generate_mixed(
+        decoder = context.generators["student"]
+        assert isinstance(decoder, Decoder)
+        responses = decoder.generate_mixed(
             prompts,
             phase_keys(context.step, items),
             self.sampling,

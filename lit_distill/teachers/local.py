@@ -16,7 +16,7 @@ from lit_distill.models.precision import forward_only
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.cache_utils import Cache
 
     from lit_distill.models import CausalLM
@@ -62,15 +62,15 @@ class FrozenTeacher:
         with eval_mode, adapters_disabled(self._adapters), forward_only(device_type):
             yield
 
-    def _move_to(self, inputs: Tensor) -> None:
-        """Move the model to the device of the inputs, since Lightning moves only registered modules."""
-        if not is_sharded(self.lm) and next(self.lm.parameters()).device != inputs.device:
-            self.lm.to(inputs.device)
+    def _move_to(self, device: torch.device) -> None:
+        """Move the model to the device of its inputs, since Lightning moves only registered modules."""
+        if not is_sharded(self.lm) and next(self.lm.parameters()).device != device:
+            self.lm.to(device)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states ``[B, S, H]`` in the teacher's own dtype, not the trainer's precision; see `CausalLM.forward`."""
-        self._move_to(input_ids)
+        self._move_to(input_ids.device)
         with torch.autocast(input_ids.device.type, enabled=False), self._frozen_mode(input_ids.device.type):
             hidden: Tensor = self.lm(input_ids, attention_mask, cache)
         clear_forward_order(self.lm)
@@ -90,7 +90,7 @@ class FrozenTeacher:
     @torch.no_grad()
     def target_rows(self, sequences: Sequences) -> Tensor:
         """Hidden rows ``[N, H]`` for the N targets."""
-        self._move_to(sequences.input_ids)
+        self._move_to(sequences.input_ids.device)
         device_type = sequences.input_ids.device.type
         with torch.autocast(device_type, enabled=False), self._frozen_mode(device_type):
             rows = self.lm.target_rows(sequences)
@@ -118,6 +118,14 @@ class FrozenTeacher:
     def forward_is_collective(self) -> bool:
         """See `CausalLM`."""
         return self.lm.forward_is_collective
+
+    @contextmanager
+    def transformers_model(self, device: torch.device) -> Iterator[PreTrainedModel]:
+        """The model itself in generation mode and its own dtype, for code of transformers that generates."""
+        self._move_to(device)
+        unmixed = torch.autocast(device.type, enabled=False)
+        with unmixed, self._frozen_mode(device.type), self.lm.transformers_model(device) as model:
+            yield model
 
     def generation_mode(self) -> AbstractContextManager[None]:
         """See `CausalLM`."""
