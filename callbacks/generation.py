@@ -94,7 +94,7 @@ class GenerationEvaluator(PromptEvaluator):
             ]
             texts_of[role] = texts[0]
         for row in range(min(len(batch), self.num_samples - len(self._samples))):
-            reference = next(iter(batch.references[row]), "")
+            reference = next(iter(batch.accepted[row]), "")
             known = {"id": batch.ids[row], "prompt": batch.prompt_texts[row], "reference": reference}
             self._samples.append(known | {role: texts[row] for role, texts in texts_of.items()})
 

@@ -139,8 +139,10 @@ class Judge(PromptEvaluator):
         """Generate responses to the chosen prompts, once with each seed."""
         for seed in self.seeds:
             texts = pl_module.response_texts(generate_for_prompts(pl_module, batch, self.sampling, seed, "student"))
-            rows = zip(batch.ids, batch.prompt_texts, texts, batch.references, strict=False)
-            self._questions += [Question(i, seed, prompt, text, accepted[0]) for i, prompt, text, accepted in rows]
+            rows = zip(batch.ids, batch.prompt_texts, texts, batch.accepted, strict=False)
+            self._questions += [
+                Question(item, seed, prompt, text, accepted[0]) for item, prompt, text, accepted in rows if accepted
+            ]
 
     def on_end(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
         """Send the responses of all ranks to the judge and log the metrics."""

@@ -167,5 +167,5 @@ def generate_and_score(
     texts = pl_module.response_texts(responses)[:count]
     lengths = responses.mask.sum(dim=-1).tolist()[:count]
     finished = responses.finished(pl_module.stop_ids).tolist()[:count]
-    scores.update(texts, batch.references, lengths, finished)
+    scores.update(texts, batch.accepted, lengths, finished)
     return texts

@@ -250,7 +250,7 @@ class Batch(TensorRecord):
     sequences: Sequences | None = None
     """Prompt and response of every item, padded on the right; None for data without responses."""
     references: tuple[tuple[str, ...], ...] = ()
-    """Reference responses of every item as strings, at least one each; empty if the data has none."""
+    """Reference responses of every item as strings, none for some; empty if no item has one. Read them through `accepted`."""
     prompt_texts: tuple[str, ...] = ()
     """The prompts as strings, as given to the model."""
     corpus: Sequences | None = None
@@ -258,6 +258,11 @@ class Batch(TensorRecord):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def accepted(self) -> tuple[tuple[str, ...], ...]:
+        """The reference responses of every item, also of a batch, or of a rank's share of it, in which none has one."""
+        return self.references or ((),) * len(self)
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The items at ``rows`` for generation, without their sequences and the corpus.

@@ -70,7 +70,6 @@ def prediction_records(
     prompt_rows = zip(batch.prompts.input_ids.tolist(), batch.prompts.attention_mask.tolist(), strict=True)
     prompts = [[token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in prompt_rows]
     lengths = responses.mask.sum(dim=-1).tolist()
-    accepted = batch.references or ((),) * len(batch)
     records: list[dict[str, Any]] = [
         {
             "id": item,
@@ -91,7 +90,7 @@ def prediction_records(
             responses.ids.tolist(),
             lengths,
             responses.finished(stop_ids).tolist(),
-            accepted,
+            batch.accepted,
             strict=True,
         )
     ]

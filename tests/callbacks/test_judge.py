@@ -11,6 +11,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -26,7 +27,7 @@ from lit_distill.evaluation.judge import Question, parse_scores
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import NextToken
-from lit_distill.types import ArgumentError
+from lit_distill.types import ArgumentError, Batch
 
 DATA = {"num_train": 32, "num_validation": 4, "num_test": 5, "batch_size": 8, "eval_batch_size": 4}
 SECRET = "sk-very-secret-0123456789"  # noqa: S105 - of nobody
@@ -53,6 +54,14 @@ def by_length(body: dict) -> tuple:
 def shown(body: dict) -> list[str]:
     content = body["messages"][-1]["content"]
     return [re.search(rf"<answer_{i}>\n(.*?)\n</answer_{i}>", content, re.DOTALL)[1] for i in (1, 2)]
+
+
+def test_a_prompt_without_a_reference_is_no_question(monkeypatch) -> None:
+    monkeypatch.setattr("lit_distill.callbacks.judge.generate_for_prompts", lambda *_: None)
+    module = SimpleNamespace(response_texts=lambda _: ["one", "two"])
+    judge = Judge(ChatEndpoint("http://127.0.0.1:1/v1", "stub"), max_new_tokens=4, seeds=[0])
+    judge.on_batch(None, module, Batch(("a", "b"), references=((), ("x",)), prompt_texts=("A", "B")))
+    assert judge._questions == [Question("b", 0, "B", "two", "x")]
 
 
 def client(endpoint: ChatEndpoint, **budget: float) -> tuple[ChatClient, CostTracker]:

@@ -43,6 +43,12 @@ def test_prompts_alone_have_no_sequences_and_no_references():
     assert batch.prompts.input_ids.tolist() == [[7]]
 
 
+def test_every_item_has_its_own_references_though_another_has_none():
+    items = [Example("a", [7], [], ["x", "y"], "A"), Example("b", [7], [], [], "B")]
+    assert collate(items, PAD, responses=False).accepted == (("x", "y"), ())
+    assert collate(items[1:], PAD, responses=False).accepted == ((),)
+
+
 def test_a_rank_without_items_gets_one_row_that_counts_nowhere():
     batch = collate([], PAD, responses=True, corpus=[])
     assert len(batch) == 0
