@@ -159,16 +159,14 @@ def _is_like(given: Any, built: Any) -> bool:
 
 def _check_nulls(kind: type, named: Mapping[str, Any]) -> None:
     """Reject null for an argument that cannot be None: jsonargparse accepts it everywhere."""
-    parameters = inspect.signature(kind).parameters
-    for name in (name for name, value in named.items() if value is None and name in parameters):
-        parameter = parameters[name]
-        if parameter.annotation is parameter.empty or parameter.default in (None, parameter.empty):
+    for name, parameter in inspect.signature(kind).parameters.items():
+        default, annotation = parameter.default, parameter.annotation
+        unknown = annotation is parameter.empty or default is None or default is parameter.empty
+        if named.get(name, default) is not None or unknown:
             continue
-        wanted = getattr(parameter.annotation, "__name__", parameter.annotation)
-        if not re.search(r"None|Optional|Any|object", str(parameter.annotation)):
-            raise ValueError(
-                f"{name}: expected {wanted}, got null. Remove the key for its default, {parameter.default}."
-            )
+        if not re.search(r"None|Optional|Any|object", str(annotation)):
+            wanted = getattr(annotation, "__name__", annotation)
+            raise ValueError(f"{name}: expected {wanted}, got null. Remove the key for its default, {default}.")
 
 
 def _with_key(message: str, place: Place, kind: type) -> str:

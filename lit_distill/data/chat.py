@@ -98,9 +98,9 @@ def _message(given: Any, where: str) -> tuple[Message, bool]:
         raise ValueError(f"{where}: its content is {_shown(content)}; expected text.")
     others = {k: v for k, v in given.items() if k not in ("role", "from", "content", "value", "train", "weight")}
     train, weight = given.get("train"), given.get("weight")
-    if train not in (None, True, False) or (isinstance(train, float | int) and not isinstance(train, bool)):
+    if train is not None and not isinstance(train, bool):
         raise ValueError(f"{where}: train is {_shown(train)}; expected true or false.")
-    if weight is not None and (isinstance(weight, str | bool) or weight not in (0, 1)):
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise ValueError(f"{where}: weight is {_shown(weight)}; expected 0 (not learnt) or 1.")
     learnt = role == "assistant" and train is not False and weight != 0
     return {"role": role, "content": content or "", **others}, learnt

@@ -121,15 +121,13 @@ def _unify(one: pa.Schema, other: pa.Schema, paths: Sequence[Path]) -> pa.Schema
 
 
 def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    for field in schema:
-        if field.name not in table.column_names:
-            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    columns = [table[field.name] for field in schema]
-    cast = [
-        column if column.type == field.type else column.cast(field.type)
-        for column, field in zip(columns, schema, strict=True)
-    ]
-    return pa.Table.from_arrays(cast, schema=schema)
+    columns = []
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        column = table[name] if name in table.column_names else pa.nulls(table.num_rows, kind)
+        columns.append(
+            column if column.type == kind else column.cast(kind)
+        )  # the cast fails at some nulls inside lists
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _read_binary(path: Path, columns: Collection[str] | None) -> Iterator[pa.Table]:

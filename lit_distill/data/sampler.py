@@ -103,8 +103,9 @@ def split_by_tokens(
     """
     sizes = lengths[order]
     batch = ((np.cumsum(sizes) - sizes / 2) // tokens_per_batch).astype(np.int64)
-    if drop_last and number > 1 and (batch < number).sum() >= number:
-        order, batch = order[batch < number], batch[batch < number]
+    kept = batch < number
+    if drop_last and number > 1 and kept.sum() >= number:
+        order, batch = order[kept], batch[kept]
     first = np.arange(1, number)
     spare = np.searchsorted(np.minimum(batch, number - 1), first) - first  # items beyond one for each batch before
     spare = np.maximum.accumulate(spare.clip(min=0)).clip(max=max(0, len(order) - number))

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_distill.functional.distributions import IMPOSSIBLE, NO_MASS, check_same_vocabulary, check_temperature
+from lit_distill.functional.distributions import (
+    IMPOSSIBLE,
+    NO_MASS,
+    check_same_vocabulary,
+    check_temperature,
+    tempered_log_softmax,
+)
 
 BLOCK_BYTES = 2**20
 """Size of one float32 buffer of a block on a CPU. A GPU takes all rows at once: there, more kernel launches cost more."""
@@ -93,10 +99,7 @@ def _blocks(logits: Tensor) -> list[slice]:
 
 
 def _distribution(logits: Tensor, temperature: float) -> Distribution:
-    logits = logits.float()
-    if temperature != 1:
-        logits = logits / temperature
-    logprobs = logits.log_softmax(-1)
+    logprobs = tempered_log_softmax(logits, temperature)
     impossible: Tensor | None = None
     if logits.device.type != "cpu" or bool(logprobs.amin() <= IMPOSSIBLE):  # a GPU would have to be waited for
         impossible = logprobs <= IMPOSSIBLE

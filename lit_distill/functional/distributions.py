@@ -27,10 +27,15 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def finite_log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """float32 log-softmax with impossible tokens at a finite floor, through which no gradient passes."""
+    return tempered_log_softmax(logits, temperature).clamp(min=IMPOSSIBLE)
+
+
+def tempered_log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """float32 log-softmax of ``logits / temperature``."""
     logits = logits.float()
     if temperature != 1:
         logits = logits / temperature
-    return logits.log_softmax(-1).clamp(min=IMPOSSIBLE)
+    return logits.log_softmax(-1)
 
 
 def check_temperature(temperature: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_distill.generation.base import DecodableModel, Engine
 from lit_distill.generation.decoder import ProgressHook
 from lit_distill.generation.sampling import SamplingParams, row_uniforms, sample_tokens
-from lit_distill.models.lm_head import chunk_rows_for
+from lit_distill.models.lm_head import label_logprobs
 from lit_distill.models.spec import load_config
 from lit_distill.types import ArgumentError, Prompts, Responses, check_sizes, join_prompts
 
@@ -228,12 +228,9 @@ class PagedGenerator:
         with self.model.generation_mode():
             for first in range(0, len(prompts), rows):
                 part, mask = sequences.slice(first, first + rows), responses.mask[first : first + rows]
-                hidden = self.model.target_rows(part)
-                head, labels = self.model.decoding_head(), responses.ids[first : first + rows][mask]
-                size = chunk_rows_for(head)
-                chunks = [slice(start, start + size) for start in range(0, len(hidden), size)]
-                values = [_logprobs(head.logits(hidden[at]) / temperature, labels[at]) for at in chunks]
-                responses.logprobs[first : first + rows][mask] = torch.cat([hidden.new_zeros(0).float(), *values])
+                hidden, labels = self.model.target_rows(part), responses.ids[first : first + rows][mask]
+                values = label_logprobs(self.model.decoding_head(), hidden, labels, temperature=temperature)
+                responses.logprobs[first : first + rows][mask] = values
         return responses
 
     def _try_out(self, device: torch.device) -> float:
@@ -277,7 +274,3 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Responses:
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
     mask = torch.arange(width, device=device) < lengths[:, None]
     return Responses(ids, mask, torch.zeros(ids.shape, dtype=torch.float32, device=device))
-
-
-def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)

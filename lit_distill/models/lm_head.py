@@ -105,7 +105,9 @@ def chunk_rows_for(head: LMHead) -> int:
 
 
 @torch.no_grad()
-def label_logprobs(head: LMHead, hidden: Tensor, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
+def label_logprobs(
+    head: LMHead, hidden: Tensor, labels: Tensor, chunk_rows: int | None = None, temperature: float = 1.0
+) -> Tensor:
     """Log-probability of each label, ``[N]`` float32, computed a chunk of rows at a time and without gradient.
 
     Args:
@@ -113,7 +115,13 @@ def label_logprobs(head: LMHead, hidden: Tensor, labels: Tensor, chunk_rows: int
         hidden: ``[N, H]``.
         labels: ``[N]`` int64.
         chunk_rows: rows in a chunk.
+        temperature: divides the logits.
     """
     size = chunk_rows or chunk_rows_for(head)
     parts = [slice(i, i + size) for i in range(0, max(len(hidden), 1), size)]
-    return torch.cat([-F.cross_entropy(head.logits(hidden[p]), labels[p], reduction="none") for p in parts])
+
+    def scored(part: slice) -> Tensor:
+        logits = head.logits(hidden[part])
+        return -F.cross_entropy(logits if temperature == 1 else logits / temperature, labels[part], reduction="none")
+
+    return torch.cat([scored(part) for part in parts])
