@@ -17,13 +17,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.memory import MemorySampler
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}"
@@ -136,26 +136,9 @@ def measured(way: str, path: Path, cache: Path) -> tuple[float, float]:
 def one(way: str, path: str) -> None:
     """Run one way here, and print seconds and peak memory."""
     begin = time.perf_counter()
-    memory, done = [_own_memory()], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02):
-            memory.append(_own_memory())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with MemorySampler(every=0.02) as memory:
         WAYS[way](path)
-    finally:
-        done.set()
-        watcher.join()
-    print(time.perf_counter() - begin, max(memory))
-
-
-def _own_memory() -> float:
-    """GB of this process, without the pages of mapped files: the system takes those back when it needs room."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1e6
+    print(time.perf_counter() - begin, memory.most / 1e9)
 
 
 def tokenize(records: int) -> None:

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,12 +18,10 @@ import torch
 from gpu_checks.machine import Machine
 from torch import Tensor, nn
 
+from benchmarks.memory import MemorySampler
 from lit_distill.models import CausalLM, LMHead
 
 MB = 2**20
-STATUS = Path("/proc/self/status")
-SAMPLED_EVERY = 0.002
-"""Seconds between two samples of the memory of this process."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +90,6 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(value / other for value, other in zip(values, others, strict=True))
 
 
-def used_memory() -> float:
-    """Bytes of this process without the pages of mapped files; NaN if the system does not say."""
-    with suppress(OSError):
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("RssAnon"):
-                return 1024.0 * int(line.split()[1])
-    return float("nan")
-
-
 def return_memory(machine: Machine) -> None:
     """Give memory that is not used back to the system or the device, so that it does not hide what is used next."""
     gc.collect()
@@ -113,20 +101,14 @@ def return_memory(machine: Machine) -> None:
 
 
 class PeakMemory:
-    """Measures the extra memory that is used inside its context.
-
-    On a processor a thread samples the memory of the process, so peaks of less than 2 ms are missed. It takes some time from
-    the work: nothing is timed inside.
-    """
+    """Measures the extra memory that is used inside its context, on a processor with `MemorySampler`; so time nothing inside."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.extra = float("nan")
         """Bytes at most, against those before; NaN if the system does not say."""
-        self._before = float("nan")
-        self._done = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._most = 0.0
+        self._before = 0
+        self._sampler = MemorySampler()
 
     def __enter__(self) -> Self:
         return_memory(self.machine)
@@ -134,24 +116,17 @@ class PeakMemory:
         if self.machine.cuda:
             torch.cuda.reset_peak_memory_stats(self.machine.device)
             self._before = torch.cuda.memory_allocated(self.machine.device)
-            return self
-        self._before = self._most = used_memory()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        else:
+            self._sampler.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.machine.wait()
-        if self._thread is None:
-            self._most = torch.cuda.max_memory_allocated(self.machine.device)
+        if self.machine.cuda:
+            self.extra = float(torch.cuda.max_memory_allocated(self.machine.device) - self._before)
         else:
-            self._done.set()
-            self._thread.join()
-        self.extra = self._most - self._before
-
-    def _watch(self) -> None:
-        while not self._done.wait(SAMPLED_EVERY):
-            self._most = max(self._most, used_memory())
+            self._sampler.__exit__()
+            self.extra = self._sampler.most - self._sampler.before
 
 
 @dataclass
@@ -203,6 +178,16 @@ def counted(models: Mapping[str, CausalLM]) -> Iterator[Counts]:
             for handle in handles:
                 stack.callback(handle.remove)
         yield counts
+
+
+def warm_up(models: Mapping[str, CausalLM], ways: Mapping[str, Callable[[], object]]) -> str:
+    """Run each way once, and tell the work of each."""
+    notes = []
+    for name, way in ways.items():
+        with counted(models) as counts:
+            way()
+        notes.append(f"{name}: {counts}")
+    return ". ".join(notes)
 
 
 def _count_tokens(work: Work) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

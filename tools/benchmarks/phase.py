@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from benchmarks.measure import Bench, alternate, counted
+from benchmarks.measure import Bench, alternate, warm_up
 from benchmarks.models import Pair, pair_of, random_prompts, random_texts
 from benchmarks.results import Result, at_least, compared
 from benchmarks.training import RATE, Watch, train
@@ -48,15 +48,11 @@ def minillm(bench: Bench) -> Iterator[Result]:
         ).seconds
 
     ways = {"ours": ours, "peer": bench.clock(reference.phase)}
-    notes = []
-    for name, way in ways.items():
-        with counted(pair.models) as counts:
-            way()
-        notes.append(f"{name}: {counts}")
+    work = warm_up(pair.models, ways)
     seconds = alternate(ways, bench.repeats, warm_up=False)
     size = f"{rows} x {new_tokens} tokens, {steps} steps in {INNER_EPOCHS} inner epochs"
     what = f"MiniLLM phase, {size}, against the reference's schedule"
-    yield compared(what, seconds["ours"], seconds["peer"], at_least(3), ". ".join(notes))
+    yield compared(what, seconds["ours"], seconds["peer"], at_least(3), work)
 
 
 class Reference:

@@ -1,18 +1,17 @@
 """Results of the benchmark: numbers, goals and verdicts, and the Markdown table of them.
 
-`gpu_checks.table` has one value a row. Here a row has two numbers, ours and the peer's, and their ratio.
+A row of `gpu_checks.table.Table` has one value. Here it has two numbers, ours and the peer's, and their ratio.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from gpu_checks.table import Lines
 
 from benchmarks.measure import ratio
 
@@ -105,57 +104,42 @@ def skipped(what: str, why: str) -> Result:
     return Result("", what, verdict="skipped", note=why)
 
 
-class Results:
-    """Collects the lines of all rows, and prints each at once. A row that raises is a failed line, and the others still run.
+class Results(Lines[Result]):
+    """The lines of all rows.
 
     Args:
         judged: whether goals are judged; tiny sizes say nothing about them.
     """
 
     def __init__(self, judged: bool = True) -> None:
+        super().__init__()
         self.judged = judged
-        self.lines: list[Result] = []
-        self.tracebacks: list[str] = []
         print(_line(HEADS))
         print(_line(["---"] * len(HEADS)), flush=True)
-
-    def run(self, row: str, measure: Callable[[], Iterable[Result]]) -> None:
-        """Add the lines of a row."""
-        since = time.perf_counter()
-        try:
-            for result in measure():
-                result.row, result.seconds = row, round(time.perf_counter() - since, 2)
-                since = time.perf_counter()
-                self._add(result)
-        except Exception as error:  # noqa: BLE001 - any exception: the other rows still run
-            message = (str(error).strip() or repr(error)).splitlines()[0][:200]
-            seconds = round(time.perf_counter() - since, 2)
-            note = f"{type(error).__name__}: {message}"
-            self._add(Result(row, "ran to its end", verdict="failed", note=note, seconds=seconds))
-            self.tracebacks.append(f"--- {row}\n{traceback.format_exc()}")
 
     @property
     def failed(self) -> bool:
         """Whether a row raised. A goal that is missed is a result like another."""
         return any(line.verdict == "failed" for line in self.lines)
 
-    def records(self) -> list[dict[str, Any]]:
-        """The lines as plain dictionaries."""
-        return [asdict(line) for line in self.lines]
+    def failure(self, note: str) -> Result:
+        """See `Lines.failure`."""
+        return Result("", "ran to its end", verdict="failed", note=note)
 
     def summary(self, seconds: float) -> str:
         """How many goals were met; the tracebacks of rows that raised go to standard error."""
-        for text in self.tracebacks:
-            print(text, file=sys.stderr)
+        self.print_tracebacks()
         words = ("met", "missed", "measured", "skipped", "failed")
         count = {word: sum(line.verdict == word for line in self.lines) for word in words}
         return ", ".join(f"{number} {word}" for word, number in count.items()) + f" in {seconds:.0f} s"
 
-    def _add(self, result: Result) -> None:
-        if not self.judged and result.verdict in {"met", "missed"}:
-            result.verdict = "measured"
-        self.lines.append(result)
-        print(_line(_cells(asdict(result))), flush=True)
+    def add(self, line: Result, name: str, seconds: float) -> None:
+        """See `Lines.add`."""
+        line.row, line.seconds = name, seconds
+        if not self.judged and line.verdict in {"met", "missed"}:
+            line.verdict = "measured"
+        self.lines.append(line)
+        print(_line(_cells(asdict(line))), flush=True)
 
 
 def markdown(record: Mapping[str, Any]) -> str:

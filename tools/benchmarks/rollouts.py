@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from gpu_checks.speed import GIB, NEEDED
 
-from benchmarks.measure import Bench, alternate, counted
+from benchmarks.measure import Bench, alternate, counted, warm_up
 from benchmarks.models import Pair, causal_lm, pair_of, random_prompts, smol_config, tiny_config
 from benchmarks.results import Result, at_least, at_most, compared, skipped
 from lit_distill.generation import SamplingParams, generate, generate_mixed, row_uniforms
@@ -85,14 +85,14 @@ def mixed(bench: Bench) -> Iterator[Result]:
         config = tiny_config(1 + layers // 30) if bench.quick else smol_config(layers)
         pair = Pair(causal_lm(bench, config, 0), FrozenTeacher(teacher))
         ways = Rollouts(bench, pair, random_prompts(bench, pair.vocabulary_size, rows, columns), new_tokens)
-        notes = f"ours: {ways.work('mixed')}. peer: {ways.work('apart')}"
+        work = warm_up(pair.models, {"ours": ways.mixed, "peer": ways.apart})
         seconds = alternate(
             {"ours": bench.clock(ways.mixed), "peer": bench.clock(ways.apart)}, bench.repeats, warm_up=False
         )
         share = f"{sum(ways.use_teacher)} of them the teacher's"
         size = f"{rows} x {new_tokens} tokens, {share}, student of {layers} layers"
         what = f"mixed rollouts, {size}, against the student's own and one forward pass of the teacher"
-        yield compared(what, seconds["ours"], seconds["peer"], at_most(1.08), notes)
+        yield compared(what, seconds["ours"], seconds["peer"], at_most(1.08), work)
 
 
 def cuda_rollouts(bench: Bench) -> Iterator[Result]:

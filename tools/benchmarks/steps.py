@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import MB, Bench, alternate, counted
+from benchmarks.measure import MB, Bench, alternate, warm_up
 from benchmarks.models import Pair, pair_of, random_prompts, random_texts
 from benchmarks.results import Result, at_least, at_most, compared, limited, skipped
 from benchmarks.training import RATE, Step, Watch, train
@@ -52,16 +52,11 @@ def on_policy(bench: Bench) -> Iterator[Result]:
         records["peer"].append(on_policy_step(bench, pair, prompts.input_ids, new_tokens, RATE, memory))
         return records["peer"][-1].seconds
 
-    notes = []
-    for name, way in {"ours": ours, "peer": peer}.items():  # the warm-up measures memory and counts work
-        with counted(pair.models) as counts:
-            way(memory=True)
-        notes.append(f"{name} in two steps: {counts}")
+    two_steps = {"ours in two steps": partial(ours, memory=True), "peer in two steps": partial(peer, memory=True)}
+    work = warm_up(pair.models, two_steps)
     seconds = alternate({"ours": ours, "peer": peer}, bench.repeats, warm_up=False)
     goal = at_least(bench.size(1.6, 1.6, 4.0))
-    yield compared(
-        what, seconds["ours"], seconds["peer"], goal, ". ".join(notes) + " (TRL's kernel projects without its head)"
-    )
+    yield compared(what, seconds["ours"], seconds["peer"], goal, f"{work} (TRL's kernel projects without its head)")
     peaks = [[steps[0].peak or float("nan")] for steps in records.values()]
     yield compared(
         "the same: memory beyond weights and optimiser", [peaks[0][0] / MB], [peaks[1][0] / MB], at_most(0.6), unit="MB"
@@ -111,11 +106,7 @@ def offline(bench: Bench) -> Iterator[Result]:
             losses["peer"] = plain_step(bench, pair, optimizer, texts)
 
         ways: dict[str, Callable[[], float]] = {"ours": ours, "peer": bench.clock(peer)}
-        notes = []
-        for role, way in ways.items():
-            with counted(pair.models) as counts:
-                way()
-            notes.append(f"{role}: {counts}")
+        notes = [warm_up(pair.models, ways)]
         seconds = alternate(ways, bench.repeats, warm_up=False)
         notes.append(f"{int(lengths.sum()):,} tokens and {int(texts.target_mask.sum()):,} targets in the texts")
         notes.append(f"losses {losses['ours']:.4f} and {losses['peer']:.4f}")

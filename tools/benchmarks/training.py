@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import lightning as L
 import torch
-from gpu_checks.runs import ASSETS
-from gpu_checks.speed import _waits
+from gpu_checks.runs import ASSETS, bare_trainer
+from gpu_checks.speed import counted_waits
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -96,7 +96,7 @@ class Watch(L.Callback):
         if self.waits is None:
             self.meter.begin(module.student)
         elif batch_idx == 2:
-            self._counting = _waits(self.meter.machine, self.waits)
+            self._counting = counted_waits(self.meter.machine, self.waits)
             self._counting.__enter__()
 
     def on_loss_terms(self, trainer: Any, module: Any, terms: Any) -> None:
@@ -144,12 +144,7 @@ def train(
         patch("lit_distill.module.stop_token_ids", lambda *_: stops),
     ):
         module = DistillationModule(spec, dict(objectives), spec, optimizer=optimizer, **settings)
-        trainer = L.Trainer(
-            accelerator=bench.machine.device.type, devices=1, precision=bench.precision,  # type: ignore[arg-type]
-            max_steps=steps or len(batches), limit_val_batches=0, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[watch],
-            default_root_dir=bench.machine.folder, log_every_n_steps=10**6,
-        )  # fmt: skip
+        trainer = bare_trainer(bench.machine, bench.precision, steps or len(batches), watch)
         trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     pair.student.zero_grad()
     pair.student.eval().to(bench.machine.device)  # Lightning has moved it to host memory

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from gpu_checks.speed import _places, _waits
+from gpu_checks.speed import counted_waits, most_frequent
 
 from benchmarks.measure import Bench
 from benchmarks.models import Pair, pair_of, random_prompts, random_texts
@@ -33,11 +33,11 @@ def waits(bench: Bench) -> Iterator[Result]:
     for name, way in {"student alone": ways.student_alone, "mixed": ways.mixed}.items():
         way()
         places: Counter[str] = Counter()
-        with _waits(bench.machine, places):
+        with counted_waits(bench.machine, places):
             way()
         sixteens = new_tokens / 16
         what = f"waits for each 16 tokens of decoding, {name}"
-        yield limited(what, sum(places.values()) / sixteens, "", at_most(1), _places(places, round(sixteens)))
+        yield limited(what, sum(places.values()) / sixteens, "", at_most(1), most_frequent(places, round(sixteens)))
 
 
 def _of_steps(bench: Bench, pair: Pair, micro_batches: int) -> Result:
@@ -49,4 +49,4 @@ def _of_steps(bench: Bench, pair: Pair, micro_batches: int) -> Result:
     objectives = {"kd": ForwardKL(0.5), "ce": NextToken(0.5)}
     train(bench, pair, objectives, batches, watch, micro_batch_size=texts // micro_batches)
     what = f"waits a KD step of {micro_batches} micro-batches"
-    return limited(what, sum(places.values()) / COUNTED, "", at_most(2 + micro_batches), _places(places, COUNTED))
+    return limited(what, sum(places.values()) / COUNTED, "", at_most(2 + micro_batches), most_frequent(places, COUNTED))

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 import lit_distill
@@ -24,6 +24,15 @@ from lit_distill.cli.app import DistillCLI
 
 ASSETS = Path(lit_distill.__file__).parent / "assets"
 RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def bare_trainer(machine: Machine, precision: Any, steps: int, callback: Callback) -> Trainer:
+    """A Trainer on the device without validation, logs, checkpoints and bars, to measure its steps."""
+    return Trainer(
+        accelerator=machine.device.type, devices=1, precision=precision, max_steps=steps, limit_val_batches=0,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[callback], default_root_dir=machine.folder, log_every_n_steps=10**6,
+    )  # fmt: skip
 
 
 class StoppedError(Exception):

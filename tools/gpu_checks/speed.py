@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from gpu_checks.machine import Machine
 from gpu_checks.rollouts import pair_on
-from gpu_checks.runs import ASSETS
+from gpu_checks.runs import ASSETS, bare_trainer
 from gpu_checks.table import Row, below, measured, skipped
 from lit_distill.generation import SamplingParams, generate, generate_mixed, row_uniforms
 from lit_distill.models import CausalLM, ModelSpec
@@ -121,7 +121,7 @@ class _Watch(L.Callback):
         if batch_idx == self.warm + self.timed:
             self.machine.wait()
             self.seconds += time.perf_counter()
-            self._context = _waits(self.machine, self.waits)
+            self._context = counted_waits(self.machine, self.waits)
             self._context.__enter__()
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
@@ -146,12 +146,7 @@ def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
     watch = _Watch(machine, warm, timed, counted)
     with patch("lit_distill.module.build_student_and_teacher", lambda *_: (pair.student, pair.teacher.lm)):
         module = DistillationModule(spec, objectives, spec, optimizer=optimizer)
-        trainer = L.Trainer(
-            accelerator=machine.device.type, devices=1, precision="bf16-mixed" if machine.cuda else "32-true",
-            max_steps=len(batches), limit_val_batches=0, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[watch], default_root_dir=machine.folder,
-            log_every_n_steps=10**6,
-        )  # fmt: skip
+        trainer = bare_trainer(machine, "bf16-mixed" if machine.cuda else "32-true", len(batches), watch)
         loader = DataLoader(batches, batch_size=None, pin_memory=machine.cuda)  # type: ignore[arg-type]
         trainer.fit(module, loader)
     pair.student.zero_grad()
@@ -168,7 +163,7 @@ def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
         return
     yield measured(f"{what}: peak memory, GiB", torch.cuda.max_memory_allocated(machine.device) / GIB)
     waits = sum(watch.waits.values()) / counted
-    yield below(f"{what}: waits for the device a step", waits, WAITS_PER_STEP, _places(watch.waits, counted))
+    yield below(f"{what}: waits for the device a step", waits, WAITS_PER_STEP, most_frequent(watch.waits, counted))
 
 
 def _decoding(machine: Machine, pair: Pair) -> Iterator[Row]:
@@ -187,7 +182,7 @@ def _decoding(machine: Machine, pair: Pair) -> Iterator[Row]:
         with machine.autocast("bf16-mixed" if machine.cuda else "32-true"):
             seconds = _seconds(machine, decode, 2, warm=1)
             waits: Counter[str] = Counter()
-            with _waits(machine, waits):
+            with counted_waits(machine, waits):
                 decode()
         what = f"{pair.name}, {name}: {pair.prompts} prompts, {pair.new_tokens} tokens"
         rate = pair.prompts * pair.new_tokens / seconds
@@ -196,11 +191,13 @@ def _decoding(machine: Machine, pair: Pair) -> Iterator[Row]:
             yield skipped(f"{what}: waits for the device", "not measurable on a CPU")
             continue
         each = sum(waits.values()) / pair.new_tokens
-        yield below(f"{what}: waits for the device a step", each, WAITS_PER_TOKEN, _places(waits, pair.new_tokens))
+        yield below(
+            f"{what}: waits for the device a step", each, WAITS_PER_TOKEN, most_frequent(waits, pair.new_tokens)
+        )
 
 
 @contextmanager
-def _waits(machine: Machine, places: Counter[str]) -> Iterator[None]:
+def counted_waits(machine: Machine, places: Counter[str]) -> Iterator[None]:
     """Count the synchronisations of host and device, by the line of Python code that caused them."""
     if not machine.cuda:
         yield
@@ -216,7 +213,8 @@ def _waits(machine: Machine, places: Counter[str]) -> Iterator[None]:
     places.update("/".join(Path(entry.filename).parts[-2:]) + f":{entry.lineno}" for entry in found)
 
 
-def _places(waits: Counter[str], times: int) -> str:
+def most_frequent(waits: Counter[str], times: int) -> str:
+    """The lines of code with the most waits, each with its waits in one of ``times``."""
     return ", ".join(f"{place} {count / times:.2g}" for place, count in waits.most_common(12))
 
 

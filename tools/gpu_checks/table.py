@@ -6,9 +6,10 @@ import math
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 WIDTHS = (22, 70, 10, 7, 5, 8)
 HEADS = ("check", "what", "value", "limit", "s", "verdict")
@@ -49,12 +50,53 @@ def skipped(what: str, why: str) -> Row:
     return Row("", what, verdict="skipped", note=why)
 
 
-class Table:
-    """Collects the rows and prints each one immediately."""
+Line = TypeVar("Line")
+
+
+class Lines(ABC, Generic[Line]):
+    """Collects and prints lines, each at once. A measurement that raises becomes a failed line, and the others still run."""
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.lines: list[Line] = []
         self.tracebacks: list[str] = []
+
+    @abstractmethod
+    def add(self, line: Line, name: str, seconds: float) -> None:
+        """Add a line of the measurement ``name``, ``seconds`` after the line before, and print it."""
+
+    @abstractmethod
+    def failure(self, note: str) -> Line:
+        """The line of a measurement that raised."""
+
+    def run(self, name: str, measure: Callable[[], Iterable[Line]]) -> None:
+        """Add the lines of a measurement; an exception becomes a failed line."""
+        since = time.perf_counter()
+        try:
+            for line in measure():
+                self.add(line, name, round(time.perf_counter() - since, 2))
+                since = time.perf_counter()
+        except Exception as error:  # noqa: BLE001 - any exception: the other measurements still run
+            message = (str(error).strip() or repr(error)).splitlines()[0][:200]
+            line = self.failure(f"{type(error).__name__}: {message}")
+            self.add(line, name, round(time.perf_counter() - since, 2))
+            self.tracebacks.append(f"--- {name}\n{traceback.format_exc()}")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines as plain dictionaries."""
+        return [asdict(line) for line in self.lines]  # type: ignore[call-overload]
+
+    def print_tracebacks(self) -> None:
+        """Print those of the measurements that raised to standard error."""
+        for text in self.tracebacks:
+            print(text, file=sys.stderr)
+
+
+class Table(Lines[Row]):
+    """The rows of all checks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = self.lines
         self._print(HEADS)
 
     @property
@@ -62,38 +104,24 @@ class Table:
         """Whether any row failed."""
         return any(row.verdict == "fail" for row in self.rows)
 
-    def run(self, name: str, check: Callable[[], Iterable[Row]]) -> None:
-        """Add the rows of a check; an exception becomes a failed row."""
-        since = time.perf_counter()
-        try:
-            for row in check():
-                row.check, row.seconds = name, round(time.perf_counter() - since, 2)
-                since = time.perf_counter()
-                self._add(row)
-        except Exception as error:  # noqa: BLE001 - any exception: the other checks still run
-            message = (str(error).strip() or repr(error)).splitlines()[0][:200]
-            seconds = round(time.perf_counter() - since, 2)
-            self._add(Row(name, "ran to its end", None, None, "fail", f"{type(error).__name__}: {message}", seconds))
-            self.tracebacks.append(f"--- {name}\n{traceback.format_exc()}")
-
-    def records(self) -> list[dict[str, Any]]:
-        """The rows as plain dictionaries."""
-        return [asdict(row) for row in self.rows]
+    def failure(self, note: str) -> Row:
+        """See `Lines.failure`."""
+        return Row("", "ran to its end", verdict="fail", note=note)
 
     def summary(self, seconds: float) -> str:
         """How many rows passed; the tracebacks of those that raised go to standard error."""
-        for text in self.tracebacks:
-            print(text, file=sys.stderr)
+        self.print_tracebacks()
         count = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in ("pass", "fail", "skipped")}
         failures = [f"failed: {row.check}: {row.what} {row.note}" for row in self.rows if row.verdict == "fail"]
         total = f"{count['pass']} passed, {count['fail']} failed, {count['skipped']} skipped in {seconds:.0f} s"
         return "\n".join([*failures, total])
 
-    def _add(self, row: Row) -> None:
-        self.rows.append(row)
-        self._print(
-            (row.check, row.what, _number(row.value), _number(row.limit), f"{row.seconds:.1f}", row.verdict), row.note
-        )
+    def add(self, line: Row, name: str, seconds: float) -> None:
+        """See `Lines.add`."""
+        line.check, line.seconds = name, seconds
+        self.rows.append(line)
+        cells = (name, line.what, _number(line.value), _number(line.limit), f"{seconds:.1f}", line.verdict)
+        self._print(cells, line.note)
 
     def _print(self, cells: Iterable[str], note: str = "") -> None:
         line = " ".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
