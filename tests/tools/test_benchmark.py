@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import exit_status
 
 import lit_distill.objectives
 from lit_distill.objectives.divergences import Divergence
@@ -191,11 +190,9 @@ def test_the_exponent_of_squares_is_two(part) -> None:
 @pytest.mark.slow
 def test_tiny_sizes_run_to_their_end(tmp_path) -> None:
     path = tmp_path / "results.json"
-    command = [sys.executable, str(TOOLS / "benchmark.py"), "--quick", "--device", "cpu", "--json", str(path)]
-    done = subprocess.run(
-        [*command, "--only", "P2"], capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ("--quick", "--device", "cpu", "--json", path, "--only", "P2")
+    status, output = exit_status(TOOLS / "benchmark.py", *words, timeout=120)
+    assert status == 0, output
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert {row["row"] for row in rows if row["verdict"] == "measured"} == {"P2"}
     assert {row["verdict"] for row in rows} <= {"measured", "skipped"}
