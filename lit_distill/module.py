@@ -35,7 +35,7 @@ from lit_distill.models import (
     stop_token_ids,
     validate_specs,
 )
-from lit_distill.models.precision import avoid_cudnn_attention
+from lit_distill.models.precision import avoid_cudnn_attention, keep_freed_memory
 from lit_distill.models.roles import device_and_precision, resolve_dtypes, warn_of_emulation
 from lit_distill.models.routers import note_on_routers
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
@@ -152,6 +152,7 @@ class DistillationModule(L.LightningModule):
     def _load_models(self) -> None:
         device_type, precision = device_and_precision(self)
         avoid_cudnn_attention(device_type)
+        keep_freed_memory(device_type)
         self.student_spec, self.teacher_spec = resolve_dtypes(self.student_spec, self.teacher_spec, device_type)
         self.student, teacher = build_student_and_teacher(
             self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self), self.padding_free

@@ -37,6 +37,8 @@ from benchmarks.measure import Bench  # noqa: E402
 from benchmarks.results import Result, Results, markdown  # noqa: E402
 from gpu_checks.machine import Machine, describe, quiet  # noqa: E402
 
+from lit_distill.models.precision import keep_freed_memory  # noqa: E402
+
 
 class Row(NamedTuple):
     """One measurement of an id; an id may have several."""
@@ -94,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.repeats < 1:
         parser.error(f"--repeats: expected at least 1, got {given.repeats}.")
     since = time.perf_counter()
+    keep_freed_memory(given.device)  # for ours and the peers, as in a run
     torch.set_float32_matmul_precision("highest")  # no TF32: ours and peers compute the same
     about = describe(given.device)
     about["versions"] += f", {versions_of_peers()}"

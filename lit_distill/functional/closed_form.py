@@ -21,7 +21,7 @@ from lit_distill.functional.distributions import (
     tempered_log_softmax,
 )
 
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2 * 2**20
 """Size of one float32 buffer of a block on a CPU. A GPU takes all rows at once: there, more kernel launches cost more."""
 
 
@@ -94,7 +94,10 @@ class _Evaluate(torch.autograd.Function):
 
 def _blocks(logits: Tensor) -> list[slice]:
     rows, vocabulary = logits.shape
-    size = max(2, BLOCK_BYTES // (4 * vocabulary)) if logits.device.type == "cpu" else max(rows, 1)
+    size = max(rows, 1)
+    if logits.device.type == "cpu":  # the same number of rows for each thread
+        threads = torch.get_num_threads()
+        size = max(1, round(BLOCK_BYTES / (4 * vocabulary * threads))) * threads
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from lit_distill.functional import entropy
+from lit_distill.generation.sampling import token_logprobs
 from lit_distill.models.caching import caching_of, keep_rows, read_whole
+from lit_distill.models.kv_cache import new_cache
 from lit_distill.models.lm_head import chunk_rows_for
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ class CachedDecoder:
         self.temperature = temperature or 1.0
         self.head = model.decoding_head()
         self.caching = caching_of(model, ids.device)
-        self.cache = DynamicCache(config=model.config) if self.caching.works else None
+        response_mask = prompts.attention_mask.new_ones(ids.shape)
+        self.mask = torch.cat([prompts.attention_mask, response_mask], dim=-1)
+        """[b, P + T] attention mask of the rows that are still decoded."""
+        self.cache = new_cache(model.config, self.mask.shape[1]) if self.caching.works else None
         self.rows = torch.arange(len(prompts), device=ids.device)
         """[b] indices of the rows that are still decoded."""
         self.last_compaction = -1
@@ -71,11 +75,11 @@ class CachedDecoder:
         hidden = self._forward_new_tokens(step)
         if hidden.shape[1] > 1:
             self._score(hidden[:, :-1], step - hidden.shape[1] + 1)
-        return self.head.logits(hidden[:, -1]) / self.temperature
+        return self._logits(hidden[:, -1])
 
-    def append(self, step: int, logits: Tensor, tokens: Tensor) -> None:
-        """Record the log-probability of the ``[b]`` tokens that were sampled from ``logits``."""
-        self.logprobs[self.rows, step] = _logprobs(logits, tokens)
+    def append(self, step: int, logits: Tensor, logprobs: Tensor) -> None:
+        """Record the log-probabilities ``[b]`` of the tokens that were sampled from ``logits``."""
+        self.logprobs[self.rows, step] = logprobs
         if self.entropies is not None:
             self.entropies[self.rows, step] = entropy(logits)
 
@@ -98,29 +102,41 @@ class CachedDecoder:
         if at_least_one and len(here) == 0:
             here = here.new_zeros(1)
         if len(here) < len(self.rows):
-            self.rows = self.rows[here]
+            self.rows, self.mask = self.rows[here], self.mask[here]
             if self.cache is not None:
                 keep_rows(self.cache, here)
 
     def _forward_new_tokens(self, upto: int) -> Tensor:
         """Hidden states ``[b, s, H]`` that predict the last ``s`` tokens up to and including token ``upto``."""
-        prompt_mask = self.prompts.attention_mask[self.rows]
-        mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(self.rows), upto)], dim=-1)
-        text = torch.cat([self.prompts.input_ids[self.rows], self.ids[self.rows, :upto]], dim=-1)
-        width = text.shape[1]
+        prompt_width = self.prompts.input_ids.shape[1]
+        width = prompt_width + upto
         if self.cache is None:
-            hidden = read_whole(self.model, text, mask)
+            hidden = read_whole(self.model, self._text(0, upto), self.mask[:, :width])
         else:
-            first = width - upto + self.num_cached if self.num_cached >= 0 else 0
+            first = prompt_width + self.num_cached if self.num_cached >= 0 else 0
+            text = self._text(first, upto)
             step = 1 if first and self.caching.one_by_one else width
-            starts = range(first, width, step)
-            parts = [self.model(text[:, i : i + step], mask[:, : i + step], self.cache) for i in starts]
+            parts = [
+                self.model(text[:, i - first : i - first + step], self.mask[:, : min(i + step, width)], self.cache)
+                for i in range(first, width, step)
+            ]
             hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         hidden = hidden[:, -(upto - self.num_cached) :]
         self.num_cached = upto
         if self.keep_hidden:
             self._store(hidden, upto - hidden.shape[1] + 1)
         return hidden
+
+    def _text(self, first: int, upto: int) -> Tensor:
+        """The tokens from column ``first`` of prompt and response, up to and including response token ``upto - 1``."""
+        prompt_width = self.prompts.input_ids.shape[1]
+        if first >= prompt_width:
+            return self.ids[self.rows, first - prompt_width : upto]
+        return torch.cat([self.prompts.input_ids[self.rows, first:], self.ids[self.rows, :upto]], dim=-1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.head.logits(hidden)
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def _store(self, hidden: Tensor, first: int) -> None:
         if self.hidden is None:
@@ -133,12 +149,8 @@ class CachedDecoder:
         for start in range(0, hidden.shape[1], width):
             part = hidden[:, start : start + width]
             columns = slice(first + start, first + start + part.shape[1])
-            logits = self.head.logits(part.flatten(0, 1)) / self.temperature
+            logits = self._logits(part.flatten(0, 1))
             tokens = self.ids[self.rows, columns]
-            self.logprobs[self.rows, columns] = _logprobs(logits, tokens.flatten()).view(tokens.shape)
+            self.logprobs[self.rows, columns] = token_logprobs(logits, tokens.flatten()).view(tokens.shape)
             if self.entropies is not None:
                 self.entropies[self.rows, columns] = entropy(logits).view(tokens.shape)
-
-
-def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)

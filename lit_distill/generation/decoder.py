@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_distill.generation.base import DecodableModel
 from lit_distill.generation.cached_decoder import CachedDecoder
-from lit_distill.generation.sampling import SamplingParams, row_uniforms, sample_tokens
+from lit_distill.generation.sampling import SamplingParams, row_uniforms, sample, token_logprobs
 from lit_distill.types import Prompts, Responses
 
 COMPACT_EVERY = 8
@@ -198,10 +198,11 @@ def _generate(
                 on_step(step, steps, len(decoder.rows))
             logits = decoder.next_logits(step)
             rows = decoder.rows
-            tokens = sample_tokens(logits, numbers[rows, step], sampling)
+            tokens, logprobs = sample(logits, numbers[rows, step], sampling)
             if groups:  # ranks that round a tie differently would continue with different tokens
                 torch.distributed.broadcast(tokens, group=groups[0], group_src=0)
-            decoder.append(step, logits, tokens)
+                logprobs = token_logprobs(logits, tokens)
+            decoder.append(step, logits, logprobs)
             ids[rows, step] = tokens * active[rows]
             mask[rows, step] = active[rows]
             active[rows] &= ~torch.isin(tokens, stops)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_distill.models.lora import head_weight
 from lit_distill.models.precision import product_dtype
+from lit_distill.models.products import linear
 from lit_distill.models.quantization import is_plain
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class LMHead(NamedTuple):
     def project(self, hidden: Tensor) -> Tensor:
         """The projection ``[N, H] -> [N, V]`` without scale and soft cap, in the dtype of ``hidden``; no gradient for the head."""
         bias = None if self.bias is None else self.bias.detach().to(hidden.dtype)
-        return F.linear(hidden, self.weight.detach().to(hidden.dtype), bias)
+        return linear(hidden, self.weight.detach().to(hidden.dtype), bias)
 
     def finish(self, projection: Tensor) -> Tensor:
         """Apply scale and soft cap to a projection; ``[N, V]`` float32."""

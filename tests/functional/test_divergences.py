@@ -128,6 +128,17 @@ def test_the_head_of_adaptive_kl_is_the_fewest_tokens_that_reach_its_mass(head_m
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 6.0], ids=["equal tokens", "large head", "small head"])
+def test_adaptive_kl_is_the_same_with_a_vocabulary_that_is_not_sorted_as_a_whole(scale, monkeypatch):
+    numbers = torch.Generator().manual_seed(0)
+    student, teacher = (scale * torch.randn(20, 1000, generator=numbers) for _ in range(2))
+    student = student + torch.randn(20, 1000, generator=numbers)
+    teacher[:5, ::3] = teacher[:5, :1]  # ties
+    found = gradient(adaptive_kl, student, teacher)
+    monkeypatch.setattr("lit_distill.functional.divergences.HEAD_TOKENS", 1000)
+    torch.testing.assert_close(found, gradient(adaptive_kl, student, teacher), rtol=1e-5, atol=1e-7)
+
+
 def test_kl_agrees_with_torch_distributions_including_its_infinities():
     student = torch.tensor([[0.0, 1.0, -INF], [0.3, -1.0, 2.0], [0.0, 1.0, -INF]])
     teacher = torch.tensor([[1.0, 0.0, -INF], [0.0, 1.0, -INF], [0.0, 1.0, 2.0]])

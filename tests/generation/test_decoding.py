@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_distill.generation import SamplingParams, generate, row_uniforms
-from lit_distill.generation.sampling import sample_tokens
+from lit_distill.generation.sampling import sample, sample_tokens
 from lit_distill.models import CausalLM
 from lit_distill.models.caching import Caching
 from lit_distill.types import Prompts, Responses
@@ -119,6 +119,34 @@ def test_draws_follow_the_distribution() -> None:
     assert observed[~possible].sum() == 0
     chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
     assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("vocabulary", [3, 255, 256, 257, 1000])
+def test_a_draw_is_where_the_cumulative_distribution_passes_the_number(vocabulary: int) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(500, vocabulary, generator=numbers)
+    logits[:, ::2] = -torch.inf  # tokens 0, 2, ...: among them the first and, if V is odd, the last
+    uniforms = torch.rand(500, generator=numbers, dtype=torch.float64)
+    uniforms[0], uniforms[1] = 0, 1 - 2**-53
+    drawn = sample(logits, uniforms, SamplingParams())
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    distance = (cumulative.gather(-1, expected[:, None])[:, 0] - uniforms).abs().minimum(uniforms)
+    clear = (distance > 1e-6) | (torch.arange(500) < 2)
+    assert clear.sum() > 400
+    assert torch.equal(drawn.tokens[clear], expected[clear])
+    assert (drawn.tokens % 2 == 1).all()
+    scored = logits.double().log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0]
+    torch.testing.assert_close(drawn.logprobs.double(), scored, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(top_k=2), SamplingParams(top_p=0.5), SamplingParams(temperature=0)]
+)
+def test_logprobs_of_truncated_and_greedy_draws_are_those_of_all_logits(sampling: SamplingParams) -> None:
+    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits, torch.rand(50), sampling)
+    torch.testing.assert_close(drawn.logprobs, logits.log_softmax(-1).gather(-1, drawn.tokens[:, None])[:, 0])
 
 
 @pytest.mark.parametrize(

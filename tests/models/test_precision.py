@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+import sys
+
 import pytest
 import torch
 from command_line import run, tiny_config, write
@@ -113,3 +117,17 @@ def test_attention_of_cudnn_is_left_out_on_a_gpu_but_where_no_gradient_is_taken(
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_chunk() -> None:
+    def page_faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            parts = [torch.empty(7 * 2**20).fill_(1) for _ in range(4)]
+            del parts
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    of.keep_freed_memory("cpu")
+    page_faults()
+    assert page_faults() < 4 * 7 * 2**20 // 1024  # pages of one round
