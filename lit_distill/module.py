@@ -74,7 +74,7 @@ class DistillationModule(L.LightningModule):
         micro_batch_size: sequences per forward pass and rank; the loss does not depend on it. All at once by default.
         padding_free: put several texts into one row, without padding, if student and teacher keep them apart; the loss does not
             depend on it.
-        head_chunk_rows: number of tokens whose logits are in memory at a time; by default 30 MB of logits on a CPU, 128 MB on a
+        head_chunk_rows: number of tokens whose logits are in memory at a time; by default 24 MB of logits on a CPU, 128 MB on a
             GPU.
         optimizer: AdamW by default; parameters with one dimension (norms, biases) get no weight decay.
         lr_scheduler: stepped after every optimiser step; none by default.

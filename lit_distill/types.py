@@ -8,13 +8,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_distill.functional import PackedRows, pack_rows
+from lit_distill.functional.host import HostMasks, to_device
 
 
 class ArgumentError(ValueError):
@@ -114,52 +115,95 @@ class Sequences(TensorRecord):
     """[B, T, H] or None: the teacher's hidden states that predict the last T tokens, recorded during generation; they may be in
     host memory. The teacher's LM head turns them into logits, so its body need not run again."""
 
+    _host_masks: ClassVar[HostMasks | None] = None  # of an instance, but no field: it is neither copied nor saved
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    @property
+    def masks(self) -> HostMasks:
+        """Both masks on the host. Only masks that were made on a GPU have to be waited for, once."""
+        known = self._host_masks
+        if known is None or not known.describe(self.attention_mask, self.target_mask):
+            known = HostMasks.read(self.attention_mask, self.target_mask)
+            object.__setattr__(self, "_host_masks", known)
+        return known
+
+    @property
+    def target_index(self) -> Tensor:
+        """[N] int64: index of every target in the flattened ``[B · S]`` tokens.
+
+        Raises:
+            ValueError: if a token of column 0 is a target.
+        """
+        return self.masks.target_index
 
     @cached_property
     def packed(self) -> PackedRows | None:
         """The same texts in rows with less padding, for models that keep the texts of a row apart; None if there is no gain."""
-        return pack_rows(self.input_ids, self.attention_mask)
+        return pack_rows(self.input_ids, self.masks.attended)
 
     @cached_property
     def packed_in_one_row(self) -> PackedRows | None:
         """The same texts in one row, for attention kernels that know documents there only; None if there is no padding."""
-        return pack_rows(self.input_ids, self.attention_mask, one_row=True)
+        return pack_rows(self.input_ids, self.masks.attended, one_row=True)
+
+    def packed_index(self, packed: PackedRows) -> Tensor:
+        """[N] int64: index in the flattened ``packed`` rows of the token that predicts each target."""
+        return to_device(packed.places[:, :-1][self.masks.targets[:, 1:]], self.input_ids.device)
+
+    def recorded_index(self, recorded: Tensor) -> Tensor:
+        """[N] int64: index of every target in a flattened recording ``[B, T, ...]`` of the last T tokens, on its device."""
+        return to_device(self.masks.targets[:, -recorded.shape[1] :].flatten().nonzero()[:, 0], recorded.device)
+
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
+        """The same sequences on ``device``; the host remembers the masks. See `TensorRecord.to`."""
+        moved = super().to(device, non_blocking)
+        on_host = self.input_ids.device.type == "cpu"
+        return moved._with_masks(self.masks.attended, self.masks.targets) if on_host else moved
+
+    def _with_masks(self, attended: Tensor, targets: Tensor) -> Self:
+        known = HostMasks.known(attended, targets, self.attention_mask, self.target_mask)
+        object.__setattr__(self, "_host_masks", known)
+        return self
 
     def slice(self, start: int, stop: int) -> Sequences:
         """Sequences ``start`` to ``stop``, without the columns that are padding in all of them."""
-        mask = self.attention_mask[start:stop]
-        used = mask.any(dim=0).tolist()  # one copy to the host for both ends
+        attended = self.masks.attended[start:stop]
+        used = attended.any(dim=0).tolist()
         first, last = (used.index(True), len(used) - used[::-1].index(True)) if True in used else (0, 1)
         hidden = self.teacher_hidden
         if hidden is not None:  # it covers the last T columns; none of them is left of the prompt's end
-            hidden = hidden[start:stop, : hidden.shape[1] - (mask.shape[1] - last)]
-        return Sequences(
+            hidden = hidden[start:stop, : hidden.shape[1] - (attended.shape[1] - last)]
+        part = Sequences(
             input_ids=self.input_ids[start:stop, first:last],
-            attention_mask=mask[:, first:last],
+            attention_mask=self.attention_mask[start:stop, first:last],
             target_mask=self.target_mask[start:stop, first:last],
             signals={name: signal[start:stop, first:last] for name, signal in self.signals.items()},
             teacher_hidden=hidden,
         )
+        return part._with_masks(attended[:, first:last], self.masks.targets[start:stop, first:last])
 
     def without_targets(self) -> Sequences:
         """The same sequences without targets. A rank that has run out of data uses them to keep collectives in step."""
-        return replace(self, target_mask=torch.zeros_like(self.target_mask))
+        blank = replace(self, target_mask=torch.zeros_like(self.target_mask))
+        return blank._with_masks(self.masks.attended, torch.zeros_like(self.masks.targets))
 
     def select(self, index: Tensor) -> Sequences:
-        """The sequences at ``index`` ``[b]`` int64, in that order."""
+        """The sequences at ``index`` ``[b]`` int64 on the CPU, in that order."""
+        rows = index.cpu()
 
         def pick(values: Tensor) -> Tensor:
-            return values[index.to(values.device)]
+            return values[to_device(rows, values.device)]
 
-        return Sequences(
+        chosen = Sequences(
             input_ids=pick(self.input_ids),
             attention_mask=pick(self.attention_mask),
             target_mask=pick(self.target_mask),
             signals={name: pick(signal) for name, signal in self.signals.items()},
             teacher_hidden=None if self.teacher_hidden is None else pick(self.teacher_hidden),
         )
+        return chosen._with_masks(self.masks.attended[rows], self.masks.targets[rows])
 
 
 @dataclass(frozen=True)
@@ -202,11 +246,15 @@ class Pairs(TensorRecord):
             return torch.cat([F.pad(v, (0, width - v.shape[1])) for v in values])
 
         chosen, rejected = self.chosen, self.rejected
-        return Sequences(
+        text = Sequences(
             input_ids=join(chosen.input_ids, rejected.input_ids),
             attention_mask=join(chosen.attention_mask, rejected.attention_mask),
             target_mask=join(chosen.target_mask, rejected.target_mask),
             signals={name: join(chosen.signals[name], rejected.signals[name]) for name in chosen.signals},
+        )
+        return text._with_masks(
+            join(chosen.masks.attended, rejected.masks.attended),
+            join(chosen.masks.targets, rejected.masks.targets),
         )
 
 

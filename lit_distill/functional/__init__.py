@@ -1,4 +1,4 @@
-"""The mathematics of distillation as pure functions on tensors; the only import is torch."""
+"""The mathematics of distillation as pure functions on tensors; the only import is torch, and Triton where it is installed."""
 
 from lit_distill.functional.calibration import (
     CalibrationBins,

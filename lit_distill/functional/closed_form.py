@@ -20,6 +20,7 @@ from lit_distill.functional.distributions import (
     check_temperature,
     tempered_log_softmax,
 )
+from lit_distill.functional.fused import Fused, evaluate_fused, runs_fused
 
 BLOCK_BYTES = 2 * 2**20
 """Size of one float32 buffer of a block on a CPU. A GPU takes all rows at once: there, more kernel launches cost more."""
@@ -43,15 +44,24 @@ Terms of the derivative proportional to the student's probabilities may be left 
 """
 
 
-def evaluate(formula: Formula, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def evaluate(
+    formula: Formula, student_logits: Tensor, teacher_logits: Tensor, temperature: float, fused: Fused | None = None
+) -> Tensor:
     """The value ``[...]`` float32 of a formula on logits ``[..., V]``; its gradient reaches ``student_logits`` once.
+
+    Args:
+        formula: value and derivative.
+        student_logits: receives the gradient.
+        teacher_logits: treated as constant.
+        temperature: divides both.
+        fused: the same divergence for the kernel of `fused`, which computes it on a GPU.
 
     Raises:
         ValueError: if the shapes differ or the temperature is not > 0.
     """
     check_temperature(temperature)
     check_same_vocabulary(student_logits, teacher_logits)
-    value: Tensor = _Evaluate.apply(student_logits, teacher_logits.detach(), formula, temperature)
+    value: Tensor = _Evaluate.apply(student_logits, teacher_logits.detach(), formula, temperature, fused)
     return value
 
 
@@ -66,20 +76,20 @@ def mass_where_impossible(p: Distribution, q: Distribution) -> Tensor | float:
 class _Evaluate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student_logits: Tensor, teacher_logits: Tensor, formula: Formula, temperature: float
+        ctx: Any,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        formula: Formula,
+        temperature: float,
+        fused: Fused | None,
     ) -> Tensor:
         vocabulary = student_logits.shape[-1]
         student, teacher = (logits.reshape(-1, vocabulary) for logits in (student_logits, teacher_logits))
-        value = student.new_empty(len(student), dtype=torch.float32)
-        gradient = torch.empty_like(student, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        for rows in _blocks(student):
-            q, p = (_distribution(logits[rows], temperature) for logits in (student, teacher))
-            value[rows], derivative = formula(q, p)
-            if gradient is not None:
-                if q.impossible is not None:
-                    derivative = derivative.masked_fill(q.impossible, 0.0)
-                # through log-softmax
-                torch.addcmul(derivative, q.probs, derivative.sum(-1, keepdim=True), value=-1, out=gradient[rows])
+        with_gradient = ctx.needs_input_grad[0]
+        if fused is not None and runs_fused(student):
+            value, gradient = evaluate_fused(fused, student, teacher, temperature, with_gradient)
+        else:
+            value, gradient = _in_blocks(formula, student, teacher, temperature, with_gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(student_logits))
         ctx.temperature, ctx.dtype = temperature, student_logits.dtype
@@ -87,9 +97,26 @@ class _Evaluate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return ((grad_value / ctx.temperature).unsqueeze(-1) * gradient).to(ctx.dtype), None, None, None
+        return ((grad_value / ctx.temperature).unsqueeze(-1) * gradient).to(ctx.dtype), None, None, None, None
+
+
+def _in_blocks(
+    formula: Formula, student: Tensor, teacher: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Value ``[N]`` and, if asked for, gradient by the tempered student logits ``[N, V]``, both float32."""
+    value = student.new_empty(len(student), dtype=torch.float32)
+    gradient = torch.empty_like(student, dtype=torch.float32) if with_gradient else None
+    for rows in _blocks(student):
+        q, p = (_distribution(logits[rows], temperature) for logits in (student, teacher))
+        value[rows], derivative = formula(q, p)
+        if gradient is not None:
+            if q.impossible is not None:
+                derivative = derivative.masked_fill(q.impossible, 0.0)
+            # through log-softmax
+            torch.addcmul(derivative, q.probs, derivative.sum(-1, keepdim=True), value=-1, out=gradient[rows])
+    return value, gradient
 
 
 def _blocks(logits: Tensor) -> list[slice]:

@@ -34,7 +34,9 @@ import torch
 from torch import Tensor
 
 from lit_distill.functional.closed_form import Distribution, evaluate, mass_where_impossible
+from lit_distill.functional.fused import Fused
 
+TINY = torch.finfo(torch.float32).tiny
 HEAD_TOKENS = 128
 """Tokens of a row that `adaptive_kl` sorts first; a trained teacher's head is smaller."""
 
@@ -55,7 +57,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
     Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
     """
-    return evaluate(_forward_kl, student_logits, teacher_logits, temperature)
+    return evaluate(_forward_kl, student_logits, teacher_logits, temperature, Fused("forward_kl"))
 
 
 def _forward_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
@@ -82,7 +84,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
     Source: MiniLLM, https://arxiv.org/abs/2306.08543.
     """
-    return evaluate(_reverse_kl, student_logits, teacher_logits, temperature)
+    return evaluate(_reverse_kl, student_logits, teacher_logits, temperature, Fused("reverse_kl"))
 
 
 def _reverse_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
@@ -119,11 +121,13 @@ def jensen_shannon(
         )
     if not 0 < beta < 1:
         raise ValueError(f"beta: expected the teacher's share of the mixture, inside (0, 1), got {beta}.")
-    return evaluate(partial(_jensen_shannon, beta=beta), student_logits, teacher_logits, temperature)
+    return evaluate(
+        partial(_jensen_shannon, beta=beta), student_logits, teacher_logits, temperature, Fused("jensen_shannon", beta)
+    )
 
 
 def _jensen_shannon(q: Distribution, p: Distribution, beta: float) -> tuple[Tensor, Tensor]:
-    log_m = _log_mixture(p, q, beta)
+    log_m = _mixture(p, q, beta).log_()
     student_terms = q.logprobs.sub_(log_m).mul_(q.probs).mul_(1 - beta)
     teacher_terms = p.logprobs.sub_(log_m).mul_(p.probs)
     return beta * teacher_terms.sum(-1) + student_terms.sum(-1), student_terms
@@ -149,13 +153,20 @@ def skew_forward_kl(
     Source: DistiLLM, https://arxiv.org/abs/2402.03898.
     """
     _check_skew(skew, "ForwardKL (function forward_kl)")
-    return evaluate(partial(_skew_forward_kl, skew=skew), student_logits, teacher_logits, temperature)
+    return evaluate(
+        partial(_skew_forward_kl, skew=skew),
+        student_logits,
+        teacher_logits,
+        temperature,
+        Fused("skew_forward_kl", skew),
+    )
 
 
 def _skew_forward_kl(q: Distribution, p: Distribution, skew: float) -> tuple[Tensor, Tensor]:
-    log_ratio = p.logprobs.sub_(_log_mixture(p, q, skew))
+    ratio = torch.div(p.probs, _mixture(p, q, skew), out=p.logprobs)
+    log_ratio = torch.clamp(ratio, min=TINY, out=q.logprobs).log_()
     value = p.probs.mul_(log_ratio).sum(-1)
-    return value, log_ratio.exp_().mul_(q.probs).mul_(skew - 1)
+    return value, ratio.mul_(q.probs).mul_(skew - 1)
 
 
 def skew_reverse_kl(
@@ -178,14 +189,20 @@ def skew_reverse_kl(
     Source: DistiLLM, https://arxiv.org/abs/2402.03898.
     """
     _check_skew(skew, "ReverseKL (function reverse_kl)")
-    return evaluate(partial(_skew_reverse_kl, skew=skew), student_logits, teacher_logits, temperature)
+    return evaluate(
+        partial(_skew_reverse_kl, skew=skew),
+        student_logits,
+        teacher_logits,
+        temperature,
+        Fused("skew_reverse_kl", skew),
+    )
 
 
 def _skew_reverse_kl(q: Distribution, p: Distribution, skew: float) -> tuple[Tensor, Tensor]:
-    log_ratio = q.logprobs.sub_(_log_mixture(p, q, 1 - skew))
-    terms = torch.mul(q.probs, log_ratio, out=p.probs)
+    ratio = torch.div(q.probs, _mixture(p, q, 1 - skew), out=p.logprobs)
+    terms = torch.clamp(ratio, min=TINY, out=q.logprobs).log_().mul_(q.probs)
     value = terms.sum(-1)
-    return value, terms.sub_(log_ratio.exp_().mul_(q.probs), alpha=skew)
+    return value, terms.addcmul_(ratio, q.probs, value=-skew)
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -204,7 +221,7 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature:
 
     Source: f-distill, https://arxiv.org/abs/2307.15190.
     """
-    return evaluate(_total_variation, student_logits, teacher_logits, temperature)
+    return evaluate(_total_variation, student_logits, teacher_logits, temperature, Fused("total_variation"))
 
 
 def _total_variation(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
@@ -270,7 +287,7 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperatu
 
     Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
     """
-    return evaluate(_soft_cross_entropy, student_logits, teacher_logits, temperature)
+    return evaluate(_soft_cross_entropy, student_logits, teacher_logits, temperature, Fused("soft_cross_entropy"))
 
 
 def _soft_cross_entropy(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
@@ -279,15 +296,14 @@ def _soft_cross_entropy(q: Distribution, p: Distribution) -> tuple[Tensor, Tenso
     return q.logprobs.mul_(derivative).sum(-1) + infinite, derivative
 
 
-def _log_mixture(p: Distribution, q: Distribution, share: float) -> Tensor:
-    """log(share * p + (1 - share) * q), finite where both are 0."""
-    mixture = torch.mul(p.probs, share).add_(q.probs, alpha=1 - share)
-    return mixture.clamp_(min=torch.finfo(mixture.dtype).tiny).log_()
+def _mixture(p: Distribution, q: Distribution, share: float) -> Tensor:
+    """Share * p + (1 - share) * q; at least `TINY`, so that its logarithm is finite where both are 0."""
+    return torch.mul(p.probs, share).add_(q.probs, alpha=1 - share).clamp_(min=TINY)
 
 
 def _share_of_gap_in_head(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
     """[n]: share of sum(abs(p - q)) on the smallest set of tokens with ``head_mass`` of p; 0 for p = q."""
-    total = torch.sub(p, q).abs_().sum(-1).clamp_(min=torch.finfo(p.dtype).tiny)
+    total = torch.sub(p, q).abs_().sum(-1).clamp_(min=TINY)
     if p.device.type != "cpu" or p.shape[-1] <= HEAD_TOKENS:  # a GPU would have to be waited for
         return _gap_in_head(*p.sort(dim=-1, descending=True, stable=True), q, head_mass) / total
     largest, order = p.topk(HEAD_TOKENS)

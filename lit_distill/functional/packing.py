@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lit_distill.functional.host import to_device
 
 ENOUGH = 0.02
 """A share of padding that no further row length is tried for."""
@@ -22,7 +25,7 @@ class PackedRows(NamedTuple):
     position_ids: Tensor
     """[R, C] int64: begins at 0 with each text, and with the padding at the end of a row."""
     places: Tensor
-    """[B, S] int64: index in [R · C] of every token of the padded batch; that of its text's end for padding."""
+    """[B, S] int64 on the CPU: index in [R · C] of every token of the padded batch; that of its text's end for padding."""
 
 
 def pack_rows(input_ids: Tensor, attention_mask: Tensor, one_row: bool = False) -> PackedRows | None:
@@ -30,13 +33,15 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, one_row: bool = False) 
 
     Args:
         input_ids: ``[B, S]`` int64.
-        attention_mask: ``[B, S]``: 1 for the tokens of a text, which are contiguous; 0 for padding on either side.
+        attention_mask: ``[B, S]``: 1 for the tokens of a text, which are contiguous; 0 for padding on either side. If it is on the
+            CPU, nothing waits for the device of ``input_ids``.
         one_row: put all texts into one row, for attention kernels that know documents there only.
 
     Example:
         Texts of 4, 2 and 2 tokens, ``[3, 4]`` with padding, become two rows of 4 without: the first alone, the others together.
     """
-    sizes = attention_mask.sum(dim=1).tolist()
+    attended = attention_mask.cpu() != 0
+    sizes = attended.sum(dim=1).tolist()
     if not any(sizes):
         return None
     rows = [list(range(len(sizes)))] if one_row else assign_rows(sizes)
@@ -51,17 +56,16 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor, one_row: bool = False) 
             starts[text] = number * width + at
             at += sizes[text]
         filled.append(at)
-    device = input_ids.device
-    attended = attention_mask.bool()
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    places = torch.tensor(starts, device=device)[:, None] + positions
-    columns = torch.arange(width, device=device)
-    packed = input_ids.new_zeros(len(rows) * width)
-    position_ids = (columns - torch.tensor(filled, device=device)[:, None]).flatten()  # of the padding at the end
+    positions = (attended.cumsum(dim=1) - 1).clamp(min=0)
+    places = torch.tensor(starts)[:, None] + positions
     used = places[attended]
-    packed[used] = input_ids[attended]
+    sources = torch.full((len(rows) * width,), input_ids.numel())  # of the padding: the zero that is appended below
+    sources[used] = attended.flatten().nonzero()[:, 0]
+    position_ids = (torch.arange(width) - torch.tensor(filled)[:, None]).flatten()  # of the padding at the end
     position_ids[used] = positions[attended]
-    return PackedRows(packed.view(-1, width), position_ids.view(-1, width), places)
+    both = to_device(torch.stack([sources, position_ids]), input_ids.device)
+    packed = F.pad(input_ids.flatten(), (0, 1))[both[0]]
+    return PackedRows(packed.view(-1, width), both[1].view(-1, width), places)
 
 
 def assign_rows(sizes: Sequence[int]) -> list[list[int]]:

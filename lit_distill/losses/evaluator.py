@@ -29,7 +29,7 @@ class ObjectiveEvaluator:
         student: receives the gradient.
         teacher: runs only if an objective needs its signals.
         key: YAML key of the objectives, for messages.
-        chunk_rows: rows of logits in a chunk; by default about 30 MB of them on a CPU and 128 MB on a GPU.
+        chunk_rows: rows of logits in a chunk; by default about 24 MB of them on a CPU and 128 MB on a GPU.
 
     Raises:
         ValueError: if an objective does not return a `LossTerm` of scalar sums.
@@ -79,7 +79,7 @@ class ObjectiveEvaluator:
         """Evaluate chosen and rejected texts in one forward pass of each model that is needed."""
         on_pairs = {name: objective for name, objective in objectives.items() if objective.on_pairs}
         on_tokens = {name: objective for name, objective in objectives.items() if not objective.on_pairs}
-        text, num_chosen = pairs.concatenate(), int(pairs.chosen.target_mask.sum())
+        text, num_chosen = pairs.concatenate(), len(pairs.chosen.target_index)
         signals, head, teacher = _rows_of(text), self.student.head(), None
         if _any_needs(on_pairs, TEACHER_OF_PAIRS) and "teacher_logprobs" not in signals:
             teacher = self._teacher_rows(text)
@@ -89,7 +89,7 @@ class ObjectiveEvaluator:
 
         hidden = self.student.target_rows(text)
         logprobs = label_logprobs(head.in_compute_dtype(), hidden.detach(), signals["labels"], self.chunk_rows)
-        pairs_term = pair_gradients(on_pairs, factors, logprobs, signals.get("teacher_logprobs"), text.target_mask)
+        pairs_term = pair_gradients(on_pairs, factors, logprobs, signals.get("teacher_logprobs"), text)
         factors = {**factors, PAIR_LOSS: 1.0}
         row_limits = dict.fromkeys(on_tokens, num_chosen)
         signals["logprob_gradients"] = pairs_term.gradients
@@ -160,5 +160,8 @@ def _any_needs(objectives: Mapping[str, Objective], signals: Collection[str]) ->
 
 def _rows_of(text: Sequences) -> dict[str, Tensor]:
     """Labels and signals of the targets, ``[N]`` each."""
-    mask = text.target_mask
-    return {"labels": text.input_ids[mask], **{name: signal[mask] for name, signal in text.signals.items()}}
+    index = text.target_index
+    return {
+        "labels": text.input_ids.flatten()[index],
+        **{name: signal.flatten()[index] for name, signal in text.signals.items()},
+    }

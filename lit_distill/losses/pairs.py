@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_distill.functional.host import to_device
 from lit_distill.objectives import LossTerm, Objective, weighted_sum
+from lit_distill.types import Sequences
 
 
 class PairGradients(NamedTuple):
@@ -33,7 +35,7 @@ def pair_gradients(
     factors: Mapping[str, Tensor | float],
     logprobs: Tensor,
     teacher_logprobs: Tensor | None,
-    targets: Tensor,
+    text: Sequences,
 ) -> PairGradients:
     """Evaluate objectives on pairs. Pairs without targets, the dummies of ranks without examples, are left out.
 
@@ -42,15 +44,17 @@ def pair_gradients(
         factors: factor of each objective's sum in the loss.
         logprobs: ``[N]`` the student's log q of the targets, row after row.
         teacher_logprobs: ``[N]`` the teacher's log p of the same targets, if an objective needs it.
-        targets: ``[2B, S]`` bool target mask: first the chosen texts, then the rejected ones.
+        text: 2B texts: first the chosen ones, then the rejected ones.
     """
+    targets = text.target_mask
     logprobs = logprobs.detach().requires_grad_(torch.is_grad_enabled())
     signals = split_pairs(targets, "chosen_mask", "rejected_mask")
     signals |= split_pairs(scatter_rows(logprobs, targets), "student_chosen_logprobs", "student_rejected_logprobs")
     if teacher_logprobs is not None:
         scores = scatter_rows(teacher_logprobs, targets)
         signals |= split_pairs(scores, "teacher_chosen_logprobs", "teacher_rejected_logprobs")
-    real = signals["chosen_mask"].any(dim=-1) & signals["rejected_mask"].any(dim=-1)
+    chosen, rejected = text.masks.targets.any(dim=-1).chunk(2)
+    real = to_device((chosen & rejected).nonzero()[:, 0], targets.device)
     loss, terms = weighted_sum(objectives, factors, {name: rows[real] for name, rows in signals.items()})
     if not loss.requires_grad:
         return PairGradients(loss, torch.zeros_like(logprobs), terms)

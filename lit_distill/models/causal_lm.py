@@ -100,16 +100,16 @@ class CausalLM(nn.Module):
 
     def target_rows(self, sequences: Sequences) -> Tensor:
         """The hidden rows ``[N, H]`` that predict the N targets of ``sequences``, in their order."""
-        targets = sequences.target_mask[:, 1:]
         packed = None
         if self.packs is not None:
             packed = sequences.packed if self.packs == "rows" else sequences.packed_in_one_row
             if packed is not None and self.packs == "rows" and packed.input_ids.shape[1] > self.context_length:
                 packed = None  # some models have a causal mask of their context length
         if packed is None:
-            return self(sequences.input_ids, sequences.attention_mask)[:, :-1][targets]
+            hidden = self(sequences.input_ids, sequences.attention_mask)
+            return hidden.flatten(0, 1)[sequences.target_index - 1]
         hidden = self(packed.input_ids, None, position_ids=packed.position_ids)
-        return hidden.flatten(0, 1)[packed.places[:, :-1][targets]]
+        return hidden.flatten(0, 1)[sequences.packed_index(packed)]
 
     def head(self) -> LMHead:
         """The LM head over the common vocabulary; a collective that gathers it if the model is sharded.

@@ -16,7 +16,7 @@ from lit_distill.models.quantization import is_plain
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_BYTES = {"cpu": 30 * 2**20}
+CHUNK_BYTES = {"cpu": 24 * 2**20}
 """Size of one float32 buffer for a chunk's logits, by device type; the default is 128 MB, which keeps a GPU's matrix units busy.
 About eight such buffers exist at a time. On a CPU the size stays below 32 MB, because the C library returns larger buffers to the
 system instead of reusing them."""

@@ -150,7 +150,7 @@ class ResponsePairs(Source):
         for first in range(0, len(text), size):
             part = slice(first, first + size)
             here = Sequences(text.input_ids[part], text.attention_mask[part], text.target_mask[part])
-            labels = here.input_ids[here.target_mask]
+            labels = here.input_ids.flatten()[here.target_index]
             logprobs = teacher.rows(here).label_logprobs(labels)
             scores[part] = scores[part].masked_scatter(here.target_mask, logprobs)
         chosen, rejected = scores[: len(pairs), :width], scores[len(pairs) :, : pairs.rejected.input_ids.shape[1]]

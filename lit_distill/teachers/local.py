@@ -84,8 +84,8 @@ class FrozenTeacher:
                 sequences
             )  # before head(), since this moves the teacher to the device of the texts
             return HiddenRows(hidden, self.head())
-        targets = sequences.target_mask[:, -recorded.shape[1] :]  # recorded for the last columns only
-        return HiddenRows(recorded.to(targets.device)[targets], self.head())
+        rows = recorded.flatten(0, 1)[sequences.recorded_index(recorded)]
+        return HiddenRows(rows.to(sequences.input_ids.device), self.head())
 
     @torch.no_grad()
     def target_rows(self, sequences: Sequences) -> Tensor:

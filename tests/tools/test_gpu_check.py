@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_distill.generation import cached_decoder
+from lit_distill.generation.cached_decoder import CachedDecoder
 from lit_distill.losses import ChunkedTokenLoss
 from lit_distill.models import LMHead
 
@@ -63,8 +63,13 @@ def test_a_gradient_of_half_of_the_rows_fails(rows_of, monkeypatch) -> None:
 
 
 def test_recorded_log_probabilities_that_are_of_another_token_fail(rows_of, monkeypatch) -> None:
-    own = cached_decoder._logprobs
-    monkeypatch.setattr(cached_decoder, "_logprobs", lambda logits, tokens: own(logits, tokens) + 2e-3)
+    own = CachedDecoder.finish
+
+    def shifted(self, length: int) -> None:
+        own(self, length)
+        self.logprobs += 2e-3
+
+    monkeypatch.setattr(CachedDecoder, "finish", shifted)
     wrong = failed(rows_of("rollouts"))
     assert {f"32-true: {who}: log-probabilities against a re-score, nats" for who in ("student", "teacher")} <= wrong
     assert "32-true: teacher's kept rows: log-probabilities against a re-score, nats" not in wrong

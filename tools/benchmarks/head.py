@@ -31,6 +31,8 @@ from lit_distill.objectives import (
 from lit_distill.teachers import HiddenRows
 
 PRODUCTS = "bare products"
+SHARPNESS = 4
+"""Of the teacher's logits: most of the probability is on few tokens, as with a trained model."""
 GROUPS: tuple[dict[str, tuple[type[Objective], ...]], ...] = (
     {"ForwardKL": (ForwardKL,), "ReverseKL": (ReverseKL,), "JensenShannon": (JensenShannon,)},
     {"SkewForwardKL": (SkewForwardKL,), "SkewReverseKL": (SkewReverseKL,), "TotalVariation": (TotalVariation,)},
@@ -74,7 +76,7 @@ class Rows:
 
 
 def random_rows(bench: Bench, rows: int, vocabulary: int, width: int, teacher_width: int, mixed: bool = False) -> Rows:
-    """Rows whose logits have about unit variance."""
+    """Rows whose logits have about unit variance for the student, and `SHARPNESS` times that scale for the teacher."""
     numbers = torch.Generator(bench.machine.device).manual_seed(0)
     device, dtype = bench.machine.device, torch.bfloat16 if mixed else torch.float32
 
@@ -86,7 +88,7 @@ def random_rows(bench: Bench, rows: int, vocabulary: int, width: int, teacher_wi
         draw(vocabulary, width, scale=width**-0.5).requires_grad_(),
         torch.randint(vocabulary, (rows,), generator=numbers, device=device),
         draw(rows, teacher_width).to(dtype),
-        draw(vocabulary, teacher_width, scale=teacher_width**-0.5).to(dtype),
+        draw(vocabulary, teacher_width, scale=SHARPNESS * teacher_width**-0.5).to(dtype),
         bench,
         mixed,
     )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from gpu_checks.machine import Machine
 from gpu_checks.table import Row, below, measured, skipped
+from lit_distill import functional
+from lit_distill.functional import fused
 from lit_distill.losses import ChunkedTokenLoss
 from lit_distill.models import LMHead
 from lit_distill.objectives import ForwardKL, NextToken
@@ -20,8 +22,9 @@ LIMITS = {"32-true": 1e-5, "bf16-mixed": 2e-2}
 
 
 def checks(machine: Machine) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
-    """The checks of values and of memory."""
-    return [("chunked head", partial(values, machine)), ("chunked head", partial(memory, machine))]
+    """The checks of values, of the divergences and of memory."""
+    parts = (values, divergences, memory)
+    return [("chunked head", partial(part, machine)) for part in parts]
 
 
 def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: tuple[Tensor, Tensor]) -> Tensor:
@@ -65,6 +68,31 @@ def values(machine: Machine) -> Iterator[Row]:
         for name, part, reference in zip(("hidden rows", "head"), ours, wide, strict=True):
             error = (part.grad.double() - reference.grad).norm() / reference.grad.norm()
             yield below(f"{precision}: gradient of the {name}, relative", float(error), limit)
+
+
+def divergences(machine: Machine) -> Iterator[Row]:
+    """Compare each divergence, on CUDA computed by the kernel, with its formula in float32 on the CPU; rows with gaps too."""
+    numbers = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(64, 20_000, generator=numbers) for _ in range(2))
+    student[:4, ::3] = teacher[:4, ::3] = -torch.inf  # impossible for both
+    student[4:6, 7], teacher[6:8, 7] = -torch.inf, -torch.inf  # for one
+    for name in fused.KINDS:
+        found = [
+            _value_and_gradient(name, student, teacher, device) for device in (torch.device("cpu"), machine.device)
+        ]
+        (expected, expected_gradient), (value, gradient) = found
+        finite = expected.isfinite()
+        assert torch.equal(finite, value.isfinite()), f"{name}: other values are infinite"
+        yield below(f"{name}: value, absolute", float((value - expected)[finite].abs().max()), 1e-4)
+        error = (gradient - expected_gradient).norm() / expected_gradient.norm()
+        yield below(f"{name}: gradient, relative", float(error), 1e-4)
+
+
+def _value_and_gradient(name: str, student: Tensor, teacher: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    logits = student.to(device, copy=True).requires_grad_()
+    value = getattr(functional, name)(logits, teacher.to(device))
+    (gradient,) = torch.autograd.grad(value[value.isfinite()].sum(), logits)
+    return value.detach().cpu(), gradient.cpu()
 
 
 def memory(machine: Machine) -> Iterator[Row]:
