@@ -204,7 +204,13 @@ class DistillationModule(L.LightningModule):
         """The optimiser and, if configured, a learning-rate scheduler over the optimiser steps of the whole run."""
         steps = partial(scheduled_steps, self)
         with arguments_of(self):
-            return configure_optimizer(self.optimizer_factory, self.lr_scheduler_factory, self.parameters(), steps)
+            return configure_optimizer(
+                self.optimizer_factory,
+                self.lr_scheduler_factory,
+                self.parameters(),
+                steps,
+                scales_gradients=self.trainer.precision == "16-mixed",
+            )
 
     @property
     def trained_steps(self) -> int:

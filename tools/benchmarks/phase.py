@@ -80,7 +80,7 @@ class Reference:
 
     def phase(self) -> None:
         """Roll out, score and train once; the optimiser is new, as ours is."""
-        optimizer = torch.optim.AdamW(self.student.parameters(), lr=RATE)
+        optimizer = torch.optim.AdamW(self.student.parameters(), lr=RATE, fused=True)
         with torch.no_grad(), self.bench.machine.autocast(self.bench.precision):
             texts, mixed_logprobs = self.decode()
             teacher_logprobs = self.logprobs(self.teacher, texts)
