@@ -196,3 +196,9 @@ def test_tiny_sizes_run_to_their_end(tmp_path) -> None:
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert {row["row"] for row in rows if row["verdict"] == "measured"} == {"P2"}
     assert {row["verdict"] for row in rows} <= {"measured", "skipped"}
+
+
+def test_the_table_beside_the_stored_run_is_that_of_the_run(part) -> None:
+    folder = TOOLS / "benchmarks"
+    table = part("results").markdown(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+    assert table in (folder / "README.md").read_text(encoding="utf-8")
