@@ -20,7 +20,7 @@ from lit_distill.functional.distributions import (
     check_temperature,
     tempered_log_softmax,
 )
-from lit_distill.functional.fused import Fused, evaluate_fused, runs_fused
+from lit_distill.functional.fused import KINDS, evaluate_fused, runs_fused
 
 BLOCK_BYTES = 2 * 2**20
 """Size of one float32 buffer of a block on a CPU. A GPU takes all rows at once: there, more kernel launches cost more."""
@@ -37,31 +37,32 @@ class Distribution(NamedTuple):
     """[n, V] bool: the tokens at that floor; None if there are none."""
 
 
-Formula = Callable[[Distribution, Distribution], tuple[Tensor, Tensor]]
-"""From student and teacher the value ``[n]`` and its derivative ``[n, V]`` by the student's log-probabilities.
+Formula = Callable[..., tuple[Tensor, Tensor]]
+"""From student and teacher, and a share if the divergence has one, the value ``[n]`` and its derivative ``[n, V]`` by the student's
+log-probabilities.
 
 Terms of the derivative proportional to the student's probabilities may be left out, because log-softmax cancels them.
 """
 
 
 def evaluate(
-    formula: Formula, student_logits: Tensor, teacher_logits: Tensor, temperature: float, fused: Fused | None = None
+    formula: Formula, student_logits: Tensor, teacher_logits: Tensor, temperature: float, *share: float
 ) -> Tensor:
     """The value ``[...]`` float32 of a formula on logits ``[..., V]``; its gradient reaches ``student_logits`` once.
 
     Args:
-        formula: value and derivative.
+        formula: value and derivative. On a GPU the kernel of `fused` takes its place, if it knows a divergence of this name.
         student_logits: receives the gradient.
         teacher_logits: treated as constant.
         temperature: divides both.
-        fused: the same divergence for the kernel of `fused`, which computes it on a GPU.
+        share: the ``beta``, ``skew`` or ``head_mass`` of the divergence; the formula's last argument.
 
     Raises:
         ValueError: if the shapes differ or the temperature is not > 0.
     """
     check_temperature(temperature)
     check_same_vocabulary(student_logits, teacher_logits)
-    value: Tensor = _Evaluate.apply(student_logits, teacher_logits.detach(), formula, temperature, fused)
+    value: Tensor = _Evaluate.apply(student_logits, teacher_logits.detach(), formula, temperature, share)
     return value
 
 
@@ -81,15 +82,17 @@ class _Evaluate(torch.autograd.Function):
         teacher_logits: Tensor,
         formula: Formula,
         temperature: float,
-        fused: Fused | None,
+        share: tuple[float, ...],
     ) -> Tensor:
         vocabulary = student_logits.shape[-1]
         student, teacher = (logits.reshape(-1, vocabulary) for logits in (student_logits, teacher_logits))
         with_gradient = ctx.needs_input_grad[0]
-        if fused is not None and runs_fused(student):
-            value, gradient = evaluate_fused(fused, student, teacher, temperature, with_gradient)
+        name = formula.__name__.removeprefix("_")
+        if name in KINDS and runs_fused(student):
+            number = share[0] if share else 0.0
+            value, gradient = evaluate_fused(name, student, teacher, temperature, number, with_gradient)
         else:
-            value, gradient = _in_blocks(formula, student, teacher, temperature, with_gradient)
+            value, gradient = _in_blocks(formula, student, teacher, temperature, share, with_gradient)
         if gradient is not None:
             ctx.save_for_backward(gradient.view_as(student_logits))
         ctx.temperature, ctx.dtype = temperature, student_logits.dtype
@@ -103,14 +106,19 @@ class _Evaluate(torch.autograd.Function):
 
 
 def _in_blocks(
-    formula: Formula, student: Tensor, teacher: Tensor, temperature: float, with_gradient: bool
+    formula: Formula,
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    share: tuple[float, ...],
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Value ``[N]`` and, if asked for, gradient by the tempered student logits ``[N, V]``, both float32."""
     value = student.new_empty(len(student), dtype=torch.float32)
     gradient = torch.empty_like(student, dtype=torch.float32) if with_gradient else None
     for rows in _blocks(student):
         q, p = (_distribution(logits[rows], temperature) for logits in (student, teacher))
-        value[rows], derivative = formula(q, p)
+        value[rows], derivative = formula(q, p, *share)
         if gradient is not None:
             if q.impossible is not None:
                 derivative = derivative.masked_fill(q.impossible, 0.0)

@@ -28,13 +28,10 @@ for the backward pass. The functions are differentiable once.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from lit_distill.functional.closed_form import Distribution, evaluate, mass_where_impossible
-from lit_distill.functional.fused import Fused
 
 TINY = torch.finfo(torch.float32).tiny
 HEAD_TOKENS = 128
@@ -57,7 +54,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
     Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
     """
-    return evaluate(_forward_kl, student_logits, teacher_logits, temperature, Fused("forward_kl"))
+    return evaluate(_forward_kl, student_logits, teacher_logits, temperature)
 
 
 def _forward_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
@@ -84,7 +81,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
     Source: MiniLLM, https://arxiv.org/abs/2306.08543.
     """
-    return evaluate(_reverse_kl, student_logits, teacher_logits, temperature, Fused("reverse_kl"))
+    return evaluate(_reverse_kl, student_logits, teacher_logits, temperature)
 
 
 def _reverse_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
@@ -121,9 +118,7 @@ def jensen_shannon(
         )
     if not 0 < beta < 1:
         raise ValueError(f"beta: expected the teacher's share of the mixture, inside (0, 1), got {beta}.")
-    return evaluate(
-        partial(_jensen_shannon, beta=beta), student_logits, teacher_logits, temperature, Fused("jensen_shannon", beta)
-    )
+    return evaluate(_jensen_shannon, student_logits, teacher_logits, temperature, beta)
 
 
 def _jensen_shannon(q: Distribution, p: Distribution, beta: float) -> tuple[Tensor, Tensor]:
@@ -153,13 +148,7 @@ def skew_forward_kl(
     Source: DistiLLM, https://arxiv.org/abs/2402.03898.
     """
     _check_skew(skew, "ForwardKL (function forward_kl)")
-    return evaluate(
-        partial(_skew_forward_kl, skew=skew),
-        student_logits,
-        teacher_logits,
-        temperature,
-        Fused("skew_forward_kl", skew),
-    )
+    return evaluate(_skew_forward_kl, student_logits, teacher_logits, temperature, skew)
 
 
 def _skew_forward_kl(q: Distribution, p: Distribution, skew: float) -> tuple[Tensor, Tensor]:
@@ -189,13 +178,7 @@ def skew_reverse_kl(
     Source: DistiLLM, https://arxiv.org/abs/2402.03898.
     """
     _check_skew(skew, "ReverseKL (function reverse_kl)")
-    return evaluate(
-        partial(_skew_reverse_kl, skew=skew),
-        student_logits,
-        teacher_logits,
-        temperature,
-        Fused("skew_reverse_kl", skew),
-    )
+    return evaluate(_skew_reverse_kl, student_logits, teacher_logits, temperature, skew)
 
 
 def _skew_reverse_kl(q: Distribution, p: Distribution, skew: float) -> tuple[Tensor, Tensor]:
@@ -221,7 +204,7 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature:
 
     Source: f-distill, https://arxiv.org/abs/2307.15190.
     """
-    return evaluate(_total_variation, student_logits, teacher_logits, temperature, Fused("total_variation"))
+    return evaluate(_total_variation, student_logits, teacher_logits, temperature)
 
 
 def _total_variation(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
@@ -256,7 +239,7 @@ def adaptive_kl(
     """
     if not 0 < head_mass < 1:
         raise ValueError(f"head_mass: expected a probability inside (0, 1), got {head_mass}.")
-    return evaluate(partial(_adaptive_kl, head_mass=head_mass), student_logits, teacher_logits, temperature)
+    return evaluate(_adaptive_kl, student_logits, teacher_logits, temperature, head_mass)
 
 
 def _adaptive_kl(q: Distribution, p: Distribution, head_mass: float) -> tuple[Tensor, Tensor]:
@@ -287,7 +270,7 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperatu
 
     Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531, section 2.
     """
-    return evaluate(_soft_cross_entropy, student_logits, teacher_logits, temperature, Fused("soft_cross_entropy"))
+    return evaluate(_soft_cross_entropy, student_logits, teacher_logits, temperature)
 
 
 def _soft_cross_entropy(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,6 @@ takes three: normalisation, value, gradient. PyTorch for CUDA brings Triton; wit
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -40,30 +38,22 @@ TILE = 4096
 """Tokens that a program holds at a time."""
 
 
-class Fused(NamedTuple):
-    """A divergence for the kernel."""
-
-    name: str
-    """One of `KINDS`."""
-    share: float = 0.0
-    """Its ``beta`` or ``skew``, if it has one."""
-
-
 def runs_fused(logits: Tensor) -> bool:
     """Whether the kernel runs where these logits are."""
     return triton is not None and logits.is_cuda
 
 
 def evaluate_fused(
-    divergence: Fused, student: Tensor, teacher: Tensor, temperature: float, with_gradient: bool
+    name: str, student: Tensor, teacher: Tensor, temperature: float, share: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Value ``[N]`` and, if asked for, gradient by the tempered student logits ``[N, V]``, both float32.
 
     Args:
-        divergence: its name and share.
+        name: one of `KINDS`.
         student: ``[N, V]`` logits.
         teacher: ``[N, V]`` logits.
         temperature: divides both.
+        share: the ``beta`` or ``skew`` of the divergence; 0 if it has none.
         with_gradient: whether to compute the gradient.
     """
     rows, vocabulary = student.shape
@@ -74,7 +64,7 @@ def evaluate_fused(
         tile = min(TILE, triton.next_power_of_2(vocabulary))
         _divergence_of_row[(rows,)](
             student, teacher, value, value if gradient is None else gradient, student.stride(0), teacher.stride(0),
-            vocabulary, 1 / temperature, divergence.share, kind=KINDS[divergence.name], with_gradient=with_gradient,
+            vocabulary, 1 / temperature, share, kind=KINDS[name], with_gradient=with_gradient,
             tile=tile, num_warps=8,
         )  # fmt: skip
     return value, gradient
