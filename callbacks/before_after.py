@@ -50,7 +50,7 @@ class BeforeAfter(Callback):
         steps = pl_module.trained_steps  # of a checkpoint without the rows
         row = f"student, step {steps}" if steps else "student before"
         self.metrics[row] = before | self._generated(trainer, pl_module, "student")
-        if pl_module.teacher is not None:  # the student's evaluation has computed the teacher's perplexity
+        if pl_module.local_teacher is not None:  # the student's evaluation has computed the teacher's perplexity
             teacher = {"perplexity": before["teacher_perplexity"], "reverse_kl": 0.0} if before else {}
             self.metrics["teacher"] = teacher | self._generated(trainer, pl_module, "teacher")
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lit_distill.callbacks.figures import show_figure
 from lit_distill.evaluation.calibration import Calibration, PairConfidence, StudentConfidence
+from lit_distill.evaluation.token_metrics import compares
 from lit_distill.evaluation.verbalizer import Verbalizer, VerbalizerTask
 from lit_distill.report.figures import Reliability, draw_reliability
 from lit_distill.types import arguments_of
@@ -74,8 +75,13 @@ class CalibrationMonitor(Callback):
         responses = getattr(trainer.datamodule, "responses", True)  # type: ignore[attr-defined]
         places = {"val": metrics} if self.next_token and responses else {}
         places |= {f"val/{task}": [*metrics, "mass"] for task in self.tasks if self.every_n_validations}
-        models = ["", "teacher_"] if pl_module.teacher_spec else [""]
-        return [f"{place}/{model}{name}" for place, names in places.items() for model in models for name in names]
+        models = ["", "teacher_"] if compares(pl_module.teacher_config) else [""]
+        return [
+            f"{place}/{model}{name}"
+            for place, names in places.items()
+            for model in (models if place == "val" or pl_module.teacher_spec else [""])
+            for name in names
+        ]
 
     def report(self) -> dict[str, Any]:
         """Results of the last validation or test for each model; empty bins are left out."""
@@ -97,7 +103,7 @@ class CalibrationMonitor(Callback):
         if not self.next_token:
             return
         if self._next_token_metric is None:
-            metric_class = PairConfidence if pl_module.teacher else StudentConfidence
+            metric_class = PairConfidence if pl_module.token_metrics.compared else StudentConfidence
             self._next_token_metric = metric_class(self.num_bins)
             pl_module.token_metrics.attach("calibration", self._next_token_metric)
         for metric in self._next_token_metric.models.values():
@@ -109,7 +115,7 @@ class CalibrationMonitor(Callback):
             if metrics["student"].update_called:  # equal on all ranks: false if the data have no responses
                 self._results[NEXT] = {role: metric.compute() for role, metric in metrics.items()}
         if evaluate_tasks:
-            models = {"student": pl_module.student, "teacher": pl_module.teacher}
+            models = {"student": pl_module.student, "teacher": pl_module.local_teacher}
             for name, task in self._ready.items():
                 share = (pl_module.device, pl_module.data_ranks, trainer.precision_plugin.forward_context)
                 with arguments_of(self.tasks[name]):

@@ -74,7 +74,7 @@ class ExposureBiasMonitor(PromptEvaluator):
         if self.max_prompts and stage != "predict" and pl_module.teacher_spec is None:
             raise ArgumentError(
                 self,
-                f"max_prompts: {self.max_prompts}, but there is no teacher to compare with. "
+                f"max_prompts: {self.max_prompts}, but there is no teacher that can generate. "
                 "Set model.teacher.path, or max_prompts: 0.",
             )
 
@@ -90,7 +90,8 @@ class ExposureBiasMonitor(PromptEvaluator):
     def on_batch(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
         """Generate with both models, and compute the student's KL at each token."""
         assert batch.prompts is not None
-        assert pl_module.teacher is not None
+        teacher = pl_module.local_teacher
+        assert teacher is not None
         for sample in range(self.num_samples):
             for generator in GENERATORS:
                 with trainer.precision_plugin.val_step_context():
@@ -99,7 +100,7 @@ class ExposureBiasMonitor(PromptEvaluator):
                     size = pl_module.micro_batch_size or len(text)
                     for start in range(0, len(text), size):
                         part = text.slice(start, start + size)
-                        errors = step_errors(pl_module.student, pl_module.teacher, part, pl_module.head_chunk_rows)
+                        errors = step_errors(pl_module.student, teacher, part, pl_module.head_chunk_rows)
                         steps = part.signals[STEP][part.target_mask]
                         self._errors.update(generator, errors, steps, num_texts=len(part) if len(batch) else 0)
 

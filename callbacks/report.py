@@ -64,7 +64,7 @@ class RunReport(Callback):
             metrics,
             sections,
             pl_module.student_spec.path,
-            pl_module.teacher_spec.path if pl_module.teacher_spec else None,
+            pl_module.teacher_config.description if pl_module.teacher_config else None,
             self._config(trainer, folder),
             Path(trainer.ckpt_path) if trainer.ckpt_path else None,
             pl_module.trained_steps or None,

@@ -23,20 +23,13 @@ from torchmetrics import Metric
 
 from lit_distill import validation
 from lit_distill.distributed import DataRanks, data_ranks, max_over_ranks, sharding_of, without_gradient_sync
-from lit_distill.evaluation.token_metrics import TokenMetrics
+from lit_distill.evaluation.token_metrics import TokenMetrics, compares
 from lit_distill.generation import Engine, Generator, Prediction, SamplingParams, prediction_records
 from lit_distill.generation.decoder import Decoder, ProgressHook
 from lit_distill.losses import ObjectiveEvaluator, global_counts
-from lit_distill.models import (
-    CausalLM,
-    ModelSpec,
-    build_student_and_teacher,
-    load_tokenizer,
-    stop_token_ids,
-    validate_specs,
-)
+from lit_distill.models import CausalLM, ModelSpec, load_tokenizer, stop_token_ids, validate_specs
 from lit_distill.models.precision import avoid_cudnn_attention, keep_freed_memory
-from lit_distill.models.roles import device_and_precision, resolve_dtypes, warn_of_emulation
+from lit_distill.models.roles import device_and_precision, resolve_dtype, warn_of_emulation
 from lit_distill.models.routers import note_on_routers
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.optim import NonFiniteGradientGuard, configure_optimizer, learning_rate
@@ -51,7 +44,15 @@ from lit_distill.resume import (
     validation_was_due,
 )
 from lit_distill.sources import DatasetResponses, RolloutContext, Source, check_signals, split_corpus
-from lit_distill.teachers import FrozenTeacher
+from lit_distill.teachers import (
+    FrozenTeacher,
+    LoadedTeacher,
+    LocalTeacher,
+    Teacher,
+    as_teacher,
+    load_student_and_teacher,
+    walk,
+)
 from lit_distill.types import ArgumentError, Batch, Pairs, Prompts, Responses, Sequences, arguments_of, check_sizes
 
 MetricType = TypeVar("MetricType", bound=Metric)
@@ -68,7 +69,7 @@ class DistillationModule(L.LightningModule):
     Args:
         student: the model to train.
         objectives: losses on the sequences of the source, by name; each has a ``weight``.
-        teacher: the frozen model to distil; not needed if no objective uses it.
+        teacher: the frozen model to distil, or another kind of `Teacher`; not needed if no objective uses it.
         source: provides the training sequences; the responses of the dataset by default.
         corpus_objectives: losses on the plain text of ``data.init_args.corpus``, by name.
         micro_batch_size: sequences per forward pass and rank; the loss does not depend on it. All at once by default.
@@ -99,7 +100,7 @@ class DistillationModule(L.LightningModule):
         self,
         student: ModelSpec,
         objectives: dict[str, Objective],
-        teacher: ModelSpec | None = None,
+        teacher: Teacher | ModelSpec | None = None,
         source: Source | None = None,
         corpus_objectives: dict[str, Objective] | None = None,
         micro_batch_size: int | None = None,
@@ -114,9 +115,11 @@ class DistillationModule(L.LightningModule):
         super().__init__()
         check_sizes(micro_batch_size=micro_batch_size, head_chunk_rows=head_chunk_rows)
         validation.check_names(objectives, corpus_objectives or {})
-        validate_specs(student, teacher)
+        validate_specs(student, None)
         self.student_spec = student
-        self.teacher_spec = teacher
+        self.teacher_config = None if teacher is None else as_teacher(teacher)
+        for key, part in self._local_teachers():
+            validate_specs(student, part.spec, key)
         self.source = source or DatasetResponses()
         self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment]
         self.corpus_objectives: Mapping[str, Objective] = nn.ModuleDict(corpus_objectives or {})  # type: ignore[assignment]
@@ -131,11 +134,30 @@ class DistillationModule(L.LightningModule):
         self.hooks = CallbackHooks()
         self.decoding_progress: ProgressHook | None = None  # for progress bars, see `Decoder`
         self.predicted_ids: frozenset[str] = frozenset()  # ids that an earlier, interrupted `predict` has written
-        self.teacher: FrozenTeacher | None = None
+        self.teacher: LoadedTeacher | None = None
         self.unfinished: UnfinishedPhase | None = None
         self.optimizer_since = 0  # optimiser steps done before this optimiser was created
         self._loaded_steps = 0
-        check_signals(self.source, objectives, corpus_objectives or {}, has_teacher=teacher is not None)
+        check_signals(self.source, objectives, corpus_objectives or {}, self.teacher_config)
+
+    def _local_teachers(self) -> list[tuple[str, LocalTeacher]]:
+        parts = () if self.teacher_config is None else walk(self.teacher_config)
+        return [(key, part) for key, part in parts if isinstance(part, LocalTeacher)]
+
+    @property
+    def model_specs(self) -> dict[str, ModelSpec]:
+        """All models of the run by their YAML key below ``model``: ``student``, and the local ones of the teacher."""
+        return {"student": self.student_spec, **{key: part.spec for key, part in self._local_teachers()}}
+
+    @property
+    def teacher_spec(self) -> ModelSpec | None:
+        """The teacher's model, if it is a local one that sees the student's texts, so that it can also generate."""
+        return self.teacher_config.spec if isinstance(self.teacher_config, LocalTeacher) else None
+
+    @property
+    def local_teacher(self) -> FrozenTeacher | None:
+        """The model of `teacher_spec`; None before it loads."""
+        return self.teacher if isinstance(self.teacher, FrozenTeacher) else None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -153,21 +175,26 @@ class DistillationModule(L.LightningModule):
         device_type, precision = device_and_precision(self)
         avoid_cudnn_attention(device_type)
         keep_freed_memory(device_type)
-        self.student_spec, self.teacher_spec = resolve_dtypes(self.student_spec, self.teacher_spec, device_type)
-        self.student, teacher = build_student_and_teacher(
-            self.student_spec, self.teacher_spec, self.tokenizer, sharding_of(self), self.padding_free
+        trained = self.student_spec.lora is None
+        self.student_spec = resolve_dtype(self.student_spec, "student", device_type, trained)
+        self.student, self.teacher = load_student_and_teacher(
+            self.student_spec, self.teacher_config, self.tokenizer, device_type, sharding_of(self), self.padding_free
         )
-        warn_of_emulation(self.student, teacher, precision, device_type)
-        self.teacher = FrozenTeacher(teacher, shared=teacher is self.student) if teacher else None
+        warn_of_emulation(self.student, "student", device_type, precision)
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
-        self.decoders = {"student": Decoder(self.student, self.stop_ids, self.teacher, self._on_decoding_step)}
-        if self.teacher is not None:
-            self.decoders["teacher"] = Decoder(self.teacher, self.stop_ids, on_step=self._on_decoding_step)
+        teacher = self.local_teacher
+        self.decoders = {"student": Decoder(self.student, self.stop_ids, teacher, self._on_decoding_step)}
+        if teacher is not None:
+            self.decoders["teacher"] = Decoder(teacher, self.stop_ids, on_step=self._on_decoding_step)
         self.generators: dict[str, Generator] = {name: self._generator(own) for name, own in self.decoders.items()}
         self._text = self._evaluator(self.objectives, "objectives")
         self._corpus = self._evaluator(self.corpus_objectives, "corpus_objectives")
         self.token_metrics = TokenMetrics(
-            dict(self.objectives.items()), self.student, self.teacher, self.head_chunk_rows
+            dict(self.objectives.items()),
+            self.student,
+            self.teacher,
+            self.head_chunk_rows,
+            compares(self.teacher_config),
         )
 
     def _generator(self, decoder: Decoder) -> Generator:
@@ -398,7 +425,9 @@ class DistillationModule(L.LightningModule):
     ) -> Responses:
         """Generate with student or teacher; each response depends on ``seed`` and the id of its item alone."""
         if model not in self.generators:
-            raise ArgumentError(self, f"prediction.model: the run has no {model}. Set model.teacher.path.")
+            raise ArgumentError(
+                self, f"prediction.model: the run has no {model} that can generate. Set model.teacher.path."
+            )
         return self.generators[model].generate(prompts, ids, sampling, seed)
 
     def response_texts(self, responses: Responses) -> list[str]:

@@ -23,9 +23,9 @@ from transformers import AutoConfig, GenerationConfig, GPT2Config, LlamaConfig, 
 from lit_distill.cli.app import DistillCLI
 from lit_distill.data.tokenize import TEMPLATES
 from lit_distill.models import ModelSpec, load_model
-from lit_distill.models import build as model_pair
 from lit_distill.objectives import ReverseKL
 from lit_distill.optim import WarmupCosine
+from lit_distill.teachers import LocalTeacher, load_student_and_teacher, local
 
 # Lightning 2.6 calls what jsonargparse 4.5x deprecates
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -332,14 +332,15 @@ def test_student_and_teacher_of_a_config_fit_each_other_at_full_size(config: Pat
         **dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"), "0"),
         eos_token_id=0,
     )
-    monkeypatch.setattr(model_pair, "load_tokenizer", lambda *_: words)
+    monkeypatch.setattr(local, "load_tokenizer", lambda *_: words)
     with torch.device("meta"):
-        student, teacher = model_pair.build_student_and_teacher(*specs, *[None] * (2 - len(specs)), words)
+        teacher_config = LocalTeacher(specs[1]) if len(specs) == 2 else None
+        student, teacher = load_student_and_teacher(specs[0], teacher_config, words)
     assert student.vocabulary_size == (tokens if teacher else rows)
     assert student.head().weight.shape[0] == student.vocabulary_size
     if teacher is not None:
         assert teacher.head().weight.shape[0] == tokens
-        assert student.model.num_parameters() < teacher.model.num_parameters()
+        assert student.model.num_parameters() < teacher.lm.model.num_parameters()
 
 
 def test_the_pruned_smollm2_has_25_of_30_layers(published) -> None:

@@ -26,14 +26,15 @@ from lit_distill.cli.replaced import drop_arguments_of_replaced_classes, replace
 from lit_distill.generation import Engine
 from lit_distill.objectives import Objective
 from lit_distill.sources import Source
+from lit_distill.teachers import Teacher
 
-NAMED_BY_CLASS = (Objective, Source, Engine, LightningDataModule, Callback, Optimizer, LRScheduler)
+NAMED_BY_CLASS = (Objective, Source, Engine, Teacher, LightningDataModule, Callback, Optimizer, LRScheduler)
 """Base classes whose subclasses YAML can name without a module path."""
 
 # Lines that only repeat the value or the types that jsonargparse tried: an optional value is a union with None.
 _NOISE = re.compile(
     r"\s*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>|"
-    r"- Expected a path but .* either not accessible or invalid|Given value type: .*|Given value: .*|)"
+    r"- Expected an instantiatable class, but lit_distill\.teachers\.\S+ is abstract|- Expected a path but .* either not accessible or invalid|Given value type: .*|Given value: .*|)"
 )
 _CALLABLE = re.compile(r"Type typing\.Callable\[.*\] expects a function or a callable class: ")
 _INIT_ARGUMENT = re.compile(r"class_path[ =]'(?P<owner>[\w.]+)'[^\n]*\n\s*Option '(?P<key>[\w.]+)' is not accepted")

@@ -18,6 +18,10 @@ HOOK = "discard_init_args_on_class_path_change"
 """The function that jsonargparse calls when a class replaces another one: from a second file, the command line or a default."""
 
 
+MARK = "__subclasses_disabled__"
+"""A key that jsonargparse adds to a dataclass in a config; a class that replaces the dataclass must not keep it."""
+
+
 class Replacement(NamedTuple):
     """A class in the config that replaced another one."""
 
@@ -41,6 +45,7 @@ def drop_arguments_of_replaced_classes() -> Iterator[list[Replacement]]:
             keep_shared(parser_or_action, previous, value)
         elif _imported(before) is not _imported(value["class_path"]):
             arguments = {**_take_arguments(previous, "init_args"), **_take_arguments(previous, "dict_kwargs")}
+            previous.pop(MARK, None)
             replacements.append(Replacement(before, value["class_path"], arguments))
 
     setattr(_typehints, HOOK, drop)

@@ -14,10 +14,15 @@ from lit_distill.objectives import Objective
 
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM
-    from lit_distill.teachers import FrozenTeacher
+    from lit_distill.teachers import LoadedTeacher, Teacher
     from lit_distill.types import Sequences
 
 QUALITY = ".quality"  # no objective of a config has a dot in its name
+
+
+def compares(teacher: Teacher | None) -> bool:
+    """Whether the teacher's probabilities of all tokens are known, so that both divergences and its perplexity are finite."""
+    return teacher is not None and teacher.accuracy in ("exact", "spread")
 
 
 def measurable(objectives: Mapping[str, Objective], has_teacher: bool) -> dict[str, Objective]:
@@ -26,11 +31,13 @@ def measurable(objectives: Mapping[str, Objective], has_teacher: bool) -> dict[s
     return {name: objective for name, objective in objectives.items() if objective.needs <= known}
 
 
-def metric_names(objectives: Mapping[str, Objective], has_teacher: bool) -> list[str]:
+def metric_names(objectives: Mapping[str, Objective], teacher: Teacher | None) -> list[str]:
     """The names of `TokenMetrics.metrics`, available before any weights are loaded."""
-    quality, trained = AgreementTerms if has_teacher else PerplexityTerms, measurable(objectives, has_teacher)
+    quality = AgreementTerms if compares(teacher) else PerplexityTerms
+    trained = measurable(objectives, teacher is not None)
     names = [name for name in (*quality.metric_names, *trained) if not name.endswith("nll")]
-    return [*names, "perplexity", *(["teacher_perplexity"] if has_teacher else []), *(["loss"] if trained else [])]
+    compared = ["teacher_perplexity"] if compares(teacher) else []
+    return [*names, "perplexity", *compared, *(["loss"] if trained else [])]
 
 
 class TokenMetrics(nn.Module):
@@ -41,18 +48,21 @@ class TokenMetrics(nn.Module):
         student: the model to evaluate.
         teacher: the model to compare it with, if there is one.
         chunk_rows: rows of logits computed at a time.
+        compared: whether to compare both models; false for a teacher that is not `compares`.
     """
 
     def __init__(
         self,
         objectives: Mapping[str, Objective],
         student: CausalLM,
-        teacher: FrozenTeacher | None,
+        teacher: LoadedTeacher | None,
         chunk_rows: int | None = None,
+        compared: bool = True,
     ) -> None:
         super().__init__()
         self.trained = measurable(objectives, has_teacher=teacher is not None)
-        quality = AgreementTerms() if teacher else PerplexityTerms()
+        self.compared = compared and teacher is not None
+        quality = AgreementTerms() if self.compared else PerplexityTerms()
         evaluated: dict[str, Objective] = {QUALITY: quality, **self.trained}
         self.evaluator = ObjectiveEvaluator(evaluated, student, teacher, "model.objectives", chunk_rows)
         self.means = TermMeanMetric((*quality.metric_names, *self.trained))

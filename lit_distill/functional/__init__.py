@@ -45,10 +45,12 @@ from lit_distill.functional.preference import (
     unrepeated_length,
 )
 from lit_distill.functional.schedules import cosine_schedule, linear_schedule, stepwise_schedule
+from lit_distill.functional.sparse import Draws, bits_for, draw, pack_bits, top_k, unpack_bits
 
 __all__ = [
     "CalibrationBins",
     "DecisionWeights",
+    "Draws",
     "ExposureBias",
     "PackedRows",
     "PreferenceVariant",
@@ -56,11 +58,13 @@ __all__ = [
     "WeightKind",
     "adaptive_kl",
     "assign_rows",
+    "bits_for",
     "brier_score",
     "clipped_surrogate",
     "cosine_schedule",
     "decision_weights",
     "direct_preference_loss",
+    "draw",
     "effective_sample_size",
     "entropy",
     "equal_mass_bins",
@@ -73,6 +77,7 @@ __all__ = [
     "is_clipped",
     "jensen_shannon",
     "linear_schedule",
+    "pack_bits",
     "pack_rows",
     "reverse_kl",
     "reverse_kl_k1",
@@ -85,6 +90,8 @@ __all__ = [
     "standardize",
     "stepwise_schedule",
     "token_preference_loss",
+    "top_k",
     "total_variation",
+    "unpack_bits",
     "unrepeated_length",
 ]

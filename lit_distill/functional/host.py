@@ -29,6 +29,8 @@ class HostMasks:
     """The masks that were copied."""
     versions: tuple[int | None, int | None]
     """How often these had been changed in place."""
+    tokens: Tensor | None = None
+    """[B, S] int64 on the CPU: the token ids, if they were there before they went to a device."""
 
     @classmethod
     def read(cls, attention_mask: Tensor, target_mask: Tensor) -> HostMasks:
@@ -37,9 +39,17 @@ class HostMasks:
         return cls.known(attended, targets, attention_mask, target_mask)
 
     @classmethod
-    def known(cls, attended: Tensor, targets: Tensor, attention_mask: Tensor, target_mask: Tensor) -> HostMasks:
+    def known(
+        cls,
+        attended: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor,
+        target_mask: Tensor,
+        tokens: Tensor | None = None,
+    ) -> HostMasks:
         """The masks of tensors whose values are known."""
-        return cls(attended, targets, (attention_mask, target_mask), (_version(attention_mask), _version(target_mask)))
+        versions = _version(attention_mask), _version(target_mask)
+        return cls(attended, targets, (attention_mask, target_mask), versions, tokens)
 
     def describe(self, attention_mask: Tensor, target_mask: Tensor) -> bool:
         """Whether these are the masks of both tensors as they are now."""

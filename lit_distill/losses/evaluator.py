@@ -16,7 +16,7 @@ from lit_distill.types import Pairs, Sequences
 
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM
-    from lit_distill.teachers import Teacher, TeacherRows
+    from lit_distill.teachers import LoadedTeacher, TeacherRows
 
 PAIR_LOSS = "pair loss"
 
@@ -39,7 +39,7 @@ class ObjectiveEvaluator:
         self,
         objectives: Mapping[str, Objective],
         student: CausalLM,
-        teacher: Teacher | None,
+        teacher: LoadedTeacher | None,
         key: str,
         chunk_rows: int | None = None,
     ) -> None:

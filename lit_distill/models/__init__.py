@@ -1,6 +1,6 @@
 """Student and teacher models: Hugging Face causal language models, split into a body and an LM head."""
 
-from lit_distill.models.build import build_student_and_teacher
+from lit_distill.models.build import ModelBuilder
 from lit_distill.models.causal_lm import CausalLM, check_head
 from lit_distill.models.lm_head import LMHead, label_logprobs
 from lit_distill.models.lora import LoraSpec
@@ -12,8 +12,8 @@ __all__ = [
     "CausalLM",
     "LMHead",
     "LoraSpec",
+    "ModelBuilder",
     "ModelSpec",
-    "build_student_and_teacher",
     "check_head",
     "common_vocabulary_size",
     "label_logprobs",

@@ -1,4 +1,4 @@
-"""Loads student and teacher, restricts them to their common vocabulary and shards them if the strategy does."""
+"""Loads a model, restricts it to the common vocabulary and shards it if the strategy does."""
 
 from __future__ import annotations
 
@@ -14,49 +14,15 @@ from lit_distill.models.causal_lm import CausalLM, check_head
 from lit_distill.models.fsdp import apply_fsdp, reshard_root
 from lit_distill.models.lora import ADAPTER, LoraSpec, add_lora, fingerprint, restrict_state_dict_to_trainable
 from lit_distill.models.packing import check_packing
-from lit_distill.models.spec import ModelSpec, is_quantized, load_model, load_tokenizer, open_model, safetensors_reader
+from lit_distill.models.spec import ModelSpec, is_quantized, load_model, open_model, safetensors_reader
 from lit_distill.models.tensor_parallel import apply_tensor_parallel
-from lit_distill.models.vocabulary import common_vocabulary_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from lit_distill.distributed import Sharding
 
 log = logging.getLogger(__name__)
-
-
-def build_student_and_teacher(
-    student: ModelSpec,
-    teacher: ModelSpec | None,
-    tokenizer: PreTrainedTokenizerBase,
-    sharding: Sharding | None = None,
-    padding_free: bool = True,
-) -> tuple[CausalLM, CausalLM | None]:
-    """Load student and teacher. Default dtypes: float32 for the student, or as stored with adapters; as stored for the teacher.
-
-    A teacher that shares its weights with the student is returned as the same object.
-
-    Args:
-        student: spec under ``model.student``.
-        teacher: spec under ``model.teacher``; None if no teacher is needed.
-        tokenizer: the student's.
-        sharding: how both are sharded over the ranks, all of which must call this function; None loads them whole.
-        padding_free: let each pack texts into fewer rows if it keeps them apart.
-
-    Raises:
-        ValueError: if a model cannot be loaded, or their tokenizers differ.
-    """
-    student_builder = ModelBuilder(student, "student", torch.float32 if student.lora is None else None, sharding)
-    if teacher is None:
-        return student_builder.finish(None, padding_free), None
-    if teacher.shared_with_student:
-        lm = student_builder.finish(None, padding_free)
-        return lm, lm
-    teacher_builder = ModelBuilder(teacher, "teacher", None, sharding)
-    rows = [part.model.get_output_embeddings().weight.shape[0] for part in (student_builder, teacher_builder)]
-    size = common_vocabulary_size(tokenizer, load_tokenizer(teacher, "teacher"), *rows)
-    return student_builder.finish(size, padding_free), teacher_builder.finish(size, padding_free, frozen=True)
 
 
 class ModelBuilder:

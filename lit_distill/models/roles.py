@@ -27,8 +27,13 @@ INDEPENDENT_FIELDS = (
 """Fields that may differ between a student and a teacher with ``shared_with_student``; ``lora`` is set only for the student."""
 
 
-def validate_specs(student: ModelSpec, teacher: ModelSpec | None) -> None:
+def validate_specs(student: ModelSpec, teacher: ModelSpec | None, key: str = "teacher") -> None:
     """Check the specs of student and teacher, alone and together; reads no files.
+
+    Args:
+        student: spec under ``model.student``.
+        teacher: spec of the teacher, or of a part of it.
+        key: the teacher's YAML key below ``model``.
 
     Raises:
         ValueError: naming the key, what was given and what to do.
@@ -47,14 +52,14 @@ def validate_specs(student: ModelSpec, teacher: ModelSpec | None) -> None:
         )
     if teacher is None:
         return
-    _check_spec(teacher, "teacher")
+    _check_spec(teacher, key)
     if teacher.lora is not None:
         raise ValueError(
-            "teacher.lora: the teacher is not trained. To use a trained adapter, merge it into its base (peft: "
-            "`merge_and_unload`) and set model.teacher.path to the result."
+            f"{key}.lora: the teacher is not trained. To use a trained adapter, merge it into its base (peft: "
+            f"`merge_and_unload`) and set model.{key}.path to the result."
         )
     if teacher.shared_with_student:
-        _check_shared(student, teacher)
+        _check_shared(student, teacher, key)
 
 
 def _check_spec(spec: ModelSpec, key: str) -> None:
@@ -71,11 +76,11 @@ def _check_spec(spec: ModelSpec, key: str) -> None:
         quantization_config(spec.quantization, f"{key}.quantization")
 
 
-def _check_shared(student: ModelSpec, teacher: ModelSpec) -> None:
+def _check_shared(student: ModelSpec, teacher: ModelSpec, key: str) -> None:
     if student.lora is None:
         raise ValueError(
-            "teacher.shared_with_student: is true, but all weights of the student are trained, so it has no frozen base. Set "
-            "model.student.lora, or remove model.teacher.shared_with_student."
+            f"{key}.shared_with_student: is true, but all weights of the student are trained, so it has no frozen base. Set "
+            f"model.student.lora, or remove model.{key}.shared_with_student."
         )
     for field in fields(ModelSpec):
         name, default = field.name, field.default
@@ -83,8 +88,8 @@ def _check_shared(student: ModelSpec, teacher: ModelSpec) -> None:
         unset = given == default and name not in ("keep_layers", "drop_layers")
         if name not in INDEPENDENT_FIELDS and given != own and not unset:
             raise ValueError(
-                f"teacher.{name}: with shared_with_student the teacher is the student's base, so expected {own!r}, not "
-                f"{given!r}. Set the same value as for model.student, or remove model.teacher.shared_with_student."
+                f"{key}.{name}: with shared_with_student the teacher is the student's base, so expected {own!r}, not "
+                f"{given!r}. Set the same value as for model.student, or remove model.{key}.shared_with_student."
             )
 
 
@@ -94,29 +99,27 @@ def device_and_precision(module: Any) -> tuple[str, str | None]:
     return (trainer.strategy.root_device.type, str(trainer.precision)) if trainer else (module.device.type, None)
 
 
-def resolve_dtypes(
-    student: ModelSpec, teacher: ModelSpec | None, device_type: str
-) -> tuple[ModelSpec, ModelSpec | None]:
-    """Both specs with ``dtype: auto`` resolved for a device type, which is logged; trained weights become float32."""
-    auto = str(auto_dtype(device_type)).removeprefix("torch.")
-
-    def resolve(spec: ModelSpec, key: str, dtype: str) -> ModelSpec:
-        if spec.dtype != "auto":
-            return spec
-        rank_zero_info(f"{key}.dtype: auto is {dtype} on this {device_type}.")
-        return replace(spec, dtype=dtype)  # type: ignore[arg-type]
-
-    trained = resolve(student, "student", auto if student.lora is not None else "float32")
-    return trained, None if teacher is None else resolve(teacher, "teacher", auto)
+def resolve_dtype(spec: ModelSpec, key: str, device_type: str, trained: bool = False) -> ModelSpec:
+    """The spec with ``dtype: auto`` resolved for a device type, which is logged; trained weights become float32."""
+    if spec.dtype != "auto":
+        return spec
+    dtype = "float32" if trained else str(auto_dtype(device_type)).removeprefix("torch.")
+    rank_zero_info(f"{key}.dtype: auto is {dtype} on this {device_type}.")
+    return replace(spec, dtype=dtype)  # type: ignore[arg-type]
 
 
-def warn_of_emulation(student: CausalLM, teacher: CausalLM | None, precision: str | None, device_type: str) -> None:
-    """Log each dtype in the config that the device only emulates, with the key to change."""
-    requested = {"model.student.dtype": student.model.dtype}
-    if teacher is not None and teacher is not student:
-        requested["model.teacher.dtype"] = teacher.model.dtype
+def warn_of_emulation(lm: CausalLM, key: str, device_type: str, precision: str | None = None) -> None:
+    """Log each dtype in the config that the device only emulates, with the key to change.
+
+    Args:
+        lm: a model.
+        key: its YAML key below ``model``.
+        device_type: where it runs.
+        precision: ``trainer.precision``, if it is to be checked too.
+    """
+    requested = {f"model.{key}.dtype": lm.model.dtype}
     if precision == "bf16-mixed":
         requested["trainer.precision"] = torch.bfloat16
-    for key, dtype in requested.items():
-        if message := emulated(key, dtype, device_type):
+    for name, dtype in requested.items():
+        if message := emulated(name, dtype, device_type):
             rank_zero_info(message)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_distill.objectives.signals import PAIR_SIGNALS, SIGNALS, TEACHER_SIGNALS, random_signals
+from lit_distill.objectives.signals import PAIR_SIGNALS, SIGNALS, TEACHER_SIGNALS, Accuracy, random_signals
 from lit_distill.types import ArgumentError
 
 
@@ -52,6 +52,15 @@ class Objective(nn.Module):
     def needs(self) -> frozenset[str]:
         """The names of the signals that `forward` takes."""
         return frozenset(inspect.signature(self.forward).parameters)
+
+    @property
+    def accepts_teacher(self) -> frozenset[Accuracy]:
+        """How exact the teacher's logits have to be.
+
+        Add ``truncated`` if it is finite where the teacher has probability 0, and ``drawn`` if its gradient is linear in the
+        teacher's probabilities.
+        """
+        return frozenset({"exact", "spread"})
 
     @property
     def on_pairs(self) -> bool:

@@ -17,6 +17,8 @@ from lit_distill.objectives.base import LossTerm, Objective, sum_over_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lit_distill.objectives.signals import Accuracy
+
 
 class NextToken(Objective):
     """Cross-entropy of the student on the text itself: supervised fine-tuning, SeqKD and the pre-training loss.
@@ -60,6 +62,13 @@ class Divergence(Objective):
 
 class ForwardKL(Divergence):
     """KL(teacher ‖ student): the student covers every token that the teacher finds probable. Hinton et al. 2015."""
+
+    @property
+    def accepts_teacher(self) -> frozenset[Accuracy]:
+        """Its gradient is q − p: linear in the teacher's probabilities at temperature 1, and finite where they are 0."""
+        if self.temperature == 1:
+            return super().accepts_teacher | {"truncated", "drawn"}
+        return super().accepts_teacher | {"truncated"}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
         """Per-token KL(p ‖ q)."""
@@ -109,6 +118,11 @@ class JensenShannon(Divergence):
         self.beta = beta
         self.check_settings()
 
+    @property
+    def accepts_teacher(self) -> frozenset[Accuracy]:
+        """It is finite where the teacher has probability 0."""
+        return super().accepts_teacher | {"truncated"}
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
         """Per-token JSD."""
         return sum_over_tokens(
@@ -132,6 +146,11 @@ class SkewForwardKL(_Skewed):
         skew: α, the share of the teacher in the mixture, in (0, 1).
     """
 
+    @property
+    def accepts_teacher(self) -> frozenset[Accuracy]:
+        """It is finite where the teacher has probability 0."""
+        return super().accepts_teacher | {"truncated"}
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
         """Per-token skew KL."""
         return sum_over_tokens(
@@ -148,6 +167,11 @@ class SkewReverseKL(_Skewed):
         skew: α, the share of the student in the mixture, in (0, 1).
     """
 
+    @property
+    def accepts_teacher(self) -> frozenset[Accuracy]:
+        """It is finite where the teacher has probability 0."""
+        return super().accepts_teacher | {"truncated"}
+
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
         """Per-token skew reverse KL."""
         return sum_over_tokens(
@@ -157,6 +181,11 @@ class SkewReverseKL(_Skewed):
 
 class TotalVariation(Divergence):
     """Half the L1 distance between the two distributions, in [0, 1]."""
+
+    @property
+    def accepts_teacher(self) -> frozenset[Accuracy]:
+        """It is finite where the teacher has probability 0."""
+        return super().accepts_teacher | {"truncated"}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
         """Per-token total variation."""

@@ -7,7 +7,7 @@ pairs, T of tokens of a response, V the size of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class Signal(NamedTuple):
         return f"[{', '.join(self.shape)}] {str(self.dtype).removeprefix('torch.')}: {self.meaning}"
 
 
+Accuracy = Literal["exact", "spread", "truncated", "drawn"]
+"""What a teacher's logits are. exact: its own. spread: exact for some tokens; the rest of the probability is spread evenly over the
+others. truncated: other tokens have probability 0. drawn: frequencies of drawn tokens, whose mean is exact."""
 ROW, PAIR = ("N",), ("B", "T")
 SIGNALS: Mapping[str, Signal] = {
     "student_logits": Signal(("N", "V"), "text", "carries the gradient"),

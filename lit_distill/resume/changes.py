@@ -49,10 +49,10 @@ def settings_of(run: ResumableRun, data: Any, total_steps: Callable[[], int]) ->
         data: the data module, set up; one without a method ``content`` is not compared.
         total_steps: steps of the learning-rate schedule, for a scheduler that needs them.
     """
-    teacher = run.teacher_spec
+    teacher = run.teacher_config
     return {
         "student": identity_of(run.student_spec, "model.student"),
-        "teacher": teacher and identity_of(teacher, "model.teacher"),
+        "teacher": teacher and teacher.identity("model.teacher"),
         "data": data.content("train") if hasattr(data, "content") else None,
         "objectives": {name: type(objective).__name__ for name, objective in run.all_objectives.items()},
         **_optimizer_settings(run, total_steps),

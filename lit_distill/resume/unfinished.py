@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
-from lit_distill.types import Batch, Pairs, Sequences, TensorRecord
+from lit_distill.types import Batch, Item, Pairs, Sequences, TensorRecord
 
 if TYPE_CHECKING:
     from lit_distill.distributed import DataRanks
@@ -94,10 +94,17 @@ def phase_of(batch: Batch, source: Source, context: RolloutContext, left: Unfini
 
 def _plain(text: TensorRecord) -> dict[str, Any]:
     values = {field.name: getattr(text, field.name) for field in fields(text)}
+    if isinstance(text, Sequences):
+        values["items"] = [[item.id, dict(item.fields)] for item in text.items]
     return {name: _plain(value) if isinstance(value, TensorRecord) else value for name, value in values.items()}
 
 
 def _text(values: Mapping[str, Any]) -> Text:
     if "chosen" in values:
-        return Pairs(Sequences(**values["chosen"]), Sequences(**values["rejected"]))
-    return Sequences(**values)
+        return Pairs(_sequences(values["chosen"]), _sequences(values["rejected"]))
+    return _sequences(values)
+
+
+def _sequences(values: Mapping[str, Any]) -> Sequences:
+    items = tuple(Item(name, known) for name, known in values.get("items", ()))  # older checkpoints have none
+    return Sequences(**{**values, "items": items})

@@ -10,7 +10,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_distill.generation.sampling import phase_keys
-from lit_distill.objectives import check_needs
+from lit_distill.objectives import TEACHER_SIGNALS, check_needs
+from lit_distill.teachers import LocalTeacher, walk
 from lit_distill.types import Trajectories, arguments_of, join_responses
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lit_distill.generation import Generator, SamplingParams
     from lit_distill.models import CausalLM
     from lit_distill.objectives import Objective
-    from lit_distill.teachers import FrozenTeacher
+    from lit_distill.teachers import LoadedTeacher, Teacher
     from lit_distill.types import Batch, Pairs, Prompts, Responses, Sequences
 
 TEXT_SIGNALS = frozenset({"student_logits", "labels"})
@@ -31,7 +32,7 @@ class RolloutContext:
     """What a source needs for one batch: models, generators, the step and the ranks."""
 
     student: CausalLM
-    teacher: FrozenTeacher | None
+    teacher: LoadedTeacher | None
     generators: Mapping[str, Generator]
     """By model: ``student`` and, if the run has a teacher, ``teacher``. Each is a `Decoder` if the source mixes the teacher in."""
     step: int
@@ -75,22 +76,71 @@ def check_signals(
     source: Source,
     objectives: Mapping[str, Objective],
     corpus_objectives: Mapping[str, Objective],
-    has_teacher: bool,
+    teacher: Teacher | None,
 ) -> None:
     """Check, before anything loads, that source, corpus and teacher provide every signal that the objectives need.
 
     Raises:
         ValueError: with the key, the missing signal and what to do.
     """
-    teachers = frozenset({"teacher_logits"} if has_teacher else ())
-    given = source.provides | (source.provides_with_teacher if has_teacher else frozenset())
+    teachers = frozenset({"teacher_logits"} if teacher is not None else ())
+    given = source.provides | (source.provides_with_teacher if teacher is not None else frozenset())
     name = f"the source {type(source).__name__}"
     check_needs(objectives, given, "objectives", name)
     with arguments_of(source):
         source.check(objectives)
-    if source.needs_teacher and not has_teacher:
+    if source.needs_teacher and teacher is None:
         raise ValueError(f"source: {name} needs a teacher. Set model.teacher.path.")
+    if teacher is not None:
+        check_teacher(source, teacher, {"objectives": objectives, "corpus_objectives": corpus_objectives})
     check_needs(corpus_objectives, TEXT_SIGNALS | teachers, "corpus_objectives", "a plain-text corpus")
+
+
+def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Mapping[str, Objective]]) -> None:
+    """Check, before anything loads, that the teacher can do what source and objectives ask of it.
+
+    Args:
+        source: of the texts.
+        teacher: as configured.
+        objectives: those of the source's texts and of the corpus, by their YAML key.
+
+    Raises:
+        ValueError: with the key, the reason and what to do.
+    """
+    kind, source_name = type(teacher).__name__, type(source).__name__
+    if source.needs_teacher and not isinstance(teacher, LocalTeacher):
+        raise ValueError(
+            f"source: {source_name} lets the teacher generate or score what it has read along, which needs a local model, but the "
+            f"teacher is a {kind}. Set model.teacher.path, or source: DatasetResponses or StudentRollouts."
+        )
+    if source.generates and not all(part.answers_generated for _, part in walk(teacher)):
+        raise ValueError(
+            f"source: {source_name} trains on responses that are generated during training, but {kind} answers only for the texts "
+            "that it was written for. Set source: DatasetResponses, or another teacher, such as model.teacher.path."
+        )
+    if teacher.fields and not source.keeps_items:
+        raise ValueError(
+            f"source: {source_name} forgets which record a text belongs to, but {kind} needs the fields "
+            f"{', '.join(sorted(teacher.fields))} of the record. Set source: StudentRollouts or DatasetResponses."
+        )
+    for key, named in objectives.items():
+        for name, objective in named.items():
+            if objective.needs & TEACHER_SIGNALS and teacher.accuracy not in objective.accepts_teacher:
+                raise ValueError(f"{key}.{name}: {type(objective).__name__} {REFUSALS[teacher.accuracy]}")
+
+
+REFUSALS = {
+    "spread": "needs exact logits of the teacher. Write the cache with form: hidden, or set model.teacher.path.",
+    "truncated": (
+        "is infinite or undefined where the teacher has probability 0, as it has outside of its top k with tail: renormalize. Set "
+        "tail: spread, write the cache with form: hidden, or use an objective such as ForwardKL."
+    ),
+    "drawn": (
+        "is not linear in the teacher's probabilities, so drawn tokens would bias its gradient. Use ForwardKL with temperature: 1, "
+        "or write the cache with form: hidden, which is exact for every objective."
+    ),
+}
+"""Why an objective refuses a teacher, by its accuracy, and what to do."""
 
 
 class Source(ABC):
@@ -102,6 +152,10 @@ class Source(ABC):
     """Further signals if the run has a teacher."""
     needs_teacher = False
     """Whether the source uses the teacher to generate or to score responses."""
+    generates = True
+    """Whether it may yield texts that are not in the data."""
+    keeps_items = True
+    """Whether its texts know the record that they belong to."""
     mixes_teacher = False
     """Whether the teacher samples some of the tokens of a response, which only the project's own decoder can do."""
     reads_prompts = True
@@ -225,4 +279,5 @@ def generate_responses(
         signals={},
         alpha=float(model == "teacher"),
         seconds=time.perf_counter() - start,
+        items=batch.items,
     )

@@ -21,6 +21,7 @@ class DatasetResponses(Source):
 
     provides = TEXT_SIGNALS
     reads_prompts = False
+    generates = False
 
     def check_trainer(self, trainer: Any) -> None:
         """Reject data without responses."""

@@ -141,6 +141,7 @@ class TeacherMixedRollouts(Source):
             signals=self.scoring.signals(responses, self.alpha, context.sum_over_ranks),
             alpha=self.alpha,
             seconds=time.perf_counter() - start,
+            items=batch.items,
         )
 
     def _decode(self, context: RolloutContext, prompts: Prompts, items: tuple[str, ...], first: int) -> Responses:

@@ -17,7 +17,7 @@ from lit_distill.sources.minibatches import check_phase, mini_batches
 from lit_distill.types import Pairs, Sequences, check_sizes
 
 if TYPE_CHECKING:
-    from lit_distill.teachers import FrozenTeacher
+    from lit_distill.teachers import LoadedTeacher
     from lit_distill.types import Batch
 
 
@@ -141,7 +141,7 @@ class ResponsePairs(Source):
             context.on_rollouts(trajectories)
         return trajectories.sequences()
 
-    def _scored(self, pairs: Pairs, teacher: FrozenTeacher | None) -> Pairs:
+    def _scored(self, pairs: Pairs, teacher: LoadedTeacher | None) -> Pairs:
         """Add the teacher's log-probability of every token; chosen and rejected responses share its forward passes."""
         assert teacher is not None
         text, width = pairs.concatenate(), pairs.chosen.input_ids.shape[1]
@@ -149,7 +149,9 @@ class ResponsePairs(Source):
         size = 2 * (self.decode_batch_size or len(pairs))
         for first in range(0, len(text), size):
             part = slice(first, first + size)
-            here = Sequences(text.input_ids[part], text.attention_mask[part], text.target_mask[part])
+            here = Sequences(
+                text.input_ids[part], text.attention_mask[part], text.target_mask[part], items=text.items[part]
+            )
             labels = here.input_ids.flatten()[here.target_index]
             logprobs = teacher.rows(here).label_logprobs(labels)
             scores[part] = scores[part].masked_scatter(here.target_mask, logprobs)

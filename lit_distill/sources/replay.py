@@ -63,6 +63,7 @@ class ReplayRollouts(_SampledResponses):
     """
 
     model = "student"
+    keeps_items = False
 
     def __init__(
         self,

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lit_distill.models import ModelSpec, common_vocabulary_size, load_tokenizer, validate_specs
+from lit_distill.models.build import ModelBuilder
 from lit_distill.models.fsdp import clear_forward_order, is_sharded
+from lit_distill.models.identity import identity_of
 from lit_distill.models.lm_head import LMHead, label_logprobs
 from lit_distill.models.lora import adapter_layers, adapters_disabled
 from lit_distill.models.precision import forward_only
+from lit_distill.models.roles import resolve_dtype, warn_of_emulation
+from lit_distill.teachers.base import Opening, Teacher
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -130,3 +135,53 @@ class FrozenTeacher:
     def generation_mode(self) -> AbstractContextManager[None]:
         """See `CausalLM`."""
         return self.lm.generation_mode()
+
+
+class LocalTeacher(Teacher):
+    """A causal language model in this process. In YAML its ``class_path`` is left out: ``teacher: {path: ...}``.
+
+    Args:
+        spec: the model.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._builder: ModelBuilder | None = None
+        self._opening: Opening | None = None
+        self._key = ""
+
+    def open(self, opening: Opening, key: str) -> int | None:
+        """See `Teacher`; the weights are the student's if it is shared."""
+        validate_specs(opening.student, self.spec, key)
+        self.spec = resolve_dtype(self.spec, key, opening.device_type)
+        self._opening, self._key = opening, key
+        if self.spec.shared_with_student:
+            return None
+        self._builder = ModelBuilder(self.spec, key, None, opening.sharding)
+        rows = self._builder.model.get_output_embeddings().weight.shape[0]
+        return common_vocabulary_size(opening.tokenizer, load_tokenizer(self.spec, key), opening.student_rows, rows)
+
+    def load(self, vocabulary_size: int | None, student: CausalLM) -> FrozenTeacher:
+        """See `Teacher`."""
+        if self.spec.shared_with_student:
+            return FrozenTeacher(student, shared=True)
+        assert self._builder is not None
+        assert self._opening is not None
+        lm = self._builder.finish(vocabulary_size, self._opening.padding_free, frozen=True)
+        self._builder = None
+        warn_of_emulation(lm, self._key, self._opening.device_type)
+        return FrozenTeacher(lm)
+
+    def identity(self, key: str) -> dict[str, Any]:
+        """The identity of the model."""
+        return identity_of(self.spec, key)
+
+    @property
+    def description(self) -> str:
+        """The model's path."""
+        return self.spec.path
+
+
+def as_teacher(given: Teacher | ModelSpec) -> Teacher:
+    """The teacher that YAML describes: a class, or the settings of a local model."""
+    return LocalTeacher(given) if isinstance(given, ModelSpec) else given

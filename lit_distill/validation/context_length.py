@@ -39,9 +39,7 @@ def check_lengths(run: DistillationRun, stage: str) -> None:
     if not hasattr(data, "longest"):
         return
     requirements = [*_items(run, data, stage), *_generated(run, data, stage)]
-    for role, spec in (("student", run.student_spec), ("teacher", run.teacher_spec)):
-        if spec is None:
-            continue
+    for role, spec in run.model_specs.items():
         config = load_config(spec, f"model.{role}").get_text_config(decoder=True)
         context_length = getattr(config, "max_position_embeddings", None)
         for required in requirements:
@@ -62,9 +60,11 @@ def check_tokens(run: DistillationRun) -> None:
         ValueError: with split, item and token.
     """
     check = getattr(run.trainer.datamodule, "check_token_ids", None)
-    teacher = run.teacher_spec
-    if check is not None and teacher is not None and not teacher.shared_with_student:
-        check(shared_ids(run.tokenizer, load_tokenizer(teacher, "teacher")))
+    if check is None:
+        return
+    for key, spec in run.model_specs.items():
+        if key != "student" and not spec.shared_with_student:
+            check(shared_ids(run.tokenizer, load_tokenizer(spec, key)))
 
 
 def _items(run: DistillationRun, data: Any, stage: str) -> Iterator[LengthRequirement]:

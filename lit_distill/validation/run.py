@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lit_distill.models import ModelSpec
     from lit_distill.objectives import Objective
     from lit_distill.sources import Source
+    from lit_distill.teachers import Teacher
 
 
 class DistillationRun(Protocol):
@@ -18,13 +19,23 @@ class DistillationRun(Protocol):
 
     trainer: Any
     student_spec: ModelSpec
-    teacher_spec: ModelSpec | None
+    teacher_config: Teacher | None
     source: Source
     objectives: Mapping[str, Objective]
     corpus_objectives: Mapping[str, Objective]
     optimizer_factory: Callable[[Any], Any]
     lr_scheduler_factory: Callable[[Any], Any] | None
     prediction: Prediction
+
+    @property
+    def teacher_spec(self) -> ModelSpec | None:
+        """The teacher's model, if it is a local one that sees the student's texts."""
+        ...
+
+    @property
+    def model_specs(self) -> dict[str, ModelSpec]:
+        """All local models by their YAML key below ``model``."""
+        ...
 
     @property
     def all_objectives(self) -> dict[str, Objective]:

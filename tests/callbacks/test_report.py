@@ -130,7 +130,7 @@ def finish(callback: RunReport, folder: Path, **trainer) -> None:
         "test_loop": SimpleNamespace(verbose=True),
     }
     fake = SimpleNamespace(**state | trainer)
-    module = SimpleNamespace(student_spec=SimpleNamespace(path="small"), teacher_spec=None, trained_steps=0)
+    module = SimpleNamespace(student_spec=SimpleNamespace(path="small"), teacher_config=None, trained_steps=0)
     callback.setup(fake, module, "test")
     callback.on_test_start(fake, module)
     callback.on_test_end(fake, module)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_distill.losses import ChunkedTokenLoss
 from lit_distill.models import CausalLM, LMHead, ModelSpec
 from lit_distill.models import precision as of
-from lit_distill.models.roles import resolve_dtypes, warn_of_emulation
+from lit_distill.models.roles import resolve_dtype, warn_of_emulation
 from lit_distill.objectives import ForwardKL
 from lit_distill.teachers import FrozenTeacher, HiddenRows
 
@@ -44,9 +44,9 @@ class Products(TorchDispatchMode):
 
 def test_auto_is_what_the_processor_multiplies_fast(units) -> None:
     assert of.auto_precision("cpu") == ("bf16-mixed" if units else "32-true")
-    student, teacher = resolve_dtypes(ModelSpec("s", dtype="auto"), ModelSpec("t", dtype="auto"), "cpu")
+    student = resolve_dtype(ModelSpec("s", dtype="auto"), "student", "cpu", trained=True)
+    teacher = resolve_dtype(ModelSpec("t", dtype="auto"), "teacher", "cpu")
     assert student.dtype == "float32"  # its weights train
-    assert teacher is not None
     assert teacher.dtype == ("bfloat16" if units else "float32")
 
 
@@ -90,7 +90,8 @@ def test_the_head_multiplies_in_float32_where_bfloat16_is_emulated(units) -> Non
 def test_a_run_that_asks_for_emulated_numbers_is_told_the_keys(units, caplog) -> None:
     student, teacher = CausalLM(tiny_llama()), FrozenTeacher(CausalLM(tiny_llama(hidden=24).bfloat16())).lm
     with caplog.at_level("INFO"):
-        warn_of_emulation(student, teacher, "bf16-mixed", "cpu")
+        warn_of_emulation(teacher, "teacher", "cpu")
+        warn_of_emulation(student, "student", "cpu", "bf16-mixed")
     told = [record.getMessage().split(":")[0] for record in caplog.records]
     assert told == ([] if units else ["model.teacher.dtype", "trainer.precision"])
 
