@@ -303,6 +303,8 @@ class DistillationModule(L.LightningModule):
         streams = [(self._text, text)] if corpus is None else [(self._text, text), (self._corpus, corpus)]
         needed = [(evaluator, texts) for evaluator, texts in streams if weights.keys() & evaluator.objectives.keys()]
         parts = [(evaluator, part) for evaluator, texts in needed for part in self._micro_batches(texts)]
+        for evaluator, part in parts:
+            evaluator.prefetch(part, weights)
         counts = global_counts(parts, weights, self.sum_over_ranks)
         # If a count is 0, the sum is 0 too and the factor only has to be finite. Times ranks: gradients are averaged over ranks.
         ranks = self.data_ranks.number
@@ -321,6 +323,8 @@ class DistillationModule(L.LightningModule):
                 optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm or "norm"
             )
         optimizer.step()
+        if self.teacher_config is not None:
+            self.teacher_config.after_step(self.student, self.global_step)
         self._log_step(terms, counts, weights)
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
@@ -351,7 +355,7 @@ class DistillationModule(L.LightningModule):
     ) -> None:
         means = term_means(terms, counts, self.sum_over_ranks)
         metrics = {f"train/{name}": mean for name, mean in means.items()}
-        metrics["train/loss"] = torch.stack([weights[name] * means[name] for name in terms]).sum()
+        metrics["train/loss"] = torch.stack([weights[name] * means[name] for name in terms if name in weights]).sum()
         self.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
         optimizer: Any = self.optimizers()
         metrics |= {f"train/{name}": rate for name, rate in learning_rate(optimizer).items()}
@@ -445,6 +449,11 @@ class DistillationModule(L.LightningModule):
         texts = self.response_texts(responses)
         records = prediction_records(batch, responses, texts, self.stop_ids, settings, self.tokenizer)
         return [record for record in records if record["id"] not in self.predicted_ids]
+
+    def teardown(self, stage: str) -> None:
+        """Close what the teacher holds open."""
+        if self.teacher_config is not None:
+            self.teacher_config.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the state of the run, and what is needed to rebuild the student without the run's YAML."""

@@ -211,7 +211,11 @@ def stand_ins(pair, tmp_path) -> Callable[[Path], Path]:
         small = shrink(yaml.safe_load(path.read_text(encoding="utf-8")))
         for role, folder in zip(("student", "teacher"), pair, strict=True):
             if role in small["model"]:
-                small["model"][role] = {**small["model"][role], "path": str(folder), "tokenizer": None}
+                described = small["model"][role]
+                if "class_path" in described:  # a teacher that has another one as its part
+                    described["init_args"]["teacher"] |= {"path": str(folder), "tokenizer": None}
+                else:
+                    small["model"][role] = {**described, "path": str(folder), "tokenizer": None}
         data = small["data"].setdefault("init_args", {})
         for split in {"train", "validation", "test", "predict"} & data.keys():
             data[split]["path"] = str(records)

@@ -1,4 +1,4 @@
-"""`lit-distill fit | validate | test | predict`: a LightningCLI in which a method is a YAML file."""
+"""`lit-distill fit | validate | test | predict | cache`: a LightningCLI in which a method is a YAML file."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import lit_distill.data
 import lit_distill.objectives
 import lit_distill.optim  # like the others: YAML may name the classes of these modules without their path
 import lit_distill.sources
+import lit_distill.teachers
 from lit_distill.callbacks import (
     CalibrationMonitor,
     ExposureBiasMonitor,
@@ -53,7 +54,7 @@ from lit_distill.validation import (
 )
 
 CHECKPOINT_WORDS = ("best", "last", "hpc")
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "cache")
 CALLBACKS = {
     "checkpoint": RunCheckpoint,
     "generation": GenerationEvaluator,
@@ -104,7 +105,7 @@ class DistillCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The requested subcommand alone, so that only its keys are collected; without one, all of them."""
-        available = LightningCLI.subcommands()
+        available = {**LightningCLI.subcommands(), "cache": {"model", "datamodule"}}
         return {self._subcommand: available[self._subcommand]} if self._subcommand else available
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -172,6 +173,8 @@ class DistillCLI(LightningCLI):
 
     def _find_checkpoint(self, config: Any) -> None:
         """Replace the words `last` and `best` by the newest such checkpoint over all versions of this run."""
+        if self.subcommand == "cache":  # it trains nothing
+            return
         checkpoint = config.get("ckpt_path")
         if checkpoint in ("last", "best") and config.checkpoint.dirpath is None:
             last = last_checkpoint(config.trainer.default_root_dir, run_name(config))
@@ -229,7 +232,7 @@ class DistillCLI(LightningCLI):
         `predict` has no metrics to log and writes only its JSONL file.
         """
         config = self._get(self.config_init, "trainer")
-        predicts = self.subcommand == "predict"
+        predicts = self.subcommand in ("predict", "cache")
         if predicts:
             self.save_config_callback = None
         if config.get("logger") in (None, True):

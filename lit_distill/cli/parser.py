@@ -34,7 +34,8 @@ NAMED_BY_CLASS = (Objective, Source, Engine, Teacher, LightningDataModule, Callb
 # Lines that only repeat the value or the types that jsonargparse tried: an optional value is a union with None.
 _NOISE = re.compile(
     r"\s*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>|"
-    r"- Expected an instantiatable class, but lit_distill\.teachers\.\S+ is abstract|- Expected a path but .* either not accessible or invalid|Given value type: .*|Given value: .*|)"
+    r"- Expected an instantiatable class, but lit_distill\.teachers\.\S+ is abstract|"
+    r"- Expected a path but .* either not accessible or invalid|Given value type: .*|Given value: .*|)"
 )
 _CALLABLE = re.compile(r"Type typing\.Callable\[.*\] expects a function or a callable class: ")
 _INIT_ARGUMENT = re.compile(r"class_path[ =]'(?P<owner>[\w.]+)'[^\n]*\n\s*Option '(?P<key>[\w.]+)' is not accepted")

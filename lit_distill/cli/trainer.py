@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,7 +10,12 @@ from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_distill.cli.caching import CacheData, CacheRun
 from lit_distill.models.precision import auto_precision
+from lit_distill.module import DistillationModule
+from lit_distill.teachers.store import Form
+from lit_distill.teachers.writing import CacheOptions
+from lit_distill.types import arguments_of
 
 
 class DistillTrainer(Trainer):
@@ -26,6 +32,41 @@ class DistillTrainer(Trainer):
             precision = auto_precision(device_type)
             rank_zero_info(f"trainer.precision: auto is {precision} on this {device_type}.")
         super().__init__(*args, precision=precision, **kwargs)
+
+    def cache(
+        self,
+        model: DistillationModule,
+        datamodule: Any,
+        path: str,
+        form: Form = "hidden",
+        top_k: int = 64,
+        num_draws: int = 50,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        splits: tuple[str, ...] = ("train", "validation"),
+    ) -> None:
+        """Write a teacher cache: what the teacher predicts for every item, so that training does not need the teacher.
+
+        A run that was stopped goes on where it stopped if it is started again.
+
+        Args:
+            model: the module; only its teacher is loaded.
+            datamodule: the data.
+            path: folder of the cache.
+            form: hidden (exact), topk, or sampled (unbiased for ForwardKL); see `CachedTeacher`.
+            top_k: tokens at each position, of form topk.
+            num_draws: draws at each position, of form sampled, at most 127.
+            dtype: of the hidden states, of form hidden; by default the teacher's.
+            splits: splits of the data: train, validation, test.
+        """
+        with arguments_of(model):
+            options = CacheOptions(form, top_k, num_draws, dtype=None if dtype is None else getattr(torch, dtype))
+            run, data = CacheRun(model, Path(path).expanduser(), options), CacheData(datamodule, splits)
+        callbacks: list[Any] = self.callbacks  # type: ignore[has-type]
+        self.callbacks = []  # none of them is about this
+        try:
+            self.predict(run, datamodule=data, return_predictions=False)
+        finally:
+            self.callbacks = callbacks
 
 
 def _device_type(accelerator: Any) -> str:

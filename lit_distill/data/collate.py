@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_distill.types import Batch, Prompts, Sequences
+from lit_distill.types import Batch, Item, Prompts, Sequences
 
 
 class Example(NamedTuple):
@@ -25,6 +25,8 @@ class Example(NamedTuple):
     prompt_text: str
     targets: list[bool] | None = None
     """Which tokens of prompt and response are learnt; None: the response."""
+    fields: dict[str, str] | None = None
+    """Fields of the record that the teacher asks for."""
 
 
 def collate(
@@ -47,12 +49,14 @@ def collate(
         prompts: whether the batch contains the left-padded prompts, which generation needs.
     """
     with_references = any(item.references for item in items)
+    known = tuple(Item(item.id, item.fields or {}) for item in items)
     return Batch(
         ids=tuple(item.id for item in items),
         prompts=_left_padded([item.prompt_ids for item in items] or [[pad_id]], pad_id) if prompts else None,
-        sequences=_sequences(items, pad_id) if responses else None,
+        sequences=replace(_sequences(items, pad_id), items=known) if responses else None,
         references=tuple(tuple(item.references) for item in items) if with_references else (),
         prompt_texts=tuple(item.prompt_text for item in items),
+        fields=tuple(item.fields for item in known) if any(item.fields for item in known) else (),
         corpus=None if corpus is None else _packed(corpus, pad_id),
     )
 

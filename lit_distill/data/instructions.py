@@ -16,7 +16,7 @@ from lit_distill.data.chat import AssistantTurns
 from lit_distill.data.collate import padding_id
 from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.corpus import Corpus, PackedText
-from lit_distill.data.length_limits import LengthLimits, fit_lengths, longest_prompt
+from lit_distill.data.length_limits import LengthLimits, fit_lengths, longest_prompt, num_prompt_tokens
 from lit_distill.data.loader import BatchDataset, ResumableLoader, make_loader
 from lit_distill.data.records import Records
 from lit_distill.data.sampler import CorpusOrder, GlobalBatchSampler, num_batches, validation_mask
@@ -162,7 +162,13 @@ class InstructionData(LightningDataModule):
         """
         records = self.records[name]
         variables = () if self.template is None else self.template.variables
-        return None if records is None else records.read(name, self.fields.used(variables))
+        columns = self.fields.used([*variables, *self._kept_fields()])
+        return None if records is None else records.read(name, columns)
+
+    def _kept_fields(self) -> frozenset[str]:
+        """The fields that the run's teacher asks for."""
+        teacher = getattr(getattr(self.trainer, "lightning_module", None), "teacher_config", None)
+        return frozenset() if teacher is None else teacher.fields
 
     def prepare_data(self) -> None:
         """Tokenise into the cache; Lightning calls this in one process per machine."""
@@ -235,6 +241,15 @@ class InstructionData(LightningDataModule):
         """All items, from long to short."""
         return self._evaluation("validation")
 
+    def every_item(self, split: str) -> DataLoader[Batch]:
+        """All items of a split that `setup` has loaded, once, from long to short."""
+        return self._evaluation(split)
+
+    def num_targets(self, split: str) -> int:
+        """Number of tokens of the responses of a split, at least as many as are learnt."""
+        dataset, lengths = self._dataset(split)
+        return max(0, int(lengths.sum()) - int(num_prompt_tokens(dataset.rows, self.limits)))
+
     def test_dataloader(self) -> DataLoader[Batch]:
         """All items, from long to short."""
         return self._evaluation("test")
@@ -295,6 +310,7 @@ class InstructionData(LightningDataModule):
             responses=responses,
             drop_empty=self.empty_responses == "drop",
             assistant_turns=self.assistant_turns,
+            kept_fields=self._kept_fields(),
             say=self._say,
         )
         if not len(rows):

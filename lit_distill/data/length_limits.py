@@ -93,6 +93,11 @@ def longest_prompt(rows: datasets.Dataset, limits: LengthLimits) -> int:
     return min(int(_numbers(rows, "num_prompt_tokens").max(initial=0)), limits.max_prompt_length)
 
 
+def num_prompt_tokens(rows: datasets.Dataset, limits: LengthLimits) -> int:
+    """Number of tokens of all prompts, after truncation to the limit."""
+    return int(np.minimum(_numbers(rows, "num_prompt_tokens"), limits.max_prompt_length).sum())
+
+
 def _numbers(rows: datasets.Dataset, column: str) -> np.ndarray:
     """``[rows]`` int64: a column of numbers."""
     parts = rows.select_columns([column]).with_format("numpy").iter(100_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -67,7 +68,8 @@ class BatchDataset(Dataset[Batch]):
                 before, after = self.limits.cut(learnt[: len(prompt)], learnt[len(prompt) :], kept)
                 targets = before + after
             prompt, response = self.limits.cut(prompt, response, kept)
-            items.append(Example(row["id"], prompt, response, row["references"], row["prompt_text"], targets))
+            known = json.loads(row["fields"]) if row["fields"] else None
+            items.append(Example(row["id"], prompt, response, row["references"], row["prompt_text"], targets, known))
         return items
 
 

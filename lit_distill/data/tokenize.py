@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from lit_distill.data.special_tokens import prompt_prefix, response_end, with_pr
 from lit_distill.data.templates import Template, check_chat_template
 from lit_distill.files import atomic_write
 
-VERSION = "6"  # part of every fingerprint: increase it when the format of the rows changes
+VERSION = "7"  # part of every fingerprint: increase it when the format of the rows changes
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -40,8 +40,11 @@ FEATURES = Features(
         "num_tokens": Value("int32"),  # of prompt and response
         "references": List(Value("string")),
         "prompt_text": Value("string"),
+        "fields": Value("string"),  # those that a teacher asks for, as JSON; empty without
     }
 )
+STUDENT_PROMPT = "student_prompt"
+"""The name of the prompt, as the student sees it, among the fields that are kept."""
 RECORDS_PER_PROCESS = 10_000
 """Fewer records are not worth another process."""
 TEMPLATES: dict[Format, str] = {
@@ -67,6 +70,8 @@ class Rendered(NamedTuple):
     where: str
     targets: list[tuple[int, int]] | None = None
     """Of conversations: characters of prompt and response that are learnt; None learns the whole response."""
+    fields: str = ""
+    """Fields of the record, as JSON."""
 
 
 def tokenize_records(
@@ -79,6 +84,7 @@ def tokenize_records(
     responses: bool,
     drop_empty: bool = False,
     assistant_turns: AssistantTurns = "all",
+    kept_fields: Collection[str] = (),
     num_proc: int | None = None,
     say: Callable[[str], None] = rank_zero_info,
 ) -> datasets.Dataset:
@@ -96,6 +102,7 @@ def tokenize_records(
         responses: whether every record must have a response. If false, references are read if the column exists.
         drop_empty: leave out records with an empty output instead of raising an error.
         assistant_turns: which turns of a conversation are learnt.
+        kept_fields: further fields, or columns, that every row keeps as text, such as those that a teacher's prompt needs.
         num_proc: processes; by default one per CPU, and per 10,000 records.
         say: is told how the records are read.
 
@@ -130,9 +137,12 @@ def tokenize_records(
         drop_empty,
         kind,
         assistant_turns,
+        sorted(kept_fields),
     )
     say(f"{split}: {_described(kind, fields, columns, chosen)}, rendered by {_named(chosen)}")
-    reader = _RecordReader(split, tokenizer, chosen, fields, kind, columns, responses, drop_empty, assistant_turns)
+    reader = _RecordReader(
+        split, tokenizer, chosen, fields, kind, columns, responses, drop_empty, assistant_turns, kept_fields
+    )
     return _mapped(records, reader.rows, fingerprint, split, num_proc)
 
 
@@ -210,8 +220,10 @@ class _RecordReader:
         responses: bool,
         drop_empty: bool,
         turns: AssistantTurns,
+        kept_fields: Collection[str],
     ) -> None:
         self.split = split
+        self.kept_fields = sorted(kept_fields)
         self.tokenizer = tokenizer
         self.template = template
         self.fields = fields
@@ -232,8 +244,16 @@ class _RecordReader:
             where = record.get(ORIGIN) or f"{self.split}, row {index + 1}"
             identity = self.fields.value(record, "id")
             name = f"{self.split}-{index}" if identity is None else str(identity)
-            items += self._rendered(record, name, where)
+            known = self._kept(record, where)
+            items += (item._replace(fields=known(item)) for item in self._rendered(record, name, where))
         return self._tokenized(items)
+
+    def _kept(self, record: dict[str, Any], where: str) -> Callable[[Rendered], str]:
+        if not self.kept_fields:
+            return lambda _: ""
+        texts = {name: self.fields.text(record, name, where) for name in self.kept_fields if name != STUDENT_PROMPT}
+        asked = STUDENT_PROMPT in self.kept_fields
+        return lambda item: json.dumps(texts | ({STUDENT_PROMPT: item.prompt} if asked else {}), ensure_ascii=False)
 
     def _rendered(self, record: dict[str, Any], name: str, where: str) -> Iterator[Rendered]:
         if self.kind == "conversation":
@@ -300,6 +320,7 @@ class _RecordReader:
                 "num_tokens": len(prompt) + len(response),
                 "references": item.references,
                 "prompt_text": item.prompt,
+                "fields": item.fields,
             }
             for name, value in row.items():
                 columns[name].append(value)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_distill.functional.host import to_device
 from lit_distill.models.lm_head import LMHead, chunk_rows_for
 from lit_distill.objectives import LossTerm, Objective, add_terms, weighted_sum
-from lit_distill.teachers import TeacherRows
+from lit_distill.teachers.base import PartedRows, TeacherRows, part_of
 
 
 class ChunkedTokenLoss:
@@ -81,12 +82,49 @@ class ChunkedTokenLoss:
     def _weighted_sum(self, student_logits: Tensor, part: slice) -> Tensor:
         active = {name: o for name, o in self.objectives.items() if part.stop <= self.row_limits.get(name, part.stop)}
         signals = {"student_logits": student_logits, **{name: signal[part] for name, signal in self.signals.items()}}
-        if any("teacher_logits" in objective.needs for objective in active.values()):
+        compared = {name: objective for name, objective in active.items() if "teacher_logits" in objective.needs}
+        if isinstance(self.teacher, PartedRows) and compared:
+            loss = self._sum_of_parts(compared, signals, part, self.teacher)
+            active = {name: objective for name, objective in active.items() if name not in compared}
+            return loss + self._added(active, signals) if active else loss
+        if compared:
             assert self.teacher is not None
             signals["teacher_logits"] = self.teacher.logits(part)
-        loss, terms = weighted_sum(active, self.factors, signals)
+        return self._added(active, signals)
+
+    def _added(
+        self, objectives: Mapping[str, Objective], signals: Mapping[str, Tensor], teacher: str | None = None
+    ) -> Tensor:
+        """The weighted sum of the objectives; their terms are added to `terms`, of a named teacher also by its name."""
+        loss, terms = weighted_sum(objectives, self.factors, signals)
+        if teacher is not None:
+            terms |= {f"{name}/{teacher}": term._replace(metrics={}) for name, term in terms.items()}
         for name, term in terms.items():
             self.terms[name] = add_terms(self.terms[name], term) if name in self.terms else term
+        return loss
+
+    def _sum_of_parts(
+        self, objectives: Mapping[str, Objective], signals: Mapping[str, Tensor], rows: slice, teacher: PartedRows
+    ) -> Tensor:
+        """The weighted sum over the rows and tokens that each part of the teacher answers for."""
+        student = signals["student_logits"]
+        loss = student.new_zeros(())
+        for part in teacher.parts:
+            local, inside = part_of(part, rows)
+            here = dict(signals)
+            if len(inside) < len(student):
+                index = to_device(inside, student.device)
+                here = {name: signal[index] for name, signal in signals.items()}
+            if part.tokens is not None:
+                tokens = part.tokens.to(student.device)
+                here["student_logits"] = here["student_logits"][:, tokens]
+                here["labels"] = torch.searchsorted(tokens, here["labels"])
+            if len(inside):
+                assert part.rows is not None
+                here["teacher_logits"] = part.rows.logits(local)
+            else:
+                here["teacher_logits"] = torch.zeros_like(here["student_logits"])
+            loss = loss + self._added(objectives, here, part.name)
         return loss
 
 

@@ -12,6 +12,7 @@ from lit_distill.losses.chunked import ChunkedTokenLoss
 from lit_distill.losses.pairs import LinearizedPairLoss, pair_gradients
 from lit_distill.models.lm_head import label_logprobs
 from lit_distill.objectives import TEACHER_OF_PAIRS, LossTerm, Objective, add_terms, probe
+from lit_distill.teachers.base import Partial, Prefetching
 from lit_distill.types import Pairs, Sequences
 
 if TYPE_CHECKING:
@@ -103,6 +104,13 @@ class ObjectiveEvaluator:
             value = value - loss.terms.pop(PAIR_LOSS).total
         return value, loss.terms | pairs_term.terms
 
+    def prefetch(self, text: Sequences | Pairs, names: Collection[str]) -> None:
+        """Let a teacher that can do so begin to answer for a text on which the objectives ``names`` will be evaluated."""
+        objectives = {name: self.objectives[name] for name in self.objectives if name in names}
+        waits = isinstance(text, Sequences) and _any_needs(objectives, {"teacher_logits"})
+        if isinstance(self.teacher, Prefetching) and waits:
+            self.teacher.prefetch(text)  # type: ignore[arg-type]  # a text, see `waits`
+
     def _teacher_rows(self, text: Sequences) -> TeacherRows:
         assert self.teacher is not None
         return self.teacher.rows(text)
@@ -119,7 +127,12 @@ class ObjectiveEvaluator:
             rows = torch.stack([mask.sum() for mask in targets]).sum().double()
             # a pair has targets in both texts, or in neither if it is the dummy of a rank without examples
             pairs = torch.stack([mask.any(dim=-1).sum() for mask in targets]).sum().double()
-            return {name: pairs if self.objectives[name].on_pairs else rows for name in names}
+            counts = {name: pairs if self.objectives[name].on_pairs else rows for name in names}
+            if isinstance(self.teacher, Partial):
+                texts = [p.chosen if isinstance(p, Pairs) else p for p in parts]
+                answered = rows.new_tensor(sum(map(self.teacher.num_answered, texts)))
+                counts |= {name: answered for name in counts if "teacher_logits" in self.objectives[name].needs}
+            return counts
         terms: dict[str, LossTerm] = {}
         factors = dict.fromkeys(names, 1.0)
         with torch.no_grad():
@@ -127,7 +140,7 @@ class ObjectiveEvaluator:
                 _, here = self(part, factors)
                 terms = {name: add_terms(terms[name], term) if terms else term for name, term in here.items()}
         device = (parts[0].chosen if isinstance(parts[0], Pairs) else parts[0]).input_ids.device
-        return {name: torch.as_tensor(term.count, device=device).double() for name, term in terms.items()}
+        return {name: torch.as_tensor(terms[name].count, device=device).double() for name in names}
 
 
 def global_counts(

@@ -58,15 +58,22 @@ def term_means(
     """Means of the objectives and, as ``objective/metric``, of their metrics, ``[]`` float32, over the items of all ranks.
 
     Args:
-        terms: sums of this rank, by name.
+        terms: sums of this rank, by name; ``objective/teacher`` for the part of an objective that belongs to one of several
+            teachers, which is divided by its own count.
         counts: number of items over all ranks, by name.
         sum_over_ranks: sums a tensor over all ranks.
     """
     sums = {name: term.total for name, term in terms.items()}
     sums |= {f"{name}/{metric}": v for name, term in terms.items() for metric, v in term.metrics.items()}
-    totals = sum_over_ranks(torch.stack(list(sums.values())).double())
-    pairs = zip(sums, totals, strict=True)
-    return {name: (total / counts[name.split("/")[0]].clamp(min=1)).float() for name, total in pairs}
+    values = list(sums.values())
+    parts = {name: torch.as_tensor(term.count, device=values[0].device) for name, term in terms.items() if "/" in name}
+    totals = sum_over_ranks(torch.stack([value.double() for value in (*values, *parts.values())]))
+    known = {**counts, **dict(zip(parts, totals[len(sums) :], strict=True))}
+    pairs = zip(sums, totals, strict=False)
+    return {
+        name: (total / known[name if name in parts else name.split("/")[0]].clamp(min=1)).float()
+        for name, total in pairs
+    }
 
 
 def _versions(signals: Mapping[str, Tensor]) -> dict[str, int]:

@@ -1,15 +1,28 @@
 """Teachers: their interfaces, and an implementation in each file."""
 
+from lit_distill.teachers.aligned import AlignedTeacher
 from lit_distill.teachers.base import LoadedTeacher, Opening, Teacher, TeacherRows, walk
+from lit_distill.teachers.cached import CachedTeacher
+from lit_distill.teachers.combined import MixedTeachers, RoutedTeachers
+from lit_distill.teachers.following import StudentTeacher
 from lit_distill.teachers.loading import load_student_and_teacher
 from lit_distill.teachers.local import FrozenTeacher, HiddenRows, LocalTeacher, as_teacher
+from lit_distill.teachers.prompted import PromptedTeacher
+from lit_distill.teachers.remote import ServerTeacher
 
 __all__ = [
+    "AlignedTeacher",
+    "CachedTeacher",
     "FrozenTeacher",
     "HiddenRows",
     "LoadedTeacher",
     "LocalTeacher",
+    "MixedTeachers",
     "Opening",
+    "PromptedTeacher",
+    "RoutedTeachers",
+    "ServerTeacher",
+    "StudentTeacher",
     "Teacher",
     "TeacherRows",
     "as_teacher",

@@ -6,13 +6,17 @@ it returns the `LoadedTeacher` that answers. A teacher may have others as its pa
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from lit_distill.functional.host import to_device
 from lit_distill.objectives import Accuracy
 
 if TYPE_CHECKING:
@@ -35,8 +39,89 @@ class TeacherRows(Protocol):
         ...
 
 
+class RowsPart(NamedTuple):
+    """Some of the N target positions, with the predictions of one teacher for them."""
+
+    name: str | None
+    """The teacher's name, under which the terms of objectives are reported; None for the only one."""
+    places: Tensor
+    """[M] int64 on the CPU, ascending: which of the N targets."""
+    rows: TeacherRows | None
+    """Of these M targets; None if there are none."""
+    tokens: Tensor | None = None
+    """[S] int64, ascending: the ids of the student that its logits are about; None: all V."""
+
+
+class PartedRows:
+    """Predictions of several teachers, or of one that does not answer for every target or token.
+
+    Args:
+        parts: without a target in common.
+        num_rows: N.
+    """
+
+    def __init__(self, parts: Sequence[RowsPart], num_rows: int) -> None:
+        self.parts = [flat for part in parts for flat in _flattened(part)]
+        self.num_rows = num_rows
+
+    def logits(self, rows: slice) -> Tensor:
+        """See `TeacherRows`.
+
+        Raises:
+            ValueError: if one of the targets or tokens has no teacher.
+        """
+        self._check_whole()
+        pieces, places = [], []
+        for part in self.parts:
+            local, inside = part_of(part, rows)
+            if part.rows is not None and len(inside):
+                pieces.append(part.rows.logits(local))
+                places.append(inside)
+        joined = torch.cat(pieces)
+        order = to_device(torch.cat(places).argsort(), joined.device)
+        return joined[order]
+
+    def label_logprobs(self, labels: Tensor, chunk_rows: int | None = None) -> Tensor:
+        """See `TeacherRows`.
+
+        Raises:
+            ValueError: if one of the targets or tokens has no teacher.
+        """
+        self._check_whole()
+        scores = labels.new_zeros(len(labels), dtype=torch.float32)
+        for part in self.parts:
+            if part.rows is not None and len(part.places):
+                index = to_device(part.places, labels.device)
+                scores[index] = part.rows.label_logprobs(labels[index], chunk_rows)
+        return scores
+
+    def _check_whole(self) -> None:
+        if sum(len(part.places) for part in self.parts) < self.num_rows or any(
+            part.tokens is not None for part in self.parts
+        ):
+            raise ValueError(
+                "teacher: it does not answer for every token of these texts, which this objective or source needs. Use objectives "
+                "on single tokens, such as ForwardKL, and source: DatasetResponses or StudentRollouts."
+            )
+
+
+def part_of(part: RowsPart, rows: slice) -> tuple[slice, Tensor]:
+    """Which of a part's rows lie in a slice of all rows: as a slice of the part, and their places inside ``rows``."""
+    edges = torch.tensor([rows.start, rows.stop])
+    first, last = torch.searchsorted(part.places, edges).tolist()
+    return slice(first, last), part.places[first:last] - rows.start
+
+
+def _flattened(part: RowsPart) -> Iterator[RowsPart]:
+    if not isinstance(part.rows, PartedRows):
+        yield part
+        return
+    for inner in part.rows.parts:
+        yield RowsPart(part.name or inner.name, part.places[inner.places], inner.rows, inner.tokens)
+
+
 class LoadedTeacher(Protocol):
-    """A teacher that is ready to answer."""
+    """A teacher that is ready to answer. It may have the methods of `Prefetching` and `Partial` too."""
 
     def rows(self, sequences: Sequences) -> TeacherRows:
         """The rows of all targets of ``sequences``; called once per micro-batch, and only if an objective needs them."""
@@ -67,6 +152,8 @@ class Teacher(ABC):
 
     accuracy: Accuracy = "exact"
     """What its logits are; objectives say which they accept."""
+    answers_all: bool = True
+    """Whether it answers for every target and token; an aligned teacher does not."""
     answers_generated: bool = True
     """Whether it answers for texts that the run generates; a cache does not."""
 
@@ -103,14 +190,34 @@ class Teacher(ABC):
         """
 
     @abstractmethod
-    def load(self, vocabulary_size: int | None, student: CausalLM) -> LoadedTeacher:
+    def load(self, vocabulary_size: int | None, student: CausalLM | None) -> LoadedTeacher:
         """Load it, after `open`.
 
         Args:
             vocabulary_size: V, the number of ids, counted from 0, that all models of the run share; None if only the student's
                 limit it.
-            student: the student, loaded.
+            student: the student, loaded; None if the run has none.
         """
+
+    def after_step(self, student: CausalLM, step: int) -> None:
+        """Called after every optimiser step, for teachers that follow the student."""
+        for part in self.parts.values():
+            part.after_step(student, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as tensors and plain values; equal on all ranks."""
+        return {name: state for name, part in self.parts.items() if (state := part.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, part in self.parts.items():
+            if name in state:
+                part.load_state_dict(state[name])
+
+    def close(self) -> None:
+        """Release what it holds open; called at the end of a run."""
+        for part in self.parts.values():
+            part.close()
 
     @abstractmethod
     def identity(self, key: str) -> dict[str, Any]:
@@ -120,6 +227,32 @@ class Teacher(ABC):
     @abstractmethod
     def description(self) -> str:
         """One line for logs and reports, such as the path of a model."""
+
+
+@runtime_checkable
+class Prefetching(LoadedTeacher, Protocol):
+    """A loaded teacher that can begin to answer while something else is computed."""
+
+    def prefetch(self, sequences: Sequences) -> None:
+        """Begin to answer for texts for which `LoadedTeacher.rows` will be called."""
+        ...
+
+
+@runtime_checkable
+class Partial(LoadedTeacher, Protocol):
+    """A loaded teacher that does not answer for every target."""
+
+    def num_answered(self, sequences: Sequences) -> int:
+        """The number of targets that it answers for."""
+        ...
+
+
+def joined_identity(teacher: Teacher, key: str, **settings: Any) -> dict[str, Any]:
+    """The identity of a teacher with parts: a digest of theirs and of its own settings."""
+    parts = {name: part.identity(f"{key}.init_args.{name}") for name, part in teacher.parts.items()}
+    content = {name: one["content"] or [one["path"], one["revision"]] for name, one in parts.items()}
+    code = hashlib.sha256(json.dumps([type(teacher).__name__, content, settings], sort_keys=True).encode()).hexdigest()
+    return {"path": teacher.description, "revision": None, "layers": [None, None], "content": code[:32]}
 
 
 def walk(teacher: Teacher, key: str = "teacher") -> Iterator[tuple[str, Teacher]]:

@@ -161,9 +161,10 @@ class LocalTeacher(Teacher):
         rows = self._builder.model.get_output_embeddings().weight.shape[0]
         return common_vocabulary_size(opening.tokenizer, load_tokenizer(self.spec, key), opening.student_rows, rows)
 
-    def load(self, vocabulary_size: int | None, student: CausalLM) -> FrozenTeacher:
+    def load(self, vocabulary_size: int | None, student: CausalLM | None) -> FrozenTeacher:
         """See `Teacher`."""
         if self.spec.shared_with_student:
+            assert student is not None
             return FrozenTeacher(student, shared=True)
         assert self._builder is not None
         assert self._opening is not None

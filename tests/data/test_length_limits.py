@@ -23,6 +23,7 @@ def rows(*sizes: tuple[int, int]) -> datasets.Dataset:
             "num_prefix_tokens": 0,
             "references": ["all of it"],
             "prompt_text": "p",
+            "fields": "",
         }
         for n, (prompt, response) in enumerate(sizes)
     ]

@@ -26,6 +26,7 @@ class Witness(Callback):
 
         watched.objectives = evaluate.objectives
         watched.counts = evaluate.counts
+        watched.prefetch = evaluate.prefetch
         pl_module._text = watched
 
     def on_rollouts(self, trainer, pl_module, trajectories) -> None:

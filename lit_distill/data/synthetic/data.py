@@ -14,7 +14,7 @@ import pyarrow as pa
 from lit_distill.data.chat import AssistantTurns
 from lit_distill.data.corpus import PackedText
 from lit_distill.data.instructions import InstructionData
-from lit_distill.data.synthetic.tasks import generate_corpus, generate_instructions
+from lit_distill.data.synthetic.tasks import KINDS, generate_corpus, generate_instructions
 from lit_distill.types import check_sizes
 
 TEMPLATE = "{instruction}\n{input}\n"
@@ -53,6 +53,7 @@ class ProceduralData(InstructionData):
         num_validation: validation items, none of them in the training split.
         num_test: test items, none of them in the other splits.
         task_seed: seed of the items; splits never overlap, not even with different seeds.
+        kinds: kinds of tasks, names of `lit_distill.data.synthetic.tasks.KINDS`; all of them by default.
         turns: tasks in an item; several are a conversation, each task a turn of the user.
         template: as for `InstructionData`; the default costs two tokens.
         chat_template: as for `InstructionData`, for conversations; the default renders each turn as ``template`` renders a task.
@@ -80,6 +81,7 @@ class ProceduralData(InstructionData):
         num_validation: int = 300,
         num_test: int = 600,
         task_seed: int = 0,
+        kinds: list[str] | None = None,
         turns: int = 1,
         template: str = TEMPLATE,
         chat_template: str = CHAT_TEMPLATE,
@@ -116,11 +118,14 @@ class ProceduralData(InstructionData):
         self.counts = {"train": num_train, "validation": num_validation, "test": num_test}
         check_sizes(**{f"num_{name}": count for name, count in self.counts.items()}, turns=turns)
         self.task_seed = task_seed
+        self.kinds = tuple(KINDS) if kinds is None else tuple(kinds)
+        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
+            raise ValueError(f"kinds: there is no kind {unknown[0]!r}. The kinds are {', '.join(KINDS)}.")
 
     def read_split(self, name: str) -> datasets.Dataset:
         """The items of a split; `predict` uses the training items."""
         split = "train" if name == "predict" else name
-        records = generate_instructions(self.task_seed, self.counts[split] * self.turns, split)
+        records = generate_instructions(self.task_seed, self.counts[split] * self.turns, split, self.kinds)
         if self.turns > 1:
             records = [_conversation(records[i : i + self.turns]) for i in range(0, len(records), self.turns)]
         fingerprint = hashlib.sha256(json.dumps(records).encode()).hexdigest()[:32]
