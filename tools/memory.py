@@ -3,6 +3,7 @@ r"""Memory per GPU with `--trainer.strategy fsdp2`: computed for real model pair
 python tools/memory.py
 python tools/memory.py --together 8
 python tools/memory.py --measure
+python tools/memory.py --cache 10_000_000
 
 With N ranks, a student of P_s parameters trained by AdamW in float32 and gathered in c bytes each, and a teacher of P_t
 parameters stored and gathered in t bytes each, a rank always holds
@@ -28,6 +29,9 @@ table adds the rest, for b sequences of T tokens per forward pass: float32 sums 
 largest group (4·max(R_s, B_s, E_s)), about 1 GB for chunks of logits, activations with gradient checkpointing (c·b·T·H_s for
 each layer, and about c·b·T·(12·H_s + 4·I_s) inside one); for rollouts both KV caches, and t·b·T·H_t for the
 teacher's hidden states.
+
+``--cache TOKENS`` prints the size of a teacher cache (`lit-distill cache`) with so many targets, and what the run that reads it
+keeps in memory of the teacher: its LM head for hidden states, nothing for the other forms.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ from lit_distill.models.spec import build_on_meta
 from lit_distill.models.tensor_parallel import apply_tensor_parallel
 from lit_distill.objectives import ForwardKL
 from lit_distill.teachers import FrozenTeacher
+from lit_distill.teachers.writing import CacheOptions
 from lit_distill.types import Sequences
 
 GB = 10**9
@@ -154,6 +159,19 @@ def on_paper(name: str, ranks: int, texts: int, length: int, together: int = 1) 
     )
 
 
+def print_cache(name: str, tokens: int) -> None:
+    """Print bytes a token, and the size on the disk, of the three forms of a teacher cache."""
+    teacher, _ = PAIRS[name]
+    print(f"{name}, teacher cache of {tokens:,} targets; V = {teacher.vocab_size:,}, H = {teacher.hidden_size:,}:")
+    forms = (CacheOptions("hidden"), CacheOptions("topk", top_k=64), CacheOptions("sampled", num_draws=50))
+    for options in forms:
+        each = options.bytes_per_row(teacher.vocab_size, teacher.hidden_size, torch.bfloat16)
+        head = 2 * teacher.vocab_size * teacher.hidden_size / GB if options.form == "hidden" else 0.0
+        most = "at most " if options.form == "sampled" else ""
+        size = each * tokens / GB
+        print(f"  {options.form}: {most}{each:,.0f} bytes a token, {size:.1f} GB on the disk; {head:.1f} GB in memory")
+
+
 def num_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of the tensors' local memory on this rank; shared storage counts once."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -236,7 +254,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--texts", type=int, default=8, help="sequences per forward pass")
     parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
+    parser.add_argument("--cache", type=int, metavar="TOKENS", help="targets of a teacher cache whose size to print")
     given = parser.parse_args(arguments)
+    if given.cache is not None:
+        for name in PAIRS:
+            print_cache(name, given.cache)
+        return
     if given.measure is None:
         for name in PAIRS:
             on_paper(name, given.ranks, given.texts, given.length, given.together)

@@ -38,3 +38,16 @@ def test_the_paper_calculation_knows_the_published_sizes(capsys) -> None:
     totals = [float(total) for total in re.findall(r"= (\d+\.\d)", capsys.readouterr().out)]
     assert len(totals) == 4
     assert max(totals) < 80
+
+
+def test_the_size_of_a_cache_is_counted_from_its_bits(capsys) -> None:
+    spec = importlib.util.spec_from_file_location("memory", SCRIPT)
+    tool = importlib.util.module_from_spec(spec)
+    sys.modules["memory"] = tool
+    spec.loader.exec_module(tool)
+    tool.main(["--cache", "1_000_000"])
+    shown = capsys.readouterr().out
+    bits = 18  # of 152,064 ids
+    assert "hidden: 7,168 bytes a token, 7.2 GB on the disk; 1.1 GB in memory" in shown
+    assert f"topk: {64 * bits // 8 + 2 * 64 + 4} bytes a token" in shown
+    assert f"sampled: at most {50 * 4 + 1} bytes a token" in shown
