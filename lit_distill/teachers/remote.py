@@ -19,7 +19,7 @@ from lit_distill.teachers.base import LoadedTeacher, Opening, Teacher, TeacherRo
 from lit_distill.teachers.completions import CompletionsClient, ScoredText
 from lit_distill.teachers.sparse import Tail, TopKRows
 from lit_distill.teachers.store import Text, texts_of
-from lit_distill.types import check_sizes
+from lit_distill.types import ArgumentError, arguments_of, check_sizes
 
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM
@@ -93,8 +93,9 @@ class ServerTeacher(Teacher):
             ConnectionError: if it does not answer.
         """
         self._vocabulary_size = vocabulary_size or self._ids
-        self._client = CompletionsClient(self.url, self.model, top_k=self.top_k, **self._settings)
-        found = self._client.describe()
+        with arguments_of(self):
+            self._client = CompletionsClient(self.url, self.model, top_k=self.top_k, **self._settings)
+            found = self._client.describe()
         note = "the rest is spread evenly over the others" if self.tail == "spread" else "the others are left out"
         rank_zero_info(
             f"Teacher {found.name} at {self.url}: the {self.top_k} most probable tokens are exact, and {note}, which biases the "
@@ -106,7 +107,8 @@ class ServerTeacher(Teacher):
         """Send the requests for the texts of a micro-batch."""
         assert self._client is not None
         texts = [text for text in texts_of(sequences) if text.targets.any() and text.key not in self._pending]
-        self._check_lengths(texts)
+        with arguments_of(self):
+            self._check_lengths(texts)
         size = self._client.texts_per_request
         for first in range(0, len(texts), size):
             part = texts[first : first + size]
@@ -138,7 +140,8 @@ class ServerTeacher(Teacher):
     ) -> TopKRows:
         """Wait for the answers, and keep the rows of the targets."""
         try:
-            scored = [answer.result()[place] for answer, place in answers]
+            with arguments_of(self):
+                scored = [answer.result()[place] for answer, place in answers]
         except BaseException:
             self.close()  # or the interpreter would wait for the other requests
             raise
@@ -154,10 +157,11 @@ class ServerTeacher(Teacher):
             exact.append(one.label_logprobs[targets])
         joined = torch.cat(ids)
         if len(joined) and int(joined.max()) >= self._vocabulary_size:
-            raise ValueError(
+            raise ArgumentError(
+                self,
                 f"url: {self.url} gives the token {int(joined.max())} a probability, but the student has only "
                 f"{self._vocabulary_size} tokens. Serve the model whose tokenizer is the student's, or lower top_k if its head "
-                "has more rows than tokens."
+                "has more rows than tokens.",
             )
         device = labels.device
         return TopKRows(
