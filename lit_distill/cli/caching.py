@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from lit_distill.data.instructions import FALLBACK_SPLITS
 from lit_distill.data.tokenize import tokenizer_content
 from lit_distill.distributed import data_ranks, max_over_ranks, sharding_of
 from lit_distill.files import LOCK_FILE, acquire_lock, release_lock
@@ -76,9 +77,17 @@ class CacheData(L.LightningDataModule):
         """
         self.data.trainer = self.trainer
         for part in self.stages:
-            self.data.setup(part.value)
+            if part is not TrainerFn.TESTING or self._has_test():
+                self.data.setup(part.value)
         if not self.found:
             raise ValueError(f"splits: the data has no items in {', '.join(self.splits)}.")
+
+    def _has_test(self) -> bool:
+        """Whether there are items to test on, which may be those to validate on; a data module raises an error if not."""
+        read = getattr(self.data, "read_split", None)
+        if read is None or getattr(self.data, "validation_size", False):
+            return True
+        return any(read(split) is not None for split in ("test", FALLBACK_SPLITS["test"]))
 
     @property
     def found(self) -> list[str]:

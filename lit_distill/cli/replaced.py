@@ -45,7 +45,9 @@ def drop_arguments_of_replaced_classes() -> Iterator[list[Replacement]]:
             keep_shared(parser_or_action, previous, value)
         elif _imported(before) is not _imported(value["class_path"]):
             arguments = {**_take_arguments(previous, "init_args"), **_take_arguments(previous, "dict_kwargs")}
-            if previous.pop(MARK, None) is None:  # the model of a teacher has nothing that a class in its place could take
+            if (
+                previous.pop(MARK, None) is None
+            ):  # the model of a teacher has nothing that a class in its place could take
                 replacements.append(Replacement(before, value["class_path"], arguments))
 
     setattr(_typehints, HOOK, drop)

@@ -251,7 +251,15 @@ class _RecordReader:
     def _kept(self, record: dict[str, Any], where: str) -> Callable[[Rendered], str]:
         if not self.kept_fields:
             return lambda _: ""
-        texts = {name: self.fields.text(record, name, where) for name in self.kept_fields if name != STUDENT_PROMPT}
+        texts = {}
+        for name in self.kept_fields:
+            if name != STUDENT_PROMPT and self.fields.value(record, name) is None and name != "input":
+                raise ValueError(
+                    f"{where}: the field `{self.fields.columns.get(name, name)}` is missing, which model.teacher asks for. Add "
+                    "it, or change the teacher's template or column."
+                )
+            if name != STUDENT_PROMPT:
+                texts[name] = self.fields.text(record, name, where)
         asked = STUDENT_PROMPT in self.kept_fields
         return lambda item: json.dumps(texts | ({STUDENT_PROMPT: item.prompt} if asked else {}), ensure_ascii=False)
 

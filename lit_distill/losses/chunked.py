@@ -116,9 +116,8 @@ class ChunkedTokenLoss:
                 index = to_device(inside, student.device)
                 here = {name: signal[index] for name, signal in signals.items()}
             if part.tokens is not None:
-                tokens = part.tokens.to(student.device)
-                here["student_logits"] = here["student_logits"][:, tokens]
-                here["labels"] = torch.searchsorted(tokens, here["labels"])
+                here["student_logits"] = here["student_logits"][:, part.tokens]
+                here["labels"] = torch.searchsorted(part.tokens, here["labels"])
             if len(inside):
                 assert part.rows is not None
                 here["teacher_logits"] = part.rows.logits(local)

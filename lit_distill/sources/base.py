@@ -127,8 +127,8 @@ def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Map
         for name, objective in named.items():
             if objective.on_pairs and objective.needs & TEACHER_SIGNALS and not teacher.answers_all:
                 raise ValueError(
-                    f"{key}.{name}: {type(objective).__name__} needs the teacher's probability of whole responses, but {kind} does not "
-                    "answer for every token. Use objectives on single tokens, such as ForwardKL."
+                    f"{key}.{name}: {type(objective).__name__} needs the teacher's probability of whole responses, but {kind} "
+                    "does not answer for every token. Use objectives on single tokens, such as ForwardKL."
                 )
             if objective.needs & TEACHER_SIGNALS and teacher.accuracy not in objective.accepts_teacher:
                 raise ValueError(f"{key}.{name}: {type(objective).__name__} {REFUSALS[teacher.accuracy]}")

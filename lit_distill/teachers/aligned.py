@@ -107,6 +107,7 @@ class AlignedTeacher(Teacher):
         self._key = ""
         self._frozen: FrozenTeacher | None = None
         self._said = False
+        self._shared: SharedTokens | None = None  # on the device of the texts
 
     @property
     def fields(self) -> frozenset[str]:
@@ -147,7 +148,8 @@ class AlignedTeacher(Teacher):
         texts, learnt, places = self._aligned(sequences)
         total = int(sequences.masks.targets.sum())
         index = torch.tensor([place for row in places for place in row], dtype=torch.int64)
-        tokens = None if self._pair.is_same else self._pair.shared.student_ids
+        device = sequences.input_ids.device
+        tokens = None if self._pair.is_same else self._shared_on(device).student_ids
         self._count(len(index), total)
         if not len(index) and not self._frozen.forward_is_collective:
             return PartedRows([RowsPart(None, index, None, tokens)], total)
@@ -155,7 +157,6 @@ class AlignedTeacher(Teacher):
         mask = torch.zeros_like(shown.target_mask)
         for row, positions in enumerate(learnt):
             mask[row, positions] = True
-        device = sequences.input_ids.device
         shown = Sequences(shown.input_ids, shown.attention_mask, mask, items=sequences.items).to(device)
         rows = HiddenRows(self._frozen.target_rows(shown), self._head(device))
         if not self._said and self.coverage.tokens >= SAID_AFTER:
@@ -237,8 +238,14 @@ class AlignedTeacher(Teacher):
         if self._pair.is_same:
             size = len(self._pair.student_bytes)
             return head._replace(weight=head.weight[:size], bias=None if head.bias is None else head.bias[:size])
-        ids = to_device(self._pair.shared.teacher_ids, device)
+        ids = self._shared_on(device).teacher_ids
         return head._replace(weight=head.weight[ids], bias=None if head.bias is None else head.bias[ids])
+
+    def _shared_on(self, device: torch.device) -> SharedTokens:
+        if self._shared is None or self._shared.student_ids.device != device:
+            assert self._pair is not None
+            self._shared = SharedTokens(*(to_device(ids, device) for ids in self._pair.shared))
+        return self._shared
 
     def _count(self, aligned: int, total: int) -> None:
         self.coverage.aligned += aligned

@@ -49,7 +49,7 @@ class RowsPart(NamedTuple):
     rows: TeacherRows | None
     """Of these M targets; None if there are none."""
     tokens: Tensor | None = None
-    """[S] int64, ascending: the ids of the student that its logits are about; None: all V."""
+    """[S] int64 on the device of the texts, ascending: the student's ids that its logits are about; None: all V."""
 
 
 class PartedRows:
@@ -166,13 +166,6 @@ class Teacher(ABC):
     def fields(self) -> frozenset[str]:
         """Fields of the records that it needs; the data module adds them to the items of every text."""
         return frozenset().union(*(part.fields for part in self.parts.values()))
-
-    def check(self, data: Any) -> None:  # noqa: B027 - most accept any
-        """Reject a data module that lacks what the teacher needs, before anything loads.
-
-        Raises:
-            ValueError: beginning with the argument.
-        """
 
     @abstractmethod
     def open(self, opening: Opening, key: str) -> int | None:

@@ -119,7 +119,8 @@ class CachedTeacher(Teacher):
                 f"{size} with the student. Write it with form: hidden."
             )
         if settings.form == "hidden":
-            with arguments_of(self), open_tensors(self.path / HEAD) as file:
+            # safetensors puts what it reads on the device in whose context it is called, as Lightning calls this
+            with torch.device("cpu"), arguments_of(self), open_tensors(self.path / HEAD) as file:
                 tensors = {name: file.get_slice(name)[:size] for name in file.keys()}  # noqa: SIM118 - it is no mapping
             self._head = LMHead(tensors["weight"], tensors.get("bias"), settings.scale, settings.softcap)
             self._ready = None
