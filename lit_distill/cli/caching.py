@@ -242,9 +242,10 @@ class CacheRun(L.LightningModule):
         assert self.writer is not None
         if batch.sequences is None:
             raise ValueError("data.init_args.responses: the data has no responses to cache. Set it to true.")
-        missing = self.writer.missing(batch.sequences)
-        if max_over_ranks(self, len(missing)):
-            self.writer.write(batch.sequences, missing)
+        with arguments_of(self.module[0]):
+            missing = self.writer.missing(batch.sequences)
+            if max_over_ranks(self, len(missing)):
+                self.writer.write(batch.sequences, missing)
         self.progress.add(len(batch))
         return len(missing)
 

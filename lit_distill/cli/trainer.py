@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.cli.caching import CacheData, CacheRun
+from lit_distill.files import LOCK_FILE, release_lock
 from lit_distill.models.precision import auto_precision
 from lit_distill.module import DistillationModule
 from lit_distill.teachers.store import Form
@@ -42,7 +43,7 @@ class DistillTrainer(Trainer):
         top_k: int = 64,
         num_draws: int = 50,
         dtype: Literal["float32", "bfloat16"] | None = None,
-        splits: tuple[str, ...] = ("train", "validation"),
+        splits: tuple[str, ...] = ("train", "validation", "test"),
     ) -> None:
         """Write a teacher cache: what the teacher predicts for every item, so that training does not need the teacher.
 
@@ -54,9 +55,9 @@ class DistillTrainer(Trainer):
             path: folder of the cache.
             form: hidden (exact), topk, or sampled (unbiased for ForwardKL); see `CachedTeacher`.
             top_k: tokens at each position, of form topk.
-            num_draws: draws at each position, of form sampled, at most 127.
+            num_draws: draws at each position, of form sampled, at most 63.
             dtype: of the hidden states, of form hidden; by default the teacher's.
-            splits: splits of the data: train, validation, test.
+            splits: splits of the data; a test split that there is none of is left out.
         """
         with arguments_of(model):
             options = CacheOptions(form, top_k, num_draws, dtype=None if dtype is None else getattr(torch, dtype))
@@ -67,6 +68,7 @@ class DistillTrainer(Trainer):
             self.predict(run, datamodule=data, return_predictions=False)
         finally:
             self.callbacks = callbacks
+            release_lock(run.folder / LOCK_FILE)
 
 
 def _device_type(accelerator: Any) -> str:

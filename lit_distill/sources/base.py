@@ -113,7 +113,8 @@ def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Map
             f"source: {source_name} lets the teacher generate or score what it has read along, which needs a local model, but the "
             f"teacher is a {kind}. Set model.teacher.path, or source: DatasetResponses or StudentRollouts."
         )
-    if source.generates and not all(part.answers_generated for _, part in walk(teacher)):
+    generated = all(part.answers_generated for _, part in walk(teacher))
+    if source.generates and not generated:
         raise ValueError(
             f"source: {source_name} trains on responses that are generated during training, but {kind} answers only for the texts "
             "that it was written for. Set source: DatasetResponses, or another teacher, such as model.teacher.path."
@@ -125,6 +126,11 @@ def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Map
         )
     for key, named in objectives.items():
         for name, objective in named.items():
+            if key == "corpus_objectives" and objective.needs & TEACHER_SIGNALS and not generated:
+                raise ValueError(
+                    f"{key}.{name}: {type(objective).__name__} compares with the teacher on a corpus, but {kind} has the items of "
+                    "the data only. Give corpus_objectives that need no teacher, such as NextToken, or set model.teacher.path."
+                )
             if objective.on_pairs and objective.needs & TEACHER_SIGNALS and not teacher.answers_all:
                 raise ValueError(
                     f"{key}.{name}: {type(objective).__name__} needs the teacher's probability of whole responses, but {kind} "

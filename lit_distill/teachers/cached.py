@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lit_distill.models import CausalLM
     from lit_distill.types import Sequences
 
-COUNT_BITS = 7
+COUNT_BITS = 6
 """Bits of the count of a drawn token, behind those of its id."""
 
 

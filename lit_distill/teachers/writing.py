@@ -58,7 +58,7 @@ class CacheOptions:
     Args:
         form: hidden, topk or sampled; see `CachedTeacher`.
         top_k: of form topk: number of tokens at each position.
-        num_draws: of form sampled: draws at each position, at most 127.
+        num_draws: of form sampled: draws at each position, at most 63.
         seed: of the draws, together with the text.
         dtype: of stored hidden states; None keeps the teacher's.
     """

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from caches import (
+    ALL_SPLITS,
     FORMS,
     cache,
     cached,
@@ -180,9 +182,9 @@ def test_odd_items_are_found(sharp, tmp_path) -> None:
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=1e-6)
 
 
-def test_data_without_validation_items(sharp, tmp_path) -> None:
+def test_data_without_items_to_validate_or_test_on(sharp, tmp_path) -> None:
     train = records(tmp_path / "t.jsonl", [{"instruction": "Count.", "output": str(number)} for number in range(8)])
-    folder = cache(live(sharp), tmp_path / "c", InstructionData(train, batch_size=4))
+    folder = cache(live(sharp), tmp_path / "c", InstructionData(train, batch_size=4), splits=ALL_SPLITS)
     assert num_texts(folder) == 8
     quiet_trainer(tmp_path, 2).fit(from_cache(sharp[0], folder), InstructionData(train, batch_size=4))
 
@@ -201,6 +203,24 @@ def test_a_teacher_with_more_rows_than_tokens(sharp, tmp_path) -> None:
     runs = []
     for learner in (live(pair), from_cache(pair[0], folder)):
         quiet_trainer(tmp_path, 4).fit(learner, small_data())
+        runs.append(weights(learner))
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("gemma2", {"final_logit_softcapping": 5.0}), ("granite", {"logits_scaling": 4.0})]
+)
+def test_a_teacher_that_caps_or_scales_its_logits(sharp, tmp_path, kind, settings) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(sharp[0])
+    sizes = {"vocab_size": 512, "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 512}
+    architectures.tiny(kind, **sizes, **settings).save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    folder = cache(live((sharp[0], tmp_path / kind)), tmp_path / "c")
+    runs = []
+    for learner in (live((sharp[0], tmp_path / kind)), from_cache(sharp[0], folder)):
+        quiet_trainer(tmp_path, 3).fit(learner, small_data())
         runs.append(weights(learner))
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=1e-6)
 

@@ -50,4 +50,4 @@ def test_the_size_of_a_cache_is_counted_from_its_bits(capsys) -> None:
     bits = 18  # of 152,064 ids
     assert "hidden: 7,168 bytes a token, 7.2 GB on the disk; 1.1 GB in memory" in shown
     assert f"topk: {64 * bits // 8 + 2 * 64 + 4} bytes a token" in shown
-    assert f"sampled: at most {50 * 4 + 1} bytes a token" in shown
+    assert f"sampled: at most {50 * 3 + 1} bytes a token" in shown
