@@ -31,7 +31,7 @@ from lit_distill.teachers.alignment import (
     shared_tokens,
     token_bytes,
 )
-from lit_distill.teachers.base import LoadedTeacher, Opening, PartedRows, RowsPart, Teacher, TeacherRows
+from lit_distill.teachers.base import LoadedTeacher, Opening, PartedRows, Prepared, RowsPart, Teacher, TeacherRows
 from lit_distill.teachers.local import FrozenTeacher, HiddenRows
 from lit_distill.teachers.prompted import PromptTemplate
 from lit_distill.types import Sequences, check_sizes
@@ -107,6 +107,7 @@ class AlignedTeacher(Teacher):
         self._key = ""
         self._frozen: FrozenTeacher | None = None
         self._said = False
+        self._prepared = Prepared(self._aligned)
         self._shared: SharedTokens | None = None  # on the device of the texts
 
     @property
@@ -145,7 +146,7 @@ class AlignedTeacher(Teacher):
         """The rows of the aligned targets, over the shared tokens."""
         assert self._frozen is not None
         assert self._pair is not None
-        texts, learnt, places = self._aligned(sequences)
+        texts, learnt, places = self._prepared.take(sequences)
         total = int(sequences.masks.targets.sum())
         index = torch.tensor([place for row in places for place in row], dtype=torch.int64)
         device = sequences.input_ids.device
@@ -165,7 +166,7 @@ class AlignedTeacher(Teacher):
 
     def num_answered(self, sequences: Sequences) -> int:
         """The number of aligned targets."""
-        _, _, places = self._aligned(sequences)
+        _, _, places = self._prepared.ahead(sequences)
         return sum(map(len, places))
 
     def _aligned(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from lit_distill.distributed import Sharding
     from lit_distill.models import CausalLM, ModelSpec
     from lit_distill.types import Sequences
+
+
+T = TypeVar("T")
 
 
 class TeacherRows(Protocol):
@@ -238,6 +241,30 @@ class Partial(LoadedTeacher, Protocol):
     def num_answered(self, sequences: Sequences) -> int:
         """The number of targets that it answers for."""
         ...
+
+
+class Prepared(Generic[T]):
+    """What a teacher computes of texts ahead of `LoadedTeacher.rows`, such as their number of answers, and then uses there.
+
+    Args:
+        compute: computes it.
+    """
+
+    def __init__(self, compute: Callable[[Sequences], T]) -> None:
+        self._compute = compute
+        self._known: dict[int, tuple[Sequences, T]] = {}  # the texts are kept, so that no others get their id
+
+    def ahead(self, sequences: Sequences) -> T:
+        """The result, which is kept until `take`."""
+        known = self._known.get(id(sequences))
+        if known is None:
+            known = self._known[id(sequences)] = sequences, self._compute(sequences)
+        return known[1]
+
+    def take(self, sequences: Sequences) -> T:
+        """The result, computed now or ahead."""
+        known = self._known.pop(id(sequences), None)
+        return self._compute(sequences) if known is None else known[1]
 
 
 def joined_identity(teacher: Teacher, key: str, **settings: Any) -> dict[str, Any]:

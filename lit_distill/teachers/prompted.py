@@ -21,6 +21,7 @@ from lit_distill.teachers.base import (
     LoadedTeacher,
     Opening,
     Prefetching,
+    Prepared,
     Teacher,
     TeacherRows,
     joined_identity,
@@ -122,6 +123,7 @@ class PromptedTeacher(Teacher):
         self.loaded: LoadedTeacher | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._key = ""
+        self._prepared = Prepared(self.prompted)
 
     @property
     def parts(self) -> Mapping[str, Teacher]:
@@ -214,7 +216,7 @@ class PromptedTeacher(Teacher):
     def rows(self, sequences: Sequences) -> TeacherRows:
         """The teacher's rows after its own prompt."""
         assert self.loaded is not None
-        shown = self.prompted(sequences)
+        shown = self._prepared.take(sequences)
         limit = getattr(getattr(self.loaded, "lm", None), "context_length", None)
         if limit is not None and shown.input_ids.shape[1] > limit:
             sizes = shown.masks.attended.sum(dim=1)
@@ -229,7 +231,7 @@ class PromptedTeacher(Teacher):
     def prefetch(self, sequences: Sequences) -> None:
         """See `Prefetching`."""
         if isinstance(self.loaded, Prefetching):
-            self.loaded.prefetch(self.prompted(sequences))
+            self.loaded.prefetch(self._prepared.ahead(sequences))
 
     def identity(self, key: str) -> dict[str, Any]:
         """The teacher's, with the prompt."""

@@ -155,3 +155,13 @@ def test_the_shared_mass_is_the_probability_of_the_shared_tokens() -> None:
     logits = torch.randn(5, 9)
     ids = torch.tensor([1, 4, 5])
     torch.testing.assert_close(shared_mass(logits, ids), logits.softmax(-1)[:, ids].sum(-1))
+
+
+def test_texts_are_aligned_once_for_their_count_and_their_rows(own, other, monkeypatch) -> None:
+    teacher, text = aligned(own, other), text_of(own)
+    calls = []
+    monkeypatch.setattr(teacher._prepared, "_compute", lambda texts: calls.append(1) or teacher._aligned(texts))
+    answered = teacher.num_answered(text)
+    assert len(teacher.rows(text).parts[0].places) == answered
+    assert calls == [1]
+    assert not teacher._prepared._known

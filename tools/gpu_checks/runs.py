@@ -106,7 +106,10 @@ def method(name: str, machine: Machine) -> dict[str, Any]:
     """
     config: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     for role in {"student", "teacher"} & config["model"].keys():
-        config["model"][role]["path"] = str(ASSETS / role)
+        described = config["model"][role]
+        if "class_path" in described:  # a teacher that has a model as its part
+            described = described["init_args"]["teacher"]
+        described["path"] = str(ASSETS / role)
     data, settings = config["data"]["init_args"], config["model"].get("source", {}).get("init_args", {})
     if "num_train" in data:
         data |= {"num_train": 32 * machine.steps, "num_validation": 16, "num_test": 16}
