@@ -113,6 +113,11 @@ class CacheRun(L.LightningModule):
         teacher = module.teacher_config
         if teacher is None:
             raise ValueError("teacher: there is none to cache. Set model.teacher.path.")
+        if not module.teacher_config.answers_all:
+            raise ValueError(
+                "teacher: it has another tokenizer and does not answer for every token, so it cannot be cached. Use it in `fit` "
+                "itself."
+            )
         _check_teacher(teacher)
         if options.form == "hidden" and not isinstance(teacher, LocalTeacher):
             raise ArgumentError(

@@ -426,3 +426,12 @@ def test_the_command_line_says_so_in_one_message(sharp, tmp_path, capsys, argume
     said = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert words in said
     assert "Traceback" not in said
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_before_anything_is_written(sharp, tmp_path) -> None:
+    aligned = {"class_path": "AlignedTeacher", "init_args": {"teacher": {"path": str(sharp[1])}}}
+    message = refusal(
+        "cache", "--config", write(config_of(sharp, aligned), tmp_path / "run.yaml"), "--path", tmp_path / "c"
+    )
+    assert "model.teacher: it has another tokenizer" in message
+    assert not (tmp_path / "c").exists()
