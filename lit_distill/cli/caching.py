@@ -113,11 +113,6 @@ class CacheRun(L.LightningModule):
         teacher = module.teacher_config
         if teacher is None:
             raise ValueError("teacher: there is none to cache. Set model.teacher.path.")
-        if not module.teacher_config.answers_all:
-            raise ValueError(
-                "teacher: it has another tokenizer and does not answer for every token, so it cannot be cached. Use it in `fit` "
-                "itself."
-            )
         _check_teacher(teacher)
         if options.form == "hidden" and not isinstance(teacher, LocalTeacher):
             raise ArgumentError(
@@ -277,6 +272,10 @@ def _check_teacher(teacher: Teacher) -> None:
     Raises:
         ValueError: beginning with ``teacher``.
     """
+    if not teacher.answers_all:
+        raise ValueError(
+            "teacher: it has another tokenizer and does not answer for every token, so it cannot be cached. Use it in `fit` itself."
+        )
     for key, part in walk(teacher):
         if isinstance(part, LocalTeacher) and part.spec.shared_with_student:
             raise ValueError(

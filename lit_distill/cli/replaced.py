@@ -45,9 +45,8 @@ def drop_arguments_of_replaced_classes() -> Iterator[list[Replacement]]:
             keep_shared(parser_or_action, previous, value)
         elif _imported(before) is not _imported(value["class_path"]):
             arguments = {**_take_arguments(previous, "init_args"), **_take_arguments(previous, "dict_kwargs")}
-            if (
-                previous.pop(MARK, None) is None
-            ):  # the model of a teacher has nothing that a class in its place could take
+            was_model = previous.pop(MARK, None) is not None  # it has nothing that a teacher of another kind could take
+            if not was_model:
                 replacements.append(Replacement(before, value["class_path"], arguments))
 
     setattr(_typehints, HOOK, drop)

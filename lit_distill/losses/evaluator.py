@@ -128,10 +128,11 @@ class ObjectiveEvaluator:
             # a pair has targets in both texts, or in neither if it is the dummy of a rank without examples
             pairs = torch.stack([mask.any(dim=-1).sum() for mask in targets]).sum().double()
             counts = {name: pairs if self.objectives[name].on_pairs else rows for name in names}
-            if isinstance(self.teacher, Partial):
+            compared = [name for name in counts if "teacher_logits" in self.objectives[name].needs]
+            if compared and isinstance(self.teacher, Partial):
                 texts = [p.chosen if isinstance(p, Pairs) else p for p in parts]
                 answered = rows.new_tensor(sum(map(self.teacher.num_answered, texts)))
-                counts |= {name: answered for name in counts if "teacher_logits" in self.objectives[name].needs}
+                counts |= dict.fromkeys(compared, answered)
             return counts
         terms: dict[str, LossTerm] = {}
         factors = dict.fromkeys(names, 1.0)

@@ -31,7 +31,16 @@ from lit_distill.teachers.alignment import (
     shared_tokens,
     token_bytes,
 )
-from lit_distill.teachers.base import LoadedTeacher, Opening, PartedRows, Prepared, RowsPart, Teacher, TeacherRows
+from lit_distill.teachers.base import (
+    LoadedTeacher,
+    Opening,
+    PartedRows,
+    Prepared,
+    RowsPart,
+    Teacher,
+    TeacherRows,
+    require_items,
+)
 from lit_distill.teachers.local import FrozenTeacher, HiddenRows
 from lit_distill.teachers.prompted import PromptTemplate
 from lit_distill.types import Sequences, check_sizes
@@ -77,7 +86,7 @@ class AlignedTeacher(Teacher):
     r"""A local model of another family, with its own tokenizer and prompt. Objectives on single tokens work unchanged.
 
     Only the first learnt span of a text is aligned: of a conversation, the first answer. What it cannot do: pairs of responses,
-    sources in which the teacher generates, and caches of form hidden.
+    sources in which the teacher generates, and caches.
 
     Args:
         teacher: the model.
@@ -151,7 +160,8 @@ class AlignedTeacher(Teacher):
         index = torch.tensor([place for row in places for place in row], dtype=torch.int64)
         device = sequences.input_ids.device
         tokens = None if self._pair.is_same else self._shared_on(device).student_ids
-        self._count(len(index), total)
+        self.coverage.aligned += len(index)
+        self.coverage.tokens += total
         if not len(index) and not self._frozen.forward_is_collective:
             return PartedRows([RowsPart(None, index, None, tokens)], total)
         shown = pad_sequences(texts, pad_id=0)
@@ -185,11 +195,7 @@ class AlignedTeacher(Teacher):
                 learnt.append([])
                 places.append([])
                 continue
-            if not sequences.items:
-                raise ValueError(
-                    f"model.{self._key}: AlignedTeacher needs items with a record, which a corpus does not have. Use it in "
-                    "model.objectives, not in model.corpus_objectives."
-                )
+            require_items(sequences, self, self._key)
             first = targets.index(True)
             size = [*targets, False].index(False, first) - first
             response = tokens[row][masks.attended[row]].tolist()[first : first + size]
@@ -206,7 +212,7 @@ class AlignedTeacher(Teacher):
         """The teacher's tokens of prompt and response, and the aligned positions of the response in both."""
         assert self._pair is not None
         pair, item = self._pair, sequences.items[row]
-        prompt = self.prompt.ids(item, pair.teacher)
+        prompt = self.prompt.ids(item, pair.teacher, f"model.{self._key}.init_args")
         if pair.is_same:
             ids, pairs = response, [(place, place) for place in range(len(response))]
         else:
@@ -226,10 +232,6 @@ class AlignedTeacher(Teacher):
                 f"teacher's tokens, more than {limit}. Raise it, as far as the teacher's context length allows, or shorten the "
                 "data."
             )
-        if not prompt:
-            raise ValueError(
-                f"model.{self._key}.init_args.template: the teacher's prompt of the item {item.id!r} is empty."
-            )
         return prompt, ids, pairs
 
     def _head(self, device: torch.device) -> LMHead:
@@ -248,10 +250,6 @@ class AlignedTeacher(Teacher):
             self._shared = SharedTokens(*(to_device(ids, device) for ids in self._pair.shared))
         return self._shared
 
-    def _count(self, aligned: int, total: int) -> None:
-        self.coverage.aligned += aligned
-        self.coverage.tokens += total
-
     def _say(self, hidden: Tensor) -> None:
         """Log, once, how much of the targets is compared, and of the teacher's probability there."""
         assert self._frozen is not None
@@ -267,7 +265,7 @@ class AlignedTeacher(Teacher):
         )
 
     def identity(self, key: str) -> dict[str, Any]:
-        """The model's, with the prompt."""
+        """The model's."""
         return identity_of(self.spec, f"{key}.init_args.teacher")
 
     @property

@@ -267,6 +267,24 @@ class Prepared(Generic[T]):
         return self._compute(sequences) if known is None else known[1]
 
 
+def require_items(sequences: Sequences, teacher: Teacher, key: str) -> None:
+    """Refuse texts without records.
+
+    Args:
+        sequences: the texts.
+        teacher: needs a field of their records.
+        key: its YAML key below ``model``.
+
+    Raises:
+        ValueError: with the key.
+    """
+    if not sequences.items:
+        raise ValueError(
+            f"model.{key}: {type(teacher).__name__} needs items with a record, which a corpus does not have. Use it in "
+            "model.objectives, not in model.corpus_objectives."
+        )
+
+
 def joined_identity(teacher: Teacher, key: str, **settings: Any) -> dict[str, Any]:
     """The identity of a teacher with parts: a digest of theirs and of its own settings."""
     parts = {name: part.identity(f"{key}.init_args.{name}") for name, part in teacher.parts.items()}
@@ -280,8 +298,3 @@ def walk(teacher: Teacher, key: str = "teacher") -> Iterator[tuple[str, Teacher]
     yield key, teacher
     for name, part in teacher.parts.items():
         yield from walk(part, f"{key}.init_args.{name}")
-
-
-def smallest(sizes: Sequence[int | None]) -> int | None:
-    """The smallest of the vocabulary sizes that are not None."""
-    return min((size for size in sizes if size is not None), default=None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +20,12 @@ from lit_distill.teachers.base import (
     PartedRows,
     Partial,
     Prefetching,
+    Prepared,
     RowsPart,
     Teacher,
     TeacherRows,
     joined_identity,
-    smallest,
+    require_items,
 )
 from lit_distill.teachers.local import as_teacher
 
@@ -59,16 +61,16 @@ class _Combined(Teacher):
     def open(self, opening: Opening, key: str) -> int | None:
         """The ids that all of them share with the student."""
         sizes = [teacher.open(opening, f"{key}.init_args.{name}") for name, teacher in self.parts.items()]
-        return smallest(sizes)
+        return min((size for size in sizes if size is not None), default=None)
 
     def load(self, vocabulary_size: int | None, student: CausalLM | None) -> LoadedTeacher:
         """Load all of them."""
         self.loaded = {name: teacher.load(vocabulary_size, student) for name, teacher in self.teachers.items()}
         return self
 
+    @abstractmethod
     def rows(self, sequences: Sequences) -> TeacherRows:
         """See `LoadedTeacher`."""
-        raise NotImplementedError
 
     @property
     def description(self) -> str:
@@ -78,6 +80,16 @@ class _Combined(Teacher):
     def _worst(self) -> Accuracy:
         found = {teacher.accuracy for teacher in self.teachers.values()}
         return next(one for one in ("drawn", "truncated", "spread", "exact") if one in found)
+
+
+class _Share(NamedTuple):
+    """What one of several teachers has of a batch."""
+
+    name: str
+    texts: Sequences | None
+    """Its texts; None if there are none."""
+    places: Tensor
+    """[M] int64: which of all targets are theirs."""
 
 
 class RoutedTeachers(_Combined):
@@ -115,6 +127,7 @@ class RoutedTeachers(_Combined):
         except re.error as error:
             raise ValueError(f"patterns: {error.pattern!r} is no regular expression: {error}.") from error
         self.default = default
+        self._shares = Prepared(self._split)
 
     @property
     def fields(self) -> frozenset[str]:
@@ -153,50 +166,41 @@ class RoutedTeachers(_Combined):
     def rows(self, sequences: Sequences) -> TeacherRows:
         """The rows of each teacher for its own items."""
         parts = []
-        for name, texts, index in self._split(sequences):
-            rows = None
-            if len(texts):
-                rows = self.loaded[name].rows(sequences.select(torch.tensor(texts)))
-            elif getattr(getattr(self.loaded[name], "lm", None), "forward_is_collective", False):
-                self.loaded[name].rows(sequences.slice(0, 1).without_targets())  # other ranks wait for it
-            parts.append(RowsPart(name, index, rows))
+        for name, texts, places in self._shares.take(sequences):
+            loaded = self.loaded[name]
+            rows = None if texts is None else loaded.rows(texts)
+            if texts is None and getattr(getattr(loaded, "lm", None), "forward_is_collective", False):
+                loaded.rows(sequences.slice(0, 1).without_targets())  # other ranks wait for it
+            parts.append(RowsPart(name, places, rows))
         return PartedRows(parts, int(sequences.masks.targets.sum()))
 
     def prefetch(self, sequences: Sequences) -> None:
         """See `Prefetching`."""
-        for name, texts, _ in self._split(sequences):
+        for name, texts, _ in self._shares.ahead(sequences):
             loaded = self.loaded[name]
-            if texts and isinstance(loaded, Prefetching):
-                loaded.prefetch(sequences.select(torch.tensor(texts)))
+            if texts is not None and isinstance(loaded, Prefetching):
+                loaded.prefetch(texts)
 
     def num_answered(self, sequences: Sequences) -> int:
         """See `Partial`."""
         total = 0
-        for name, texts, index in self._split(sequences):
+        for name, texts, places in self._shares.ahead(sequences):
             loaded = self.loaded[name]
-            partial = isinstance(loaded, Partial) and len(texts)
-            total += loaded.num_answered(sequences.select(torch.tensor(texts))) if partial else len(index)  # type: ignore[attr-defined]
+            total += loaded.num_answered(texts) if texts is not None and isinstance(loaded, Partial) else len(places)
         return total
 
-    def _split(self, sequences: Sequences) -> list[tuple[str, list[int], Tensor]]:
-        """For each teacher its texts, and the places of their targets among all targets."""
-        counts = sequences.masks.targets.sum(dim=1)
-        learnt = counts.tolist()
-        if any(learnt) and not sequences.items:
-            raise ValueError(
-                "model.teacher: RoutedTeachers needs items with a record, which a corpus does not have. Use it in "
-                "model.objectives, not in model.corpus_objectives."
-            )
+    def _split(self, sequences: Sequences) -> list[_Share]:
+        learnt = sequences.masks.targets.sum(dim=1).tolist()
+        if any(learnt):
+            require_items(sequences, self, "teacher")
         chosen = [self.teacher_of(sequences.items[row]) if count else None for row, count in enumerate(learnt)]
         owner = [name for name, count in zip(chosen, learnt, strict=True) for _ in range(count)]
-        return [
-            (
-                name,
-                [row for row, own in enumerate(chosen) if own == name],
-                torch.tensor([place for place, own in enumerate(owner) if own == name], dtype=torch.int64),
-            )
-            for name in self.teachers
-        ]
+        shares = []
+        for name in self.teachers:
+            rows = [row for row, own in enumerate(chosen) if own == name]
+            places = torch.tensor([place for place, own in enumerate(owner) if own == name], dtype=torch.int64)
+            shares.append(_Share(name, sequences.select(torch.tensor(rows)) if rows else None, places))
+        return shares
 
     def identity(self, key: str) -> dict[str, Any]:
         """That of its teachers, and of how they are chosen."""

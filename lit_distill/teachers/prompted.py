@@ -25,6 +25,7 @@ from lit_distill.teachers.base import (
     Teacher,
     TeacherRows,
     joined_identity,
+    require_items,
 )
 from lit_distill.teachers.local import as_teacher
 from lit_distill.types import Sequences, check_sizes
@@ -66,8 +67,28 @@ class PromptTemplate:
             return ()
         return Template(self.system).variables
 
-    def ids(self, item: Item, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The prompt of an item as token ids."""
+    def ids(self, item: Item, tokenizer: PreTrainedTokenizerBase, key: str) -> list[int]:
+        """The prompt of an item as token ids.
+
+        Args:
+            item: the item.
+            tokenizer: the teacher's.
+            key: YAML key of the template, for messages.
+
+        Raises:
+            ValueError: naming key and item, if a field is not known or the prompt is empty.
+        """
+        if missing := sorted(self.fields - item.fields.keys()):
+            raise ValueError(
+                f"{key}.template: the field {missing[0]!r} of the item {item.id!r} is not known. The data module must pass the "
+                "fields of its records, as InstructionData does."
+            )
+        ids = self._ids(item, tokenizer)
+        if not ids:
+            raise ValueError(f"{key}.template: the teacher's prompt of the item {item.id!r} is empty.")
+        return ids
+
+    def _ids(self, item: Item, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         text = self.template.render(lambda name: item.fields[name], tokenizer)
         if self.system is None:
             return with_prefix(prompt_prefix(tokenizer, self.template), encode(tokenizer, [text])[0])
@@ -178,11 +199,7 @@ class PromptedTeacher(Teacher):
                 learnt.append([False])
                 continue
             first = targets.index(True)
-            if not sequences.items:
-                raise ValueError(
-                    f"model.{self._key}: PromptedTeacher needs items with a record, which a corpus does not have. Use it in "
-                    "model.objectives, not in model.corpus_objectives."
-                )
+            require_items(sequences, self, self._key)
             prompt = self._prompt(sequences.items[row])
             texts.append((prompt, ids[first:]))
             learnt.append([False] * len(prompt) + targets[first:])
@@ -195,21 +212,11 @@ class PromptedTeacher(Teacher):
 
     def _prompt(self, item: Item) -> list[int]:
         assert self._tokenizer is not None
-        missing = sorted(self.prompt.fields - item.fields.keys())
-        if missing:
-            raise ValueError(
-                f"model.{self._key}.init_args.template: the field {missing[0]!r} of the item {item.id!r} is not known. The data "
-                "module must pass the fields of its records, as InstructionData does."
-            )
-        ids = self.prompt.ids(item, self._tokenizer)
+        ids = self.prompt.ids(item, self._tokenizer, f"model.{self._key}.init_args")
         if len(ids) > self.max_prompt_length:
             raise ValueError(
                 f"model.{self._key}.init_args.max_prompt_length: the teacher's prompt of the item {item.id!r} has {len(ids)} "
                 f"tokens, more than {self.max_prompt_length}. Raise it, or shorten the template or the fields."
-            )
-        if not ids:
-            raise ValueError(
-                f"model.{self._key}.init_args.template: the teacher's prompt of the item {item.id!r} is empty."
             )
         return ids
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_distill.functional.host import to_device
 from lit_distill.objectives import Accuracy
-from lit_distill.teachers.base import LoadedTeacher, Opening, Teacher, TeacherRows
+from lit_distill.teachers.base import LoadedTeacher, Opening, Prepared, Teacher, TeacherRows
 from lit_distill.teachers.completions import CompletionsClient, ScoredText
 from lit_distill.teachers.sparse import Tail, TopKRows
 from lit_distill.teachers.store import Text, texts_of
@@ -72,6 +72,7 @@ class ServerTeacher(Teacher):
         }
         self._client: CompletionsClient | None = None
         self._pending: dict[tuple[int, int], tuple[Future[list[ScoredText]], int]] = {}
+        self._learnt = Prepared(lambda sequences: [text for text in texts_of(sequences) if text.targets.any()])
         self._vocabulary_size = 0
         self._ids = 0
 
@@ -106,7 +107,7 @@ class ServerTeacher(Teacher):
     def prefetch(self, sequences: Sequences) -> None:
         """Send the requests for the texts of a micro-batch."""
         assert self._client is not None
-        texts = [text for text in texts_of(sequences) if text.targets.any() and text.key not in self._pending]
+        texts = [text for text in self._learnt.ahead(sequences) if text.key not in self._pending]
         with arguments_of(self):
             self._check_lengths(texts)
         size = self._client.texts_per_request
@@ -128,7 +129,7 @@ class ServerTeacher(Teacher):
     def rows(self, sequences: Sequences) -> TeacherRows:
         """The rows of all targets; waits for the server when their logits are asked for first."""
         self.prefetch(sequences)
-        wanted = [text for text in texts_of(sequences) if text.targets.any()]
+        wanted = self._learnt.take(sequences)
         answers = [self._pending[text.key] for text in wanted]
         for text in wanted:
             self._pending.pop(text.key, None)

@@ -204,11 +204,12 @@ class Shards:
             here = self._open(index)
             keys.append(here.get_tensor("keys").numpy().reshape(-1, 2))
             self.num_rows.append(here.get_tensor("num_rows").numpy().astype(np.int64))
-        self.sizes = [len(rows) for rows in self.num_rows]
+        sizes = np.array([len(rows) for rows in self.num_rows], dtype=np.int64)
+        self._first_text = np.cumsum(sizes) - sizes
         joined = np.concatenate([np.zeros((0, 2), dtype=np.int64), *keys])
         self._order = np.lexsort((joined[:, 1], joined[:, 0]))
         self._first, self._second = joined[self._order, 0], joined[self._order, 1]
-        self._shard = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        self._shard = np.repeat(np.arange(len(sizes)), sizes)
         starts = [np.cumsum(rows) - rows for rows in self.num_rows]
         self._start = np.concatenate([np.zeros(0, dtype=np.int64), *starts])
         self._rows = np.concatenate([np.zeros(0, dtype=np.int64), *self.num_rows])
@@ -235,7 +236,7 @@ class Shards:
             return None
         text = int(self._order[at])
         start, shard = int(self._start[text]), int(self._shard[text])
-        return Place(shard, start, start + int(self._rows[text]), text - sum(self.sizes[:shard]))
+        return Place(shard, start, start + int(self._rows[text]), text - int(self._first_text[shard]))
 
     def values(self, name: str, shard: int, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor of a shard; only these are read."""

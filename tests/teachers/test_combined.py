@@ -11,6 +11,7 @@ from lit_distill.models import CausalLM
 from lit_distill.objectives import ForwardKL, NextToken, ReverseKL, term_means
 from lit_distill.teachers import MixedTeachers, RoutedTeachers
 from lit_distill.teachers.base import PartedRows
+from lit_distill.types import Sequences
 
 NAMES = ["a", "b", "b", "a", "b"]
 
@@ -146,3 +147,24 @@ def test_weights_that_are_no_mixture_are_refused(weights) -> None:
 def test_a_mixture_is_as_exact_as_its_teachers(accuracies, mixed) -> None:
     teachers = {name: LoadedOnes(frozen(1), accuracy) for name, accuracy in zip("ab", accuracies, strict=True)}
     assert MixedTeachers(teachers).accuracy == mixed
+
+
+def test_items_are_divided_once_and_nothing_is_kept_of_a_step(student, monkeypatch) -> None:
+    teacher, text = routed(), routed_text(NAMES)
+    calls = []
+    monkeypatch.setattr(teacher._shares, "_compute", lambda texts: calls.append(1) or teacher._split(texts))
+    evaluator = ObjectiveEvaluator({"kd": ForwardKL(), "ce": NextToken()}, student, teacher, "model.objectives", 5)
+    evaluator.prefetch(text, {"kd"})
+    evaluator.counts([text], ["kd", "ce"])
+    evaluator(text, {"kd": 1.0, "ce": 1.0})
+    assert calls == [1]
+    assert not teacher._shares._known
+
+
+def test_texts_without_records_are_counted_for_objectives_without_a_teacher(student) -> None:
+    text, teacher = routed_text(NAMES), routed()
+    corpus = Sequences(text.input_ids, text.attention_mask, text.target_mask)
+    evaluator = ObjectiveEvaluator({"ce": NextToken()}, student, teacher, "model.corpus_objectives", 5)
+    assert int(evaluator.counts([corpus], ["ce"])["ce"]) == int(text.target_mask.sum())
+    with pytest.raises(ValueError, match=r"^model\.teacher: RoutedTeachers needs items with a record"):
+        teacher.rows(corpus)
