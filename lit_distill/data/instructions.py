@@ -239,11 +239,7 @@ class InstructionData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """All items, from long to short."""
-        return self._evaluation("validation")
-
-    def every_item(self, split: str) -> DataLoader[Batch]:
-        """All items of a split that `setup` has loaded, once, from long to short."""
-        return self._evaluation(split)
+        return self.every_item("validation")
 
     def num_targets(self, split: str) -> int:
         """Number of tokens of the responses of a split, at least as many as are learnt."""
@@ -252,13 +248,14 @@ class InstructionData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """All items, from long to short."""
-        return self._evaluation("test")
+        return self.every_item("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """All items, from long to short."""
-        return self._evaluation("predict")
+        return self.every_item("predict")
 
-    def _evaluation(self, name: str) -> DataLoader[Batch]:
+    def every_item(self, name: str) -> DataLoader[Batch]:
+        """All items of a split that `setup` has loaded, once, from long to short."""
         dataset, lengths = self._dataset(name)
         rank, world_size = self._replica()
         sampler = GlobalBatchSampler(

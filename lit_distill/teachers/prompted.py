@@ -20,6 +20,7 @@ from lit_distill.objectives import Accuracy
 from lit_distill.teachers.base import (
     LoadedTeacher,
     Opening,
+    Partial,
     Prefetching,
     Prepared,
     Teacher,
@@ -239,6 +240,12 @@ class PromptedTeacher(Teacher):
         """See `Prefetching`."""
         if isinstance(self.loaded, Prefetching):
             self.loaded.prefetch(self._prepared.ahead(sequences))
+
+    def num_answered(self, sequences: Sequences) -> int:
+        """See `Partial`."""
+        if isinstance(self.loaded, Partial):
+            return self.loaded.num_answered(self._prepared.ahead(sequences))
+        return int(sequences.masks.targets.sum())
 
     def identity(self, key: str) -> dict[str, Any]:
         """The teacher's, with the prompt."""

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 VERSION = 1
 Form = Literal["hidden", "topk", "sampled"]
 SETTINGS, HEAD, SHARDS = "cache.json", "head.safetensors", "shards"
-TEXTS = ("keys", "names", "name_sizes", "tokens", "targets", "num_tokens", "num_rows")
-"""The tensors of a shard that describe its texts; the others hold values of every row."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lit_distill.data.synthetic.tasks import generate_instructions
 from lit_distill.losses import ObjectiveEvaluator
 from lit_distill.models import CausalLM, ModelSpec, load_tokenizer
 from lit_distill.objectives import ForwardKL, NextToken, ReverseKL
-from lit_distill.teachers import AlignedTeacher, FrozenTeacher, MixedTeachers
+from lit_distill.teachers import AlignedTeacher, FrozenTeacher, MixedTeachers, PromptedTeacher
 from lit_distill.teachers.aligned import _Pair, shared_mass
 from lit_distill.types import Item, Sequences
 
@@ -165,3 +165,11 @@ def test_texts_are_aligned_once_for_their_count_and_their_rows(own, other, monke
     assert len(teacher.rows(text).parts[0].places) == answered
     assert calls == [1]
     assert not teacher._prepared._known
+
+
+def test_an_aligned_teacher_behind_another_prompt_counts_the_aligned_targets(own, other, student) -> None:
+    inner, text = aligned(own, other), text_of(own)
+    outer = PromptedTeacher(inner)
+    outer.loaded, outer._tokenizer = inner, own
+    _, _, terms, counts = evaluated(student, outer, text, kd=ForwardKL(), ce=NextToken())
+    assert int(counts["kd"]) == terms["kd"].count < int(counts["ce"])
