@@ -109,3 +109,12 @@ def test_the_traceback_is_there_for_who_asks(command, monkeypatch) -> None:
     monkeypatch.setenv("LIT_DISTILL_TRACEBACK", "1")
     with pytest.raises(ValueError, match=r"generation\.max_prompts"):
         command("generation.max_prompts", -5)
+
+
+def test_a_wrong_argument_of_a_known_class_is_not_called_an_unknown_class(command, capsys) -> None:
+    command("model.teacher", {"class_path": "MixedTeachers", "init_args": {"weights": [0.7], "teachers": {}}})
+    shown = capsys.readouterr().err
+    assert "Expected a <class 'dict'>" in shown
+    assert 'Parser key "weights"' in shown
+    assert "no class" not in shown
+    assert "import path" not in shown

@@ -24,6 +24,7 @@ from lit_distill.models.roles import device_and_precision
 from lit_distill.models.spec import load_config
 from lit_distill.teachers import FrozenTeacher, LocalTeacher, Opening, Teacher, walk
 from lit_distill.teachers.following import StudentTeacher
+from lit_distill.teachers.prompted import PromptedTeacher
 from lit_distill.teachers.store import CacheSettings, Shards
 from lit_distill.teachers.writing import CacheOptions, CacheWriter, Progress, check_folder, prepare, write_head
 from lit_distill.types import ArgumentError, Batch, arguments_of
@@ -114,7 +115,7 @@ class CacheRun(L.LightningModule):
         if teacher is None:
             raise ValueError("teacher: there is none to cache. Set model.teacher.path.")
         _check_teacher(teacher)
-        if options.form == "hidden" and not isinstance(teacher, LocalTeacher):
+        if options.form == "hidden" and not isinstance(_behind_prompts(teacher), LocalTeacher):
             raise ArgumentError(
                 self,
                 "form: hidden needs a local model as the teacher. Choose form: topk or sampled, or set model.teacher.path.",
@@ -170,9 +171,10 @@ class CacheRun(L.LightningModule):
             teacher = self.teacher_config.load(size, None)
         head = None
         if self.options.form == "hidden":
-            assert isinstance(teacher, FrozenTeacher)
-            head = teacher.lm.head()  # a collective if it is sharded
-            dtype = self.options.dtype or next(teacher.lm.parameters()).dtype
+            local = teacher.loaded if isinstance(teacher, PromptedTeacher) else teacher
+            assert isinstance(local, FrozenTeacher)
+            head = local.lm.head()  # a collective if it is sharded
+            dtype = self.options.dtype or next(local.lm.parameters()).dtype
             settings = replace(
                 settings,
                 hidden_size=head.weight.shape[1],
@@ -200,6 +202,7 @@ class CacheRun(L.LightningModule):
             top_k=options.top_k if options.form == "topk" else 0,
             num_draws=options.num_draws if options.form == "sampled" else 0,
             seed=options.seed,
+            fields=sorted(self.teacher_config.fields),
         )
 
     def _begin(self, settings: CacheSettings, head: LMHead | None, data: CacheData) -> None:
@@ -264,6 +267,10 @@ class CacheRun(L.LightningModule):
                 f"{each:.1f} bytes a token. Train with --model.teacher CachedTeacher --model.teacher.path "
                 f"{shlex.quote(str(self.folder))}"
             )
+
+
+def _behind_prompts(teacher: Teacher) -> Teacher:
+    return teacher.teacher if isinstance(teacher, PromptedTeacher) else teacher
 
 
 def _check_teacher(teacher: Teacher) -> None:

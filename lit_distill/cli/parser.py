@@ -163,7 +163,10 @@ def readable(message: str, keys: Iterable[str] = ()) -> str:
         text = _CALLABLE_ARGUMENT.sub(r"Option '\g<key>' is not accepted by \g<owner>", text)
         return text + _suggestion(found["key"], accepted) + f"\nIt accepts: {', '.join(accepted)}."
     if found := _CLASS.search(text):
-        return f"{text}\nThere is no class {found['name']!r}." + _suggestion(found["name"], _known_classes())
+        known = _known_classes()
+        if found["name"] in known:  # the class is right and one of its arguments is wrong, which the lines before say
+            return "\n".join(line for line in text.splitlines() if not _CLASS.search(line))
+        return f"{text}\nThere is no class {found['name']!r}." + _suggestion(found["name"], known)
     if beside := _beside_class_path(message):
         listed = ", ".join(map(repr, beside))
         return f"{text.splitlines()[0]}\n  {listed}: only init_args is allowed beside class_path."

@@ -45,7 +45,8 @@ def common_vocabulary_size(
         raise ValueError(
             f"teacher: its tokenizer differs from the student's: {len(different)} of the first {size} "
             f"ids differ. {shown}. Choose a teacher of the student's family as model.teacher.path; if they share "
-            "a vocabulary and only the tokenizer files differ, set model.student.tokenizer or model.teacher.tokenizer."
+            "a vocabulary and only the tokenizer files differ, set model.student.tokenizer or model.teacher.tokenizer. "
+            "A teacher of another family takes model.teacher: AlignedTeacher, see configs/README.md."
         )
     _check_special_tokens(student_tokenizer, teacher_tokenizer)
     for role, tokens in (("student", student), ("teacher", teacher)):

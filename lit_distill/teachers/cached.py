@@ -90,6 +90,11 @@ class CachedTeacher(Teacher):
             return "drawn"
         return "spread" if self.tail == "spread" else "truncated"
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """Those that the teacher saw when it was written; with others, a text is not found."""
+        return frozenset(self.settings.fields)
+
     def open(self, opening: Opening, key: str) -> int | None:
         """Compare the tokenizer; the index of the texts is read by `load`."""
         settings = self.settings
@@ -150,7 +155,7 @@ class CachedTeacher(Teacher):
         assert self._shards is not None
         device = sequences.input_ids.device
         places = []
-        for text in texts_of(sequences):
+        for text in texts_of(sequences, self.settings.fields):
             if not text.targets.any():
                 continue
             place = self._shards.find(text.key)
@@ -162,13 +167,14 @@ class CachedTeacher(Teacher):
 
     def _missing(self, text: Text, known: bool) -> str:
         assert self._shards is not None
+        why = self._shards.explain(text, self.settings.fields)
         if not known:
             return (
                 f"path: the cache {self.path} has the items of the data, but not the rows of a corpus. Give "
                 "model.corpus_objectives only objectives that need no teacher, such as NextToken, or set model.teacher.path."
             )
         return (
-            f"path: the text of the item {text.name!r} is not in the cache {self.path}: {self._shards.explain(text)}. It was "
+            f"path: the text of the item {text.name!r} is not in the cache {self.path}: {why}. It was "
             f"written for: {self.settings.data}. Give the same data and lengths, or run the `lit-distill cache` command again "
             "with these: it adds what is missing, also of further splits, such as --splits '[train, validation, test]'."
         )

@@ -27,7 +27,9 @@ from lit_distill.teachers.base import (
     TeacherRows,
     joined_identity,
     require_items,
+    walk,
 )
+from lit_distill.teachers.cached import CachedTeacher
 from lit_distill.teachers.local import as_teacher
 from lit_distill.types import Sequences, check_sizes
 
@@ -140,6 +142,11 @@ class PromptedTeacher(Teacher):
     ) -> None:
         check_sizes(max_prompt_length=max_prompt_length)
         self.teacher = as_teacher(teacher)
+        if any(isinstance(part, CachedTeacher) for _, part in walk(self.teacher)):
+            raise ValueError(
+                "teacher: a cache has what its teacher predicted after the prompt that it then saw. Write it with a "
+                "PromptedTeacher (lit-distill cache), and train with CachedTeacher alone."
+            )
         self.prompt = PromptTemplate(template, system)
         self.max_prompt_length = max_prompt_length
         self.loaded: LoadedTeacher | None = None

@@ -6,8 +6,9 @@ A cache is a folder::
     head.safetensors      form hidden only: the LM head
     shards/0-00000.safetensors, …   rank and number: the texts, and a row of values for every target
 
-A text is found by a hash of its token ids and targets, not by the id of its item: ids may be used twice, the same text has the same
-rows in every split, and a text that was altered is not found. Its item's id is stored for messages.
+A text is found by a hash of its token ids, its targets and the fields of its record that the teacher saw, not by the id of its
+item: ids may be used twice, the same text has the same rows in every split, and a text that was altered is not found. Its item's id
+is stored for messages.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -59,6 +60,8 @@ class CacheSettings:
     num_draws: int = 0
     seed: int = 0
     """Of the draws."""
+    fields: list[str] = field(default_factory=list)
+    """Fields of the records that the teacher saw, sorted."""
     scale: float = 1.0
     """Of the logits; see `LMHead`."""
     softcap: float | None = None
@@ -100,7 +103,7 @@ class Text(NamedTuple):
     """A text of a batch: where it is found, and what it is."""
 
     key: tuple[int, int]
-    """Hash of tokens and targets."""
+    """Hash of tokens, targets and fields."""
     name: str
     """Id of its item, or its place in the batch."""
     tokens: np.ndarray
@@ -114,14 +117,23 @@ def encoded(name: str) -> bytes:
     return name.encode(errors="replace")
 
 
-def texts_of(sequences: Sequences) -> Iterator[Text]:
-    """The texts of a batch, without padding."""
+def texts_of(sequences: Sequences, fields: Sequence[str] = ()) -> Iterator[Text]:
+    """The texts of a batch, without padding.
+
+    Args:
+        sequences: the batch.
+        fields: fields of the records that are a part of the key.
+    """
     tokens = sequences.tokens_on_host.numpy().astype(np.int32)
     attended, targets = sequences.masks.attended.numpy(), sequences.masks.targets.numpy()
     for row in range(len(tokens)):
         here = tokens[row][attended[row]]
         learnt = targets[row][attended[row]]
-        code = hashlib.blake2b(here.tobytes() + b"|" + learnt.tobytes(), digest_size=16).digest()
+        content = here.tobytes() + b"|" + learnt.tobytes()
+        if fields:
+            known = sequences.items[row].fields if sequences.items else {}
+            content += json.dumps([known.get(name) for name in fields]).encode()
+        code = hashlib.blake2b(content, digest_size=16).digest()
         name = sequences.items[row].id if sequences.items else f"text {row} of the batch"
         first, second = np.frombuffer(code, dtype=np.int64)
         yield Text((int(first), int(second)), name, here, learnt)
@@ -241,8 +253,13 @@ class Shards:
         rows: Tensor = self._open(shard).get_slice(name)[start:stop]
         return rows
 
-    def explain(self, text: Text) -> str:
-        """Why a text is not in the cache: how it differs from the most similar one of an item with its id, if there is one."""
+    def explain(self, text: Text, fields: Sequence[str] = ()) -> str:
+        """Why a text is not in the cache: how it differs from the most similar one of an item with its id, if there is one.
+
+        Args:
+            text: the text.
+            fields: fields of the records that are a part of the key.
+        """
         named = [self._text(*place) for place in self._named(text.name)]
         if not named:
             return "the cache was not written for it"
@@ -252,7 +269,8 @@ class Shards:
         if (places := np.flatnonzero(stored != text.tokens)).size:
             at = int(places[0])
             return f"its token {at} is {int(text.tokens[at])} now and was {int(stored[at])} when the cache was written"
-        return "its tokens are those in the cache, but other ones of them are learnt now"
+        others = f", or its record has another {' or '.join(fields)}" if fields else ""
+        return f"its tokens are those in the cache, but other ones of them are learnt now{others}"
 
     def _text(self, shard: int, number: int) -> np.ndarray:
         """The tokens of a text, ``[T]``."""

@@ -110,35 +110,18 @@ class CacheWriter:
         self.folder, self.options, self.teacher, self.settings, self.rank = folder, options, teacher, settings, rank
         self.writes = writes
         self._known = set(Shards(folder).keys)
-        self._fields: dict[tuple[int, int], tuple[str, Mapping[str, str]]] = {}
         self._texts: list[Text] = []
         self._values: list[dict[str, Tensor]] = []
         self._since = time.monotonic()
         self._number = 0
 
     def missing(self, sequences: Sequences) -> list[int]:
-        """The rows of a batch whose texts are not in the cache, each text once.
-
-        Raises:
-            ValueError: if the teacher sees different fields for two items with the same text.
-        """
+        """The rows of a batch whose texts are not in the cache, each text once."""
         found: dict[tuple[int, int], int] = {}
-        for row, text in enumerate(texts_of(sequences)):
-            if text.targets.any():
-                self._check_fields(text, sequences.items[row].fields if sequences.items else {})
-                if text.key not in self._known:
-                    found.setdefault(text.key, row)
+        for row, text in enumerate(texts_of(sequences, self.settings.fields)):
+            if text.targets.any() and text.key not in self._known:
+                found.setdefault(text.key, row)
         return list(found.values())
-
-    def _check_fields(self, text: Text, fields: Mapping[str, str]) -> None:
-        if not fields:
-            return
-        name, known = self._fields.setdefault(text.key, (text.name, fields))
-        if known != fields:
-            raise ValueError(
-                f"data: the items {name!r} and {text.name!r} have the same text, but the teacher sees other fields for each, and a "
-                "cache finds a teacher's predictions by the text alone. Leave out one of them, or train without a cache."
-            )
 
     def write(self, sequences: Sequences, rows: Sequence[int]) -> None:
         """Add some texts of a batch; all ranks call this, since the teacher's forward pass may be a collective.
@@ -150,7 +133,7 @@ class CacheWriter:
         predicted = self.teacher.rows(part)
         if not rows:
             return
-        texts = list(texts_of(part))
+        texts = list(texts_of(part, self.settings.fields))
         self._known.update(text.key for text in texts)
         if self.writes:
             self._texts += texts
@@ -282,9 +265,10 @@ def check_folder(folder: Path, settings: CacheSettings, unknown: Collection[str]
     there = CacheSettings.read(folder, "path")
     one, other = there.identity, json.loads(json.dumps(settings.identity))
     if one != other and not is_same_model(one, other):
+        same = there.teacher == settings.teacher
+        name = f"{there.teacher} with other weights or prompts" if same else f"{there.teacher}, not {settings.teacher}"
         raise ValueError(
-            f"path: the cache {folder} was written with another teacher, {there.teacher}, than {settings.teacher}. Give that "
-            "teacher, or another folder."
+            f"path: the cache {folder} was written with another teacher: {name}. Give that teacher, or another folder."
         )
     for name, now in vars(settings).items():
         before = getattr(there, name)

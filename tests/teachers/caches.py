@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,14 @@ def named(text: Sequences, *names: str) -> Sequences:
     return replace(text, items=tuple(map(Item, names or map(str, range(len(text))))))
 
 
-def of_texts(folder: Path, teacher: FrozenTeacher, texts: Sequences, *more: Sequences, **options: Any) -> CachedTeacher:
+def of_texts(
+    folder: Path,
+    teacher: FrozenTeacher,
+    texts: Sequences,
+    *more: Sequences,
+    fields: Collection[str] = (),
+    **options: Any,
+) -> CachedTeacher:
     """The cache of a few batches, ready to answer."""
     chosen, head = CacheOptions(**options), teacher.lm.head()
     dtype = str(chosen.dtype or head.weight.dtype).removeprefix("torch.")
@@ -63,6 +70,7 @@ def of_texts(folder: Path, teacher: FrozenTeacher, texts: Sequences, *more: Sequ
         softcap=head.softcap,
         complete=True,
     )
+    settings = replace(settings, fields=list(fields))
     settings.write(folder)
     write_head(folder, head)
     writer = CacheWriter(folder, chosen, teacher, settings, 0)

@@ -305,7 +305,7 @@ def test_other_settings_for_the_same_folder_are_refused(sharp, caches, form, opt
 
 def test_another_teacher_for_the_same_folder_is_refused_before_it_loads(pair, sharp, caches, monkeypatch) -> None:
     monkeypatch.setattr("lit_distill.teachers.local.FrozenTeacher", None)
-    words = re.escape(f"was written with another teacher, {sharp[1]}, than {pair[1]}")
+    words = re.escape(f"was written with another teacher: {sharp[1]}, not {pair[1]}")
     refused(live(pair), caches["hidden"], rf"^path: the cache .* {words}")
 
 

@@ -32,7 +32,7 @@ from lit_distill.teachers.local import HiddenRows
 from lit_distill.teachers.sparse import DrawnRows, TopKRows
 from lit_distill.teachers.store import Shards, texts_of
 from lit_distill.teachers.writing import CacheOptions, CacheWriter, Progress
-from lit_distill.types import Item, Sequences
+from lit_distill.types import ArgumentError, Item, Sequences
 
 every_form = pytest.mark.parametrize("form", ["hidden", "topk", "sampled"])
 
@@ -330,13 +330,16 @@ def test_a_text_that_comes_twice_is_stored_once(teacher, text, tmp_path, form) -
     assert sorted(values_of(tmp_path)) == sorted(keys_of(text))
 
 
-def test_items_with_one_text_for_which_the_teacher_sees_other_fields_are_refused(teacher, text, tmp_path) -> None:
-    same = text.select(torch.tensor([0, 0]))
-    items = Item("a", {"rule": "be short"}), Item("b", {"rule": "be long"})
-    with pytest.raises(
-        ValueError, match="data: the items 'a' and 'b' have the same text, but the teacher sees other fields"
-    ):
-        of_texts(tmp_path, teacher, replace(same, items=items), form="topk", top_k=5)
+def test_one_text_with_two_values_of_a_field_that_the_teacher_saw_is_stored_twice(teacher, text, tmp_path) -> None:
+    same = text.select(torch.tensor([0, 0, 0]))
+    items = Item("a", {"rule": "short"}), Item("b", {"rule": "long", "other": "1"}), Item("a", {"rule": "short"})
+    cached = of_texts(tmp_path, teacher, replace(same, items=items), fields=["rule"], form="topk", top_k=5)
+    assert cached.fields == {"rule"}
+    assert len(values_of(tmp_path)) == 2
+    cached.rows(replace(same, items=items))
+    edited = replace(same.slice(0, 1), items=(Item("a", {"rule": "edited"}),))
+    with pytest.raises(ArgumentError, match=r"^path: the text of the item 'a' .* its record has another rule"):
+        cached.rows(edited)
 
 
 def test_hidden_states_that_overflowed_name_the_item_and_the_dtype(teacher, text, tmp_path) -> None:

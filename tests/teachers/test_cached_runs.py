@@ -225,18 +225,34 @@ def test_a_teacher_that_caps_or_scales_its_logits(sharp, tmp_path, kind, setting
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=1e-6)
 
 
-def test_a_teacher_with_its_own_prompt_is_cached(sharp, tmp_path) -> None:
+@pytest.mark.parametrize("options", [{"form": "hidden"}, {"form": "topk", "top_k": 512}], ids=["hidden", "topk"])
+def test_a_teacher_with_its_own_prompt_is_cached(sharp, tmp_path, options) -> None:
     def prompted() -> DistillationModule:
         teacher = PromptedTeacher(ModelSpec(str(sharp[1])), template="Be brief.\n{student_prompt}")
         sgd = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1)}
         return DistillationModule(ModelSpec(str(sharp[0])), {"kd": ForwardKL()}, teacher, **sgd)
 
-    folder = cache(prompted(), tmp_path / "c", form="topk", top_k=512)
+    folder = cache(prompted(), tmp_path / "c", **options)
     runs = []
     for learner in (prompted(), from_cache(sharp[0], folder)):
         quiet_trainer(tmp_path, 4).fit(learner, small_data())
         runs.append(weights(learner))
-    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=1e-4)  # log-probabilities in bfloat16
+    atol = 1e-6 if options["form"] == "hidden" else 1e-4  # log-probabilities in bfloat16
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=atol)
+
+
+def test_another_value_of_a_field_that_only_the_teacher_saw_is_refused(sharp, tmp_path) -> None:
+    def data(rule: str) -> InstructionData:
+        rows = [{"instruction": f"Count to {n}.", "output": "1 2 3", "rule": rule} for n in range(4)]
+        part = records(tmp_path / f"{rule}.jsonl", rows)
+        return InstructionData(part, validation=part, template="{instruction}", batch_size=4)
+
+    teacher = PromptedTeacher(ModelSpec(str(sharp[1])), template="{rule}\n{student_prompt}")
+    learner = DistillationModule(ModelSpec(str(sharp[0])), {"kd": ForwardKL()}, teacher)
+    folder = cache(learner, tmp_path / "c", data("brief"), form="hidden")
+    quiet_trainer(tmp_path, 1).fit(from_cache(sharp[0], folder), data("brief"))
+    with pytest.raises(ValueError, match=r"path: the text of .* its record has another rule or student_prompt"):
+        quiet_trainer(tmp_path, 1).fit(from_cache(sharp[0], folder), data("long"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from tiny import ASSETS
 
 from lit_distill.data.synthetic.data import TEMPLATE
 from lit_distill.models import CausalLM, ModelSpec, load_model, load_tokenizer
-from lit_distill.teachers import Opening, PromptedTeacher, StudentTeacher
+from lit_distill.teachers import CachedTeacher, MixedTeachers, Opening, PromptedTeacher, StudentTeacher
 from lit_distill.types import Item, Sequences
 
 SPEC = ModelSpec(str(ASSETS / "student"))
@@ -165,3 +165,10 @@ def test_the_copy_is_restored_from_its_state() -> None:
 
 def test_the_templates_of_the_tasks_are_the_students_prompt() -> None:
     assert PromptedTeacher(SPEC, TEMPLATE).fields == {"instruction", "input"}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["a cache", "a mixture with a cache"])
+def test_a_cache_cannot_be_prompted(inside) -> None:
+    cached = CachedTeacher("no-such-folder")
+    with pytest.raises(ValueError, match=r"^teacher: a cache has what .* Write it with a PromptedTeacher"):
+        PromptedTeacher(MixedTeachers({"a": cached, "b": SPEC}) if inside else cached, "{rule}")
