@@ -50,7 +50,7 @@ from lit_distill.teachers import (
     LocalTeacher,
     Teacher,
     as_teacher,
-    load_student_and_teacher,
+    load_models,
     walk,
 )
 from lit_distill.types import ArgumentError, Batch, Pairs, Prompts, Responses, Sequences, arguments_of, check_sizes
@@ -81,6 +81,8 @@ class DistillationModule(L.LightningModule):
         lr_scheduler: stepped after every optimiser step; none by default.
         generator: an engine that generates the responses of student and teacher, such as `ContinuousBatching`; by default the
             project's own decoder, which also generates wherever the teacher samples some of the tokens.
+        reference: a second frozen model, for objectives that need one, such as `ReferenceKL`; often the student as it was at the
+            start, by its path.
         prediction: settings of `predict`.
         on_nonfinite: what to do on a NaN or infinite gradient: stop the run, or skip the step and count it.
 
@@ -110,6 +112,7 @@ class DistillationModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         generator: Engine | None = None,
         prediction: Prediction | None = None,
+        reference: Teacher | ModelSpec | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
@@ -117,7 +120,10 @@ class DistillationModule(L.LightningModule):
         validation.check_names(objectives, corpus_objectives or {})
         validate_specs(student, None)
         self.student_spec = student
-        self.teacher_config = None if teacher is None else as_teacher(teacher)
+        given = {"teacher": teacher, "reference": reference}
+        self.frozen_configs: Mapping[str, Teacher] = {
+            key: as_teacher(model) for key, model in given.items() if model is not None
+        }
         for key, part in self._local_teachers():
             validate_specs(student, part.spec, key)
         self.source = source or DatasetResponses()
@@ -135,18 +141,31 @@ class DistillationModule(L.LightningModule):
         self.decoding_progress: ProgressHook | None = None  # for progress bars, see `Decoder`
         self.predicted_ids: frozenset[str] = frozenset()  # ids that an earlier, interrupted `predict` has written
         self.teacher: LoadedTeacher | None = None
+        self.reference: LoadedTeacher | None = None
         self.unfinished: UnfinishedPhase | None = None
         self.optimizer_since = 0  # optimiser steps done before this optimiser was created
         self._loaded_steps = 0
-        check_signals(self.source, objectives, corpus_objectives or {}, self.teacher_config)
+        check_signals(
+            self.source, objectives, corpus_objectives or {}, self.teacher_config, self.frozen_configs.get("reference")
+        )
+
+    @property
+    def teacher_config(self) -> Teacher | None:
+        """The teacher as configured; None if there is none."""
+        return self.frozen_configs.get("teacher")
+
+    @property
+    def item_fields(self) -> frozenset[str]:
+        """The fields of the records that the data module adds to the items of every text."""
+        return frozenset().union(*(teacher.fields for teacher in self.frozen_configs.values()))
 
     def _local_teachers(self) -> list[tuple[str, LocalTeacher]]:
-        parts = () if self.teacher_config is None else walk(self.teacher_config)
+        parts = [part for key, teacher in self.frozen_configs.items() for part in walk(teacher, key)]
         return [(key, part) for key, part in parts if isinstance(part, LocalTeacher)]
 
     @property
     def model_specs(self) -> dict[str, ModelSpec]:
-        """All models of the run by their YAML key below ``model``: ``student``, and the local ones of the teacher."""
+        """All models of the run by their YAML key below ``model``: ``student``, and the local ones of teacher and reference."""
         return {"student": self.student_spec, **{key: part.spec for key, part in self._local_teachers()}}
 
     @property
@@ -177,9 +196,10 @@ class DistillationModule(L.LightningModule):
         keep_freed_memory(device_type)
         trained = self.student_spec.lora is None
         self.student_spec = resolve_dtype(self.student_spec, "student", device_type, trained)
-        self.student, self.teacher = load_student_and_teacher(
-            self.student_spec, self.teacher_config, self.tokenizer, device_type, sharding_of(self), self.padding_free
+        self.student, frozen = load_models(
+            self.student_spec, self.frozen_configs, self.tokenizer, device_type, sharding_of(self), self.padding_free
         )
+        self.teacher, self.reference = frozen.get("teacher"), frozen.get("reference")
         warn_of_emulation(self.student, "student", device_type, precision)
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
         teacher = self.local_teacher
@@ -195,6 +215,7 @@ class DistillationModule(L.LightningModule):
             self.teacher,
             self.head_chunk_rows,
             compares(self.teacher_config),
+            self.reference,
         )
 
     def _generator(self, decoder: Decoder) -> Generator:
@@ -209,7 +230,7 @@ class DistillationModule(L.LightningModule):
         return {**dict(self.objectives.items()), **dict(self.corpus_objectives.items())}
 
     def _evaluator(self, objectives: Mapping[str, Objective], key: str) -> ObjectiveEvaluator:
-        return ObjectiveEvaluator(objectives, self.student, self.teacher, key, self.head_chunk_rows)
+        return ObjectiveEvaluator(objectives, self.student, self.teacher, key, self.head_chunk_rows, self.reference)
 
     def setup(self, stage: str) -> None:
         """Reject unsupported Trainer options and data settings, before any weights load."""
@@ -287,6 +308,8 @@ class DistillationModule(L.LightningModule):
             on_rollouts=partial(self.hooks.call, self, "on_rollouts"),
             needs=frozenset().union(*(objective.needs for objective in self.objectives.values())),
             entropies=any(getattr(callback, "reads_entropies", False) for callback in self.trainer.callbacks),  # type: ignore[attr-defined]
+            reference=self.reference,
+            response_texts=self.response_texts,
         )
 
     def _on_decoding_step(self, step: int, steps: int, rows: int) -> None:
@@ -323,8 +346,8 @@ class DistillationModule(L.LightningModule):
                 optimizer, self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm or "norm"
             )
         optimizer.step()
-        if self.teacher_config is not None:
-            self.teacher_config.after_step(self.student, self.global_step)
+        for teacher in self.frozen_configs.values():
+            teacher.after_step(self.student, self.global_step)
         self._log_step(terms, counts, weights)
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
@@ -452,8 +475,8 @@ class DistillationModule(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Close what the teacher holds open."""
-        if self.teacher_config is not None:
-            self.teacher_config.close()
+        for teacher in self.frozen_configs.values():
+            teacher.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the state of the run, and what is needed to rebuild the student without the run's YAML."""

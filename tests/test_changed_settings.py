@@ -265,7 +265,7 @@ def test_the_command_line_refuses_before_anything_loads(pair, tmp_path, monkeypa
     def loads(*arguments: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("lit_distill.module.load_student_and_teacher", loads)
+    monkeypatch.setattr("lit_distill.module.load_models", loads)
     other = ("--model.optimizer", "SGD", "--model.optimizer.lr", "0.1")
     with pytest.raises(ValueError, match=r"^model\.optimizer: .*AdamW.*SGD.*checkpoint\.reset_optimizer: true"):
         run("fit", "--config", written, "--ckpt_path", "last", *other)

@@ -25,7 +25,7 @@ from lit_distill.data.tokenize import TEMPLATES
 from lit_distill.models import ModelSpec, load_model
 from lit_distill.objectives import ReverseKL
 from lit_distill.optim import WarmupCosine
-from lit_distill.teachers import LocalTeacher, load_student_and_teacher, local
+from lit_distill.teachers import LocalTeacher, load_models, local
 
 # Lightning 2.6 calls what jsonargparse 4.5x deprecates
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -338,8 +338,9 @@ def test_student_and_teacher_of_a_config_fit_each_other_at_full_size(config: Pat
     )
     monkeypatch.setattr(local, "load_tokenizer", lambda *_: words)
     with torch.device("meta"):
-        teacher_config = LocalTeacher(specs[1]) if len(specs) == 2 else None
-        student, teacher = load_student_and_teacher(specs[0], teacher_config, words)
+        frozen = {"teacher": LocalTeacher(specs[1])} if len(specs) == 2 else {}
+        student, loaded = load_models(specs[0], frozen, words)
+    teacher = loaded.get("teacher")
     assert student.vocabulary_size == (tokens if teacher else rows)
     assert student.head().weight.shape[0] == student.vocabulary_size
     if teacher is not None:

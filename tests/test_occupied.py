@@ -108,7 +108,7 @@ def test_it_is_refused_before_any_weights_load(config, monkeypatch) -> None:
     run("fit", "--config", config)
     before = content(VERSION)
     with another("-c", HOLD, VERSION / LOCK_FILE), monkeypatch.context() as nothing:
-        nothing.setattr("lit_distill.module.load_student_and_teacher", lambda *_: pytest.fail("models were loaded"))
+        nothing.setattr("lit_distill.module.load_models", lambda *_: pytest.fail("models were loaded"))
         with pytest.raises(ValueError, match=IN_USE):
             go_on()
     (VERSION / LOCK_FILE).unlink()

@@ -132,6 +132,11 @@ class CacheRun(L.LightningModule):
         """The student's, which tokenises the data."""
         return self.module[0].tokenizer
 
+    @property
+    def item_fields(self) -> frozenset[str]:
+        """The fields of the records that the teacher needs."""
+        return self.teacher_config.fields
+
     def setup(self, stage: str) -> None:
         """Check lengths and tokens before any weights load."""
         _check_limits(self.trainer)

@@ -166,9 +166,10 @@ class InstructionData(LightningDataModule):
         return None if records is None else records.read(name, columns)
 
     def _kept_fields(self) -> frozenset[str]:
-        """The fields that the run's teacher asks for."""
-        teacher = getattr(getattr(self.trainer, "lightning_module", None), "teacher_config", None)
-        return frozenset() if teacher is None else teacher.fields
+        """The fields that the run asks for."""
+        module = getattr(self.trainer, "lightning_module", None)
+        fields: frozenset[str] = getattr(module, "item_fields", frozenset())
+        return fields
 
     def prepare_data(self) -> None:
         """Tokenise into the cache; Lightning calls this in one process per machine."""

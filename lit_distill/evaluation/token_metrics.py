@@ -27,7 +27,7 @@ def compares(teacher: Teacher | None) -> bool:
 
 def measurable(objectives: Mapping[str, Objective], has_teacher: bool) -> dict[str, Objective]:
     """The training objectives that can be evaluated on a dataset: they need only logits and labels."""
-    known = {"student_logits", "labels"} | ({"teacher_logits"} if has_teacher else set())
+    known = {"student_logits", "labels", "reference_logits"} | ({"teacher_logits"} if has_teacher else set())
     return {name: objective for name, objective in objectives.items() if objective.needs <= known}
 
 
@@ -49,6 +49,7 @@ class TokenMetrics(nn.Module):
         teacher: the model to compare it with, if there is one.
         chunk_rows: rows of logits computed at a time.
         compared: whether to compare both models; false for a teacher that is not `compares`.
+        reference: a second frozen model, if an objective needs it.
     """
 
     def __init__(
@@ -58,13 +59,14 @@ class TokenMetrics(nn.Module):
         teacher: LoadedTeacher | None,
         chunk_rows: int | None = None,
         compared: bool = True,
+        reference: LoadedTeacher | None = None,
     ) -> None:
         super().__init__()
         self.trained = measurable(objectives, has_teacher=teacher is not None)
         self.compared = compared and teacher is not None
         quality = AgreementTerms() if self.compared else PerplexityTerms()
         evaluated: dict[str, Objective] = {QUALITY: quality, **self.trained}
-        self.evaluator = ObjectiveEvaluator(evaluated, student, teacher, "model.objectives", chunk_rows)
+        self.evaluator = ObjectiveEvaluator(evaluated, student, teacher, "model.objectives", chunk_rows, reference)
         self.means = TermMeanMetric((*quality.metric_names, *self.trained))
 
     def attach(self, name: str, objective: Objective) -> None:

@@ -30,6 +30,7 @@ class ChunkedTokenLoss:
         head: the student's LM head.
         signals: ``[N]`` each, by name; must contain ``labels``.
         teacher: the teacher's predictions for the same rows, if an objective needs them.
+        reference: the reference model's, if an objective needs them.
         chunk_rows: rows in a chunk.
         row_limits: for an objective's name, the number of rows, from the first, that it gets; default: all rows.
     """
@@ -43,12 +44,14 @@ class ChunkedTokenLoss:
         teacher: TeacherRows | None = None,
         chunk_rows: int | None = None,
         row_limits: Mapping[str, int] | None = None,
+        reference: TeacherRows | None = None,
     ) -> None:
         self.objectives = objectives
         self.factors = factors
         self.head = head
         self.signals = signals
         self.teacher = teacher
+        self.reference = reference
         self.chunk_rows = chunk_rows or chunk_rows_for(head)
         self.row_limits = row_limits or {}
         self.terms: dict[str, LossTerm] = {}
@@ -82,6 +85,9 @@ class ChunkedTokenLoss:
     def _weighted_sum(self, student_logits: Tensor, part: slice) -> Tensor:
         active = {name: o for name, o in self.objectives.items() if part.stop <= self.row_limits.get(name, part.stop)}
         signals = {"student_logits": student_logits, **{name: signal[part] for name, signal in self.signals.items()}}
+        if any("reference_logits" in objective.needs for objective in active.values()):
+            assert self.reference is not None
+            signals["reference_logits"] = self.reference.logits(part)
         compared = {name: objective for name, objective in active.items() if "teacher_logits" in objective.needs}
         if isinstance(self.teacher, PartedRows) and compared:
             loss = self._sum_of_parts(compared, signals, part, self.teacher)
@@ -116,7 +122,8 @@ class ChunkedTokenLoss:
                 index = to_device(inside, student.device)
                 here = {name: signal[index] for name, signal in signals.items()}
             if part.tokens is not None:
-                here["student_logits"] = here["student_logits"][:, part.tokens]
+                for name in here.keys() & {"student_logits", "reference_logits"}:
+                    here[name] = here[name][:, part.tokens]
                 here["labels"] = torch.searchsorted(part.tokens, here["labels"])
             if len(inside):
                 assert part.rows is not None

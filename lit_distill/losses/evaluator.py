@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_distill.losses.chunked import ChunkedTokenLoss
 from lit_distill.losses.pairs import LinearizedPairLoss, pair_gradients
 from lit_distill.models.lm_head import label_logprobs
-from lit_distill.objectives import TEACHER_OF_PAIRS, LossTerm, Objective, add_terms, probe
+from lit_distill.objectives import REFERENCE_SIGNALS, TEACHER_OF_PAIRS, LossTerm, Objective, add_terms, probe
 from lit_distill.teachers.base import Partial, Prefetching
 from lit_distill.types import Pairs, Sequences
 
@@ -31,6 +31,7 @@ class ObjectiveEvaluator:
         teacher: runs only if an objective needs its signals.
         key: YAML key of the objectives, for messages.
         chunk_rows: rows of logits in a chunk; by default about 24 MB of them on a CPU and 128 MB on a GPU.
+        reference: a second frozen model; runs only if an objective needs its signals.
 
     Raises:
         ValueError: if an objective does not return a `LossTerm` of scalar sums.
@@ -43,10 +44,12 @@ class ObjectiveEvaluator:
         teacher: LoadedTeacher | None,
         key: str,
         chunk_rows: int | None = None,
+        reference: LoadedTeacher | None = None,
     ) -> None:
         self.objectives = dict(objectives)
         self.student = student
         self.teacher = teacher
+        self.reference = reference
         self.chunk_rows = chunk_rows
         probed = [probe(objective, student.vocabulary_size, f"{key}.{name}") for name, objective in objectives.items()]
         self._counts_by_value = any(probed)
@@ -70,7 +73,9 @@ class ObjectiveEvaluator:
                 return self._evaluate_pairs(text, objectives, factors)
             text = text.chosen
         teacher = self._teacher_rows(text) if _any_needs(objectives, {"teacher_logits"}) else None
-        loss = ChunkedTokenLoss(objectives, factors, self.student.head(), _rows_of(text), teacher, self.chunk_rows)
+        reference = self._reference_rows(text, objectives)
+        head, signals = self.student.head(), _rows_of(text)
+        loss = ChunkedTokenLoss(objectives, factors, head, signals, teacher, self.chunk_rows, reference=reference)
         value = loss(self.student.target_rows(text))
         return value, loss.terms
 
@@ -87,6 +92,7 @@ class ObjectiveEvaluator:
             signals["teacher_logprobs"] = teacher.label_logprobs(signals["labels"], self.chunk_rows)
         elif _any_needs(on_tokens, {"teacher_logits"}):
             teacher = self._teacher_rows(pairs.chosen)
+        reference = self._reference_rows(pairs.chosen, on_tokens)
 
         hidden = self.student.target_rows(text)
         logprobs = label_logprobs(head.in_compute_dtype(), hidden.detach(), signals["labels"], self.chunk_rows)
@@ -98,7 +104,7 @@ class ObjectiveEvaluator:
             on_tokens[PAIR_LOSS] = LinearizedPairLoss()
         else:
             hidden = hidden[:num_chosen]
-        loss = ChunkedTokenLoss(on_tokens, factors, head, signals, teacher, self.chunk_rows, row_limits)
+        loss = ChunkedTokenLoss(on_tokens, factors, head, signals, teacher, self.chunk_rows, row_limits, reference)
         value = loss(hidden) + pairs_term.loss
         if PAIR_LOSS in loss.terms:  # it only adds the gradient: remove its value
             value = value - loss.terms.pop(PAIR_LOSS).total
@@ -114,6 +120,12 @@ class ObjectiveEvaluator:
     def _teacher_rows(self, text: Sequences) -> TeacherRows:
         assert self.teacher is not None
         return self.teacher.rows(text)
+
+    def _reference_rows(self, text: Sequences, objectives: Mapping[str, Objective]) -> TeacherRows | None:
+        if not _any_needs(objectives, REFERENCE_SIGNALS):
+            return None
+        assert self.reference is not None
+        return self.reference.rows(text.without_recording())
 
     def counts(self, parts: Iterable[Sequences | Pairs], names: Iterable[str]) -> dict[str, Tensor]:
         """The number of items that each objective in ``names`` counts in all ``parts``, ``[]`` float64, before any backward pass.

@@ -21,10 +21,19 @@ from lit_distill.objectives.divergences import (
 )
 from lit_distill.objectives.policy_gradient import PolicyGradient
 from lit_distill.objectives.preference import DirectPreference, TokenPreference
-from lit_distill.objectives.signals import PAIR_SIGNALS, SIGNALS, TEACHER_OF_PAIRS, TEACHER_SIGNALS, Accuracy, Signal
+from lit_distill.objectives.signals import (
+    PAIR_SIGNALS,
+    REFERENCE_SIGNALS,
+    SIGNALS,
+    TEACHER_OF_PAIRS,
+    TEACHER_SIGNALS,
+    Accuracy,
+    Signal,
+)
 
 __all__ = [
     "PAIR_SIGNALS",
+    "REFERENCE_SIGNALS",
     "SIGNALS",
     "TEACHER_OF_PAIRS",
     "TEACHER_SIGNALS",

@@ -16,7 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_distill.objectives.signals import PAIR_SIGNALS, SIGNALS, TEACHER_SIGNALS, Accuracy, random_signals
+from lit_distill.objectives.signals import (
+    PAIR_SIGNALS,
+    REFERENCE_SIGNALS,
+    SIGNALS,
+    TEACHER_SIGNALS,
+    Accuracy,
+    random_signals,
+)
 from lit_distill.types import ArgumentError
 
 
@@ -100,7 +107,11 @@ def check_needs(objectives: Mapping[str, Objective], provided: Iterable[str], ke
                 close = get_close_matches(signal, SIGNALS, n=1)
                 hint = f" Did you mean `{close[0]}`?" if close else ""
                 raise ValueError(f"{title}, which is not a signal.{hint} Signals: {', '.join(SIGNALS)}.")
-            if objective.needs - provided <= TEACHER_SIGNALS:
+            if signal in REFERENCE_SIGNALS:
+                raise ValueError(
+                    f"{title}, but there is no reference model. Set model.reference.path, for example to the student's path."
+                )
+            if objective.needs - provided <= TEACHER_SIGNALS | REFERENCE_SIGNALS:
                 raise ValueError(f"{title}, but there is no teacher. Set model.teacher.path.")
             if signal in PAIR_SIGNALS:
                 raise ValueError(

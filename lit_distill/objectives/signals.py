@@ -19,7 +19,8 @@ class Signal(NamedTuple):
     shape: tuple[str, ...]
     """Names of the dimensions."""
     provider: str
-    """``text`` (any sequence), ``rollout`` (sources that score their responses), ``pair`` (sources of pairs), or ``teacher``."""
+    """``text`` (any sequence), ``rollout`` (sources that score their responses), ``pair`` (sources of pairs), ``teacher``, or
+    ``reference``."""
     meaning: str
     dtype: torch.dtype = torch.float32
 
@@ -35,6 +36,7 @@ SIGNALS: Mapping[str, Signal] = {
     "student_logits": Signal(("N", "V"), "text", "carries the gradient"),
     "labels": Signal(ROW, "text", "the token that follows", torch.int64),
     "teacher_logits": Signal(("N", "V"), "teacher", "constant"),
+    "reference_logits": Signal(("N", "V"), "reference", "constant"),
     "old_logprobs": Signal(ROW, "rollout", "log q of the label when it was sampled"),
     "teacher_logprobs": Signal(ROW, "rollout", "log p of the label"),
     "advantages": Signal(ROW, "rollout", "constant"),
@@ -52,6 +54,7 @@ SIGNALS: Mapping[str, Signal] = {
 PAIR_SIGNALS = frozenset(name for name, signal in SIGNALS.items() if signal.shape == PAIR)
 """Signals of objectives on pairs; all other signals are for objectives on tokens."""
 TEACHER_SIGNALS = frozenset(name for name, signal in SIGNALS.items() if signal.provider == "teacher")
+REFERENCE_SIGNALS = frozenset(name for name, signal in SIGNALS.items() if signal.provider == "reference")
 TEACHER_OF_PAIRS = PAIR_SIGNALS & TEACHER_SIGNALS
 
 

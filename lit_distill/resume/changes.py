@@ -49,10 +49,11 @@ def settings_of(run: ResumableRun, data: Any, total_steps: Callable[[], int]) ->
         data: the data module, set up; one without a method ``content`` is not compared.
         total_steps: steps of the learning-rate schedule, for a scheduler that needs them.
     """
-    teacher = run.teacher_config
+    frozen: dict[str, Any] = dict.fromkeys(("teacher", "reference"))
+    frozen |= {key: teacher.identity(f"model.{key}") for key, teacher in run.frozen_configs.items()}
     return {
         "student": identity_of(run.student_spec, "model.student"),
-        "teacher": teacher and teacher.identity("model.teacher"),
+        **frozen,
         "data": data.content("train") if hasattr(data, "content") else None,
         "objectives": {name: type(objective).__name__ for name, objective in run.all_objectives.items()},
         **_optimizer_settings(run, total_steps),
@@ -70,8 +71,8 @@ def check_changes(then: Settings, now: Settings, fresh_optimizer: bool) -> None:
     Raises:
         ValueError: with the key, and what to do.
     """
-    for role in ("student", "teacher"):
-        before, here = then[role], now[role]
+    for role in ("student", "teacher", "reference"):
+        before, here = then.get(role), now[role]  # older checkpoints know no reference
         if before and here and not is_same_model(before, here):
             raise ValueError(
                 f"model.{role}.path: {here['path']} is another model than the checkpoint's {role}, {before['path']}. To resume, "

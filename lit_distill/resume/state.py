@@ -38,7 +38,8 @@ def save_run(run: ResumableRun, checkpoint: dict[str, Any]) -> None:
         checkpoint: changed in place; only plain values and tensors are added.
     """
     checkpoint["source"] = run.source.state_dict()
-    checkpoint["teacher"] = {} if run.teacher_config is None else run.teacher_config.state_dict()
+    for key, teacher in run.frozen_configs.items():
+        checkpoint[key] = teacher.state_dict()
     checkpoint["student"] = student_metadata(run.student_spec, run.student)
     checkpoint[SETTINGS] = {
         **settings_of(run, _data_module(run), partial(scheduled_steps, run)),
@@ -77,8 +78,9 @@ def load_run(run: ResumableRun, checkpoint: dict[str, Any]) -> None:
     then = checkpoint.get(SETTINGS, {})
     same_source = then.get("source", type(run.source).__name__) == type(run.source).__name__
     run.source.load_state_dict(checkpoint.get("source", {}) if same_source else {})
-    if run.teacher_config is not None and checkpoint.get("teacher"):
-        run.teacher_config.load_state_dict(checkpoint["teacher"])
+    for key, teacher in run.frozen_configs.items():
+        if checkpoint.get(key):
+            teacher.load_state_dict(checkpoint[key])
     if run.trainer.state.fn == "fit":
         _load_optimizer(run, checkpoint, then)
         _load_phase(run, checkpoint)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_distill.generation.sampling import phase_keys
-from lit_distill.objectives import TEACHER_SIGNALS, check_needs
+from lit_distill.objectives import REFERENCE_SIGNALS, TEACHER_SIGNALS, check_needs
 from lit_distill.teachers import LocalTeacher, walk
 from lit_distill.types import Trajectories, arguments_of, join_responses
 
@@ -51,6 +51,10 @@ class RolloutContext:
     """The signals that the objectives need; other signals are not put into mini-batches."""
     entropies: bool = False
     """Whether a callback needs the entropies of teacher-mixed rollouts."""
+    reference: LoadedTeacher | None = None
+    """The second frozen model, if the run has one."""
+    response_texts: Callable[[Responses], list[str]] = lambda _: []
+    """The responses as strings, without special tokens."""
 
 
 def split_corpus(corpus: Sequences | None, steps: int) -> Iterator[Sequences]:
@@ -77,15 +81,18 @@ def check_signals(
     objectives: Mapping[str, Objective],
     corpus_objectives: Mapping[str, Objective],
     teacher: Teacher | None,
+    reference: Teacher | None = None,
 ) -> None:
-    """Check, before anything loads, that source, corpus and teacher provide every signal that the objectives need.
+    """Check, before anything loads, that source, corpus, teacher and reference provide every signal that the objectives need.
 
     Raises:
         ValueError: with the key, the missing signal and what to do.
     """
     teachers = frozenset({"teacher_logits"} if teacher is not None else ())
+    teachers |= REFERENCE_SIGNALS if reference is not None else frozenset()
     given = source.provides | (source.provides_with_teacher if teacher is not None else frozenset())
     name = f"the source {type(source).__name__}"
+    given |= teachers & REFERENCE_SIGNALS
     check_needs(objectives, given, "objectives", name)
     with arguments_of(source):
         source.check(objectives)
@@ -93,6 +100,8 @@ def check_signals(
         raise ValueError(f"source: {name} needs a teacher. Set model.teacher.path.")
     if teacher is not None:
         check_teacher(source, teacher, {"objectives": objectives, "corpus_objectives": corpus_objectives})
+    if reference is not None:
+        check_reference(source, reference)
     check_needs(corpus_objectives, TEXT_SIGNALS | teachers, "corpus_objectives", "a plain-text corpus")
 
 
@@ -114,16 +123,7 @@ def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Map
             f"teacher is a {kind}. Set model.teacher.path, or source: DatasetResponses or StudentRollouts."
         )
     generated = all(part.answers_generated for _, part in walk(teacher))
-    if source.generates and not generated:
-        raise ValueError(
-            f"source: {source_name} trains on responses that are generated during training, but {kind} answers only for the texts "
-            "that it was written for. Set source: DatasetResponses, or another teacher, such as model.teacher.path."
-        )
-    if teacher.fields and not source.keeps_items:
-        raise ValueError(
-            f"source: {source_name} forgets which record a text belongs to, but {kind} needs the fields "
-            f"{', '.join(sorted(teacher.fields))} of the record. Set source: StudentRollouts or DatasetResponses."
-        )
+    _check_texts(source, teacher, "teacher")
     for key, named in objectives.items():
         for name, objective in named.items():
             if key == "corpus_objectives" and objective.needs & TEACHER_SIGNALS and not generated:
@@ -138,6 +138,33 @@ def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Map
                 )
             if objective.needs & TEACHER_SIGNALS and teacher.accuracy not in objective.accepts_teacher:
                 raise ValueError(f"{key}.{name}: {type(objective).__name__} {REFUSALS[teacher.accuracy]}")
+
+
+def check_reference(source: Source, reference: Teacher) -> None:
+    """Check, before anything loads, that the second frozen model can answer for every token of the texts.
+
+    Raises:
+        ValueError: with the key, the reason and what to do.
+    """
+    if not reference.answers_all or reference.accuracy not in ("exact", "spread"):
+        raise ValueError(
+            f"reference: {type(reference).__name__} does not know the probability of every token. Set model.reference.path."
+        )
+    _check_texts(source, reference, "reference")
+
+
+def _check_texts(source: Source, teacher: Teacher, key: str) -> None:
+    kind, source_name = type(teacher).__name__, type(source).__name__
+    if source.generates and not all(part.answers_generated for _, part in walk(teacher)):
+        raise ValueError(
+            f"source: {source_name} trains on responses that are generated during training, but {kind} answers only for the texts "
+            f"that it was written for. Set source: DatasetResponses, or another {key}, such as model.{key}.path."
+        )
+    if teacher.fields and not source.keeps_items:
+        raise ValueError(
+            f"source: {source_name} forgets which record a text belongs to, but {kind} needs the fields "
+            f"{', '.join(sorted(teacher.fields))} of the record. Set source: StudentRollouts or DatasetResponses."
+        )
 
 
 REFUSALS = {

@@ -5,7 +5,7 @@ from lit_distill.teachers.base import LoadedTeacher, Opening, Teacher, TeacherRo
 from lit_distill.teachers.cached import CachedTeacher
 from lit_distill.teachers.combined import MixedTeachers, RoutedTeachers
 from lit_distill.teachers.following import StudentTeacher
-from lit_distill.teachers.loading import load_student_and_teacher
+from lit_distill.teachers.loading import load_models
 from lit_distill.teachers.local import FrozenTeacher, HiddenRows, LocalTeacher, as_teacher
 from lit_distill.teachers.prompted import PromptedTeacher
 from lit_distill.teachers.remote import ServerTeacher
@@ -26,6 +26,6 @@ __all__ = [
     "Teacher",
     "TeacherRows",
     "as_teacher",
-    "load_student_and_teacher",
+    "load_models",
     "walk",
 ]

@@ -1,7 +1,8 @@
-"""Loads student and teacher together, since all models of a run share one vocabulary."""
+"""Loads the models of a run together, since they share one vocabulary."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,32 +17,31 @@ if TYPE_CHECKING:
     from lit_distill.models import CausalLM, ModelSpec
 
 
-def load_student_and_teacher(
+def load_models(
     student: ModelSpec,
-    teacher: Teacher | None,
+    frozen: Mapping[str, Teacher],
     tokenizer: PreTrainedTokenizerBase,
     device_type: str = "cpu",
     sharding: Sharding | None = None,
     padding_free: bool = True,
-) -> tuple[CausalLM, LoadedTeacher | None]:
-    """Load student and teacher. Default dtypes: float32 for the student, or as stored with adapters; as stored for the teacher.
+) -> tuple[CausalLM, dict[str, LoadedTeacher]]:
+    """Load the student and what it is compared with. Default dtypes: float32, or as stored with adapters; as stored for the others.
 
     Args:
         student: spec under ``model.student``.
-        teacher: the teacher under ``model.teacher``; None if none is needed.
+        frozen: ``teacher`` and ``reference``, as far as the run has them, by their key below ``model``.
         tokenizer: the student's.
         device_type: where the models will run.
-        sharding: how both are sharded over the ranks, all of which must call this function; None loads them whole.
+        sharding: how all are sharded over the ranks, all of which must call this function; None loads them whole.
         padding_free: let each pack texts into fewer rows if it keeps them apart.
 
     Raises:
-        ValueError: if a model cannot be loaded, or the teacher does not fit the student.
+        ValueError: if a model cannot be loaded, or one of the others does not fit the student.
     """
     builder = ModelBuilder(student, "student", torch.float32 if student.lora is None else None, sharding)
-    if teacher is None:
-        return builder.finish(None, padding_free), None
     rows = builder.model.get_output_embeddings().weight.shape[0]
     opening = Opening(tokenizer, student, rows, device_type, sharding, padding_free)
-    vocabulary_size = teacher.open(opening, "teacher")
+    sizes = [size for key, teacher in frozen.items() if (size := teacher.open(opening, key)) is not None]
+    vocabulary_size = min(sizes, default=None)
     lm = builder.finish(vocabulary_size, padding_free)
-    return lm, teacher.load(vocabulary_size, lm)
+    return lm, {key: teacher.load(vocabulary_size, lm) for key, teacher in frozen.items()}

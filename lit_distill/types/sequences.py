@@ -166,6 +166,13 @@ class Sequences(TensorRecord):
         blank = replace(self, target_mask=torch.zeros_like(self.target_mask))
         return blank._with_masks(self.masks.attended, torch.zeros_like(self.masks.targets), self.masks.tokens)
 
+    def without_recording(self) -> Sequences:
+        """The same sequences without the teacher's hidden states, for another model than that teacher."""
+        if self.teacher_hidden is None:
+            return self
+        plain = replace(self, teacher_hidden=None)
+        return plain._with_masks(self.masks.attended, self.masks.targets, self.masks.tokens)
+
     def select(self, index: Tensor) -> Sequences:
         """The sequences at ``index`` ``[b]`` int64 on the CPU, in that order."""
         rows = index.cpu()

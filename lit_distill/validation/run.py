@@ -19,13 +19,18 @@ class DistillationRun(Protocol):
 
     trainer: Any
     student_spec: ModelSpec
-    teacher_config: Teacher | None
+    frozen_configs: Mapping[str, Teacher]
     source: Source
     objectives: Mapping[str, Objective]
     corpus_objectives: Mapping[str, Objective]
     optimizer_factory: Callable[[Any], Any]
     lr_scheduler_factory: Callable[[Any], Any] | None
     prediction: Prediction
+
+    @property
+    def teacher_config(self) -> Teacher | None:
+        """The teacher as configured."""
+        ...
 
     @property
     def teacher_spec(self) -> ModelSpec | None:

@@ -51,7 +51,7 @@ def refusal(pair, tmp_path, monkeypatch, capsys) -> Refusal:
     def refuse(changes: Mapping[str, Any], *arguments: str, command: str = "fit", loading: bool = False) -> str:
         monkeypatch.setattr("lit_distill.module.DistillationModule.training_step", begins)
         if not loading:
-            monkeypatch.setattr("lit_distill.module.load_student_and_teacher", loads)
+            monkeypatch.setattr("lit_distill.module.load_models", loads)
         config = write(changed(tiny_config(pair), changes), tmp_path / "wrong.yaml")
         return refused([command, "--config", str(config), *arguments], capsys)
 

@@ -46,7 +46,7 @@ def test_a_second_run_stops_before_it_loads_anything_until_the_first_is_killed(c
         try:
             holder.stdout.readline()
             with monkeypatch.context() as nothing:
-                loads = "lit_distill.module.load_student_and_teacher"
+                loads = "lit_distill.module.load_models"
                 nothing.setattr(loads, lambda *_: pytest.fail("models were loaded"))
                 with pytest.raises(ValueError, match=IN_USE):
                     run("predict", "--config", config)

@@ -325,7 +325,7 @@ def test_the_table_of_a_run_from_a_cache_has_no_row_for_the_teacher(sharp, cache
 
 
 def test_exposure_bias_is_refused_before_weights_load(sharp, caches, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("lit_distill.module.load_student_and_teacher", None)
+    monkeypatch.setattr("lit_distill.module.load_models", None)
     config = config_of(sharp, cached(caches["hidden"]))
     config["exposure_bias"] = {"max_prompts": 2, "every_n_validations": 1}
     message = refusal("fit", "--config", write(config, tmp_path / "run.yaml"))

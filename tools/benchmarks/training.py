@@ -138,9 +138,9 @@ def train(
     """
     spec = ModelSpec(str(ASSETS / "student"))
     optimizer = partial(torch.optim.AdamW, lr=RATE)
-    models, stops = (pair.student, pair.teacher), (pair.vocabulary_size,)
+    models, stops = (pair.student, {"teacher": pair.teacher}), (pair.vocabulary_size,)
     with (
-        patch("lit_distill.module.load_student_and_teacher", lambda *_: models),
+        patch("lit_distill.module.load_models", lambda *_: models),
         patch("lit_distill.module.stop_token_ids", lambda *_: stops),
     ):
         module = DistillationModule(spec, dict(objectives), spec, optimizer=optimizer, **settings)

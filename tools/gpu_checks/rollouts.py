@@ -15,7 +15,7 @@ from lit_distill.data import ProceduralData
 from lit_distill.generation import Decoder
 from lit_distill.models import CausalLM, ModelSpec, load_tokenizer, stop_token_ids
 from lit_distill.sources import RolloutContext, TeacherMixedRollouts
-from lit_distill.teachers import FrozenTeacher, LocalTeacher, load_student_and_teacher
+from lit_distill.teachers import FrozenTeacher, LocalTeacher, load_models
 from lit_distill.types import Batch, Trajectories
 
 LIMITS = {"32-true": (1e-4, 1e-3), "bf16-mixed": (1e-2, 0.3)}
@@ -33,7 +33,8 @@ def pair_on(machine: Machine, precision: str) -> tuple[CausalLM, FrozenTeacher, 
     specs[1].dtype = "bfloat16" if precision == "bf16-mixed" else None
     tokenizer = load_tokenizer(specs[0], "model.student")
     with machine.device:
-        student, teacher = load_student_and_teacher(specs[0], LocalTeacher(specs[1]), tokenizer)
+        student, frozen = load_models(specs[0], {"teacher": LocalTeacher(specs[1])}, tokenizer)
+    teacher = frozen["teacher"]
     assert isinstance(teacher, FrozenTeacher)
     stops = stop_token_ids(tokenizer, student.model.generation_config)
     return student.to(machine.device), FrozenTeacher(teacher.lm.to(machine.device)), stops

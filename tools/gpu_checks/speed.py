@@ -144,7 +144,7 @@ def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
     spec = ModelSpec(str(ASSETS / "student"))
     optimizer = partial(torch.optim.AdamW, lr=1e-5)
     watch = _Watch(machine, warm, timed, counted)
-    with patch("lit_distill.module.load_student_and_teacher", lambda *_: (pair.student, pair.teacher)):
+    with patch("lit_distill.module.load_models", lambda *_: (pair.student, {"teacher": pair.teacher})):
         module = DistillationModule(spec, objectives, spec, optimizer=optimizer)
         trainer = bare_trainer(machine, "bf16-mixed" if machine.cuda else "32-true", len(batches), watch)
         loader = DataLoader(batches, batch_size=None, pin_memory=machine.cuda)  # type: ignore[arg-type]
