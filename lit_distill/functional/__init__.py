@@ -10,6 +10,8 @@ from lit_distill.functional.calibration import (
 from lit_distill.functional.distributions import entropy
 from lit_distill.functional.divergences import (
     adaptive_kl,
+    entropy_gate,
+    entropy_gated_kl,
     forward_kl,
     jensen_shannon,
     reverse_kl,
@@ -19,6 +21,7 @@ from lit_distill.functional.divergences import (
     total_variation,
 )
 from lit_distill.functional.exposure_bias import ExposureBias, exposure_bias
+from lit_distill.functional.extrapolated import extrapolated_reverse_kl
 from lit_distill.functional.importance import (
     DecisionWeights,
     WeightKind,
@@ -44,8 +47,16 @@ from lit_distill.functional.preference import (
     token_preference_loss,
     unrepeated_length,
 )
+from lit_distill.functional.sampled import sampled_reverse_kl
 from lit_distill.functional.schedules import cosine_schedule, linear_schedule, stepwise_schedule
 from lit_distill.functional.sparse import Draws, bits_for, draw, pack_bits, top_k, unpack_bits
+from lit_distill.functional.top_k_kl import (
+    TopKOverlap,
+    TopKSupport,
+    top_k_forward_kl,
+    top_k_overlap,
+    top_k_reverse_kl,
+)
 
 __all__ = [
     "CalibrationBins",
@@ -55,6 +66,8 @@ __all__ = [
     "PackedRows",
     "PreferenceVariant",
     "TokenPreferenceVariant",
+    "TopKOverlap",
+    "TopKSupport",
     "WeightKind",
     "adaptive_kl",
     "assign_rows",
@@ -67,10 +80,13 @@ __all__ = [
     "draw",
     "effective_sample_size",
     "entropy",
+    "entropy_gate",
+    "entropy_gated_kl",
     "equal_mass_bins",
     "equal_width_bins",
     "expected_calibration_error",
     "exposure_bias",
+    "extrapolated_reverse_kl",
     "forward_kl",
     "implicit_reward",
     "importance_weights",
@@ -83,6 +99,7 @@ __all__ = [
     "reverse_kl_k1",
     "reverse_kl_k3",
     "reward_to_go",
+    "sampled_reverse_kl",
     "scale_and_clip_rewards",
     "skew_forward_kl",
     "skew_reverse_kl",
@@ -91,6 +108,9 @@ __all__ = [
     "stepwise_schedule",
     "token_preference_loss",
     "top_k",
+    "top_k_forward_kl",
+    "top_k_overlap",
+    "top_k_reverse_kl",
     "total_variation",
     "unpack_bits",
     "unrepeated_length",

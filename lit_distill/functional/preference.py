@@ -15,9 +15,14 @@ are derived here: the student's implicit reward is β log(q/p) + const, so the l
 | `simpo` | no teacher, per-token means, target margin γ | token loss / (unrepeated length / 256) | both |
 | `dpop` | −log σ(βh − βλ max(0, log p/q(y_t))) | −log σ(βh) + λ max(0, log p/q(y_t)) | both |
 | `reference_free` | teacher ratio 0 | same | same |
+| `teacher_margin` | absent | absent | −log σ(β log q(y_t)/q(y_s) − α max(0, log p(y_t)/p(y_s))) |
+
+`teacher_margin` is DPO with an offset, without its reference model: the more the teacher prefers y_t, the larger the lead of y_t
+that the student is asked for. Biased towards a flatter student: the max makes its mean gradient at q = p not 0, as `dpkd`'s is.
 
 Sources: DPKD https://arxiv.org/abs/2406.19774; DPO 2305.18290; IPO 2310.12036; CPO 2401.08417; SimPO 2405.14734;
-DPO-Positive 2402.13228; label smoothing as in conservative DPO, https://ericmitchell.ai/cdpo.pdf.
+DPO-Positive 2402.13228; DPO with an offset 2402.10571; PLaD 2406.02886; label smoothing as in conservative DPO,
+https://ericmitchell.ai/cdpo.pdf.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from torch import Tensor
 from lit_distill.functional.distributions import check_same_vocabulary, finite_log_softmax
 from lit_distill.functional.masking import check_shapes, upcast
 
-PreferenceVariant = Literal["dpkd", "ipo", "cpo", "simpo", "dpop", "reference_free"]
+PreferenceVariant = Literal["dpkd", "ipo", "cpo", "simpo", "dpop", "reference_free", "teacher_margin"]
 TokenPreferenceVariant = Literal["dpkd", "dpo", "ipo", "dpop", "reference_free", "simpo"]
 
 WITHOUT_TEACHER = ("cpo", "simpo", "reference_free")
@@ -53,6 +58,7 @@ def direct_preference_loss(
     target_margin: float = 0.5,
     dpop_lambda: float = 50.0,
     cpo_nll_weight: float = 1.0,
+    teacher_margin: float = 0.1,
 ) -> Tensor:
     r"""Per-pair loss that prefers the teacher's response over the student's: DPKD and its variants.
 
@@ -72,6 +78,8 @@ def direct_preference_loss(
         target_margin: SimPO's γ, in units of reward; used by ``simpo`` only.
         dpop_lambda: weight of the penalty if log q(y_t) is below log p(y_t); used by ``dpop`` only.
         cpo_nll_weight: weight of −log q(y_t); used by ``cpo`` only. Set 0 if `NextToken` on y_t is an objective too.
+        teacher_margin: α >= 0; the loss asks β log q(y_t)/q(y_s) to exceed α log p(y_t)/p(y_s); used by ``teacher_margin`` only.
+            With α = β the variant equals ``dpkd`` where the teacher prefers y_t. Where it prefers y_s the margin is 0.
 
     Returns:
         ``[B]`` nats (``ipo``: squared nats); log 2 at q = p for ``dpkd`` and ``dpop``.
@@ -82,6 +90,8 @@ def direct_preference_loss(
     Source: DPKD, https://arxiv.org/abs/2406.19774; the variants' papers at the top of this file.
     """
     _check(variant, PreferenceVariant, beta, label_smoothing, dpop_lambda)
+    if not teacher_margin >= 0:
+        raise ValueError(f"teacher_margin: expected 0 or more, got {teacher_margin}.")
     if variant == "simpo" and not length_normalize:
         raise ValueError("length_normalize: simpo needs per-token means. Set true, or choose variant reference_free.")
     check_shapes(
@@ -97,16 +107,19 @@ def direct_preference_loss(
     )
     chosen, rejected = upcast(student_chosen) / per_chosen, upcast(student_rejected) / per_rejected
     chosen_ratio, rejected_ratio = chosen, rejected
+    margin: Tensor | float = target_margin if variant == "simpo" else 0.0
     if variant not in WITHOUT_TEACHER:
-        chosen_ratio = chosen - upcast(teacher_chosen).detach() / per_chosen
-        rejected_ratio = rejected - upcast(teacher_rejected).detach() / per_rejected
+        of_teacher = upcast(teacher_chosen).detach() / per_chosen, upcast(teacher_rejected).detach() / per_rejected
+        if variant == "teacher_margin":
+            margin = teacher_margin * F.relu(of_teacher[0] - of_teacher[1])
+        else:
+            chosen_ratio, rejected_ratio = chosen - of_teacher[0], rejected - of_teacher[1]
     difference = chosen_ratio - rejected_ratio
     if variant == "ipo":
         return (difference - 1 / (2 * beta)).square()
     if variant == "dpop":
         difference = difference - dpop_lambda * F.relu(-chosen_ratio)
-    reward_margin = beta * difference - (target_margin if variant == "simpo" else 0.0)
-    loss = _smoothed_preference(reward_margin, label_smoothing)
+    loss = _smoothed_preference(beta * difference - margin, label_smoothing)
     return loss - cpo_nll_weight * chosen if variant == "cpo" else loss
 
 

@@ -19,6 +19,14 @@ from lit_distill.objectives.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
+from lit_distill.objectives.on_policy import (
+    EntropyGatedKL,
+    ExtrapolatedReverseKL,
+    ReferenceKL,
+    SampledReverseKL,
+    TopKForwardKL,
+    TopKReverseKL,
+)
 from lit_distill.objectives.policy_gradient import PolicyGradient
 from lit_distill.objectives.preference import DirectPreference, TokenPreference
 from lit_distill.objectives.signals import (
@@ -40,17 +48,23 @@ __all__ = [
     "Accuracy",
     "AdaptiveKL",
     "DirectPreference",
+    "EntropyGatedKL",
+    "ExtrapolatedReverseKL",
     "ForwardKL",
     "JensenShannon",
     "LossTerm",
     "NextToken",
     "Objective",
     "PolicyGradient",
+    "ReferenceKL",
     "ReverseKL",
+    "SampledReverseKL",
     "Signal",
     "SkewForwardKL",
     "SkewReverseKL",
     "TokenPreference",
+    "TopKForwardKL",
+    "TopKReverseKL",
     "TotalVariation",
     "add_terms",
     "check_needs",

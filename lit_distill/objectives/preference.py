@@ -24,12 +24,15 @@ class DirectPreference(Objective):
     Args:
         weight: factor in the loss.
         beta: preference temperature, > 0.
-        variant: dpkd, ipo, cpo, simpo, dpop or reference_free; cpo, simpo and reference_free do not use the teacher.
+        variant: dpkd, ipo, cpo, simpo, dpop, reference_free or teacher_margin; cpo, simpo and reference_free do not use
+            the teacher.
         length_normalize: divide every log-probability by the length of its response.
         label_smoothing: probability in [0, 0.5] that the preference is the other way round.
         target_margin: SimPO's γ, in units of reward.
         dpop_lambda: weight of dpop's penalty if the student gives the chosen response less probability than the teacher does.
         cpo_nll_weight: weight of cpo's −log q of the chosen response; set 0 if `NextToken` is an objective too.
+        teacher_margin: α of variant teacher_margin, >= 0: factor of the margin, which is the teacher's log-ratio of the chosen to
+            the rejected response, or 0 if the teacher prefers the rejected one. Equal to beta it is dpkd with that limit.
 
     Source: DPKD, https://arxiv.org/abs/2406.19774, with the length normalisation that it reports; variants in
     `lit_distill.functional.preference`.
@@ -45,6 +48,7 @@ class DirectPreference(Objective):
         target_margin: float = 0.5,
         dpop_lambda: float = 50.0,
         cpo_nll_weight: float = 1.0,
+        teacher_margin: float = 0.1,
     ) -> None:
         super().__init__(weight)
         self.variant = variant
@@ -55,6 +59,7 @@ class DirectPreference(Objective):
             "target_margin": target_margin,
             "dpop_lambda": dpop_lambda,
             "cpo_nll_weight": cpo_nll_weight,
+            "teacher_margin": teacher_margin,
         }
         self(*torch.zeros(4, 1, 1), *torch.ones(2, 1, 1))  # the function rejects invalid settings
 
@@ -75,6 +80,7 @@ class DirectPreference(Objective):
         """Per-pair loss.
 
         Logs the implicit rewards of both responses, their margin, how often it is positive (``accuracy``), and log q per token.
+        With teacher_margin the rewards are β log q, as without a teacher: it compares these with a margin.
         """
         student = (student_chosen_logprobs.sum(dim=-1), student_rejected_logprobs.sum(dim=-1))
         given = (teacher_chosen_logprobs, teacher_rejected_logprobs)
@@ -92,9 +98,10 @@ class DirectPreference(Objective):
             length_normalize=self.length_normalize,
             **self.others,
         )
+        reference = [torch.zeros_like(p) for p in teacher] if self.variant == "teacher_margin" else teacher
         chosen, rejected = (
             implicit_reward(q, p, n, self.beta, self.length_normalize)
-            for q, p, n in zip(student, teacher, lengths, strict=True)
+            for q, p, n in zip(student, reference, lengths, strict=True)
         )
         return LossTerm(
             losses.sum(),

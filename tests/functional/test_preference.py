@@ -9,7 +9,7 @@ import torch
 
 from lit_distill.functional import direct_preference_loss, implicit_reward, token_preference_loss, unrepeated_length
 
-VARIANTS = ["dpkd", "ipo", "cpo", "simpo", "dpop", "reference_free"]
+VARIANTS = ["dpkd", "ipo", "cpo", "simpo", "dpop", "reference_free", "teacher_margin"]
 SETTINGS = [
     (variant, length_normalize, smoothing)
     for variant in VARIANTS
@@ -33,7 +33,7 @@ def pairs():
 
 
 def slow_loss(q_t, q_s, p_t, p_s, n_t, n_s, *, variant, beta, length_normalize, smoothing):
-    """Each paper's formula for one pair, with the defaults γ = 0.5, λ = 50 (DPOP) and 1 (CPO)."""
+    """Each paper's formula for one pair, with the defaults γ = 0.5, λ = 50 (DPOP) and 1 (CPO), α = 0.1."""
     if not length_normalize:
         n_t = n_s = 1
     q_t, q_s, p_t, p_s = q_t / n_t, q_s / n_s, p_t / n_t, p_s / n_s
@@ -45,6 +45,7 @@ def slow_loss(q_t, q_s, p_t, p_s, n_t, n_s, *, variant, beta, length_normalize, 
         "simpo": beta * q_t - beta * q_s - 0.5,
         "dpop": beta * ((q_t - p_t) - (q_s - p_s) - 50 * max(0, p_t - q_t)),
         "reference_free": beta * q_t - beta * q_s,
+        "teacher_margin": beta * (q_t - q_s) - 0.1 * max(0, p_t - p_s),
     }[variant]
     loss = -(1 - smoothing) * math.log(sigmoid(margin)) - smoothing * math.log(sigmoid(-margin))
     return loss - q_t if variant == "cpo" else loss
@@ -102,14 +103,18 @@ def test_the_mean_gradient_over_all_pairs_of_texts_vanishes_at_the_teacher_and_f
     one = torch.ones(16, dtype=torch.long)
     t, s = (x.flatten() for x in torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"))
 
-    def mean_gradient(table):
+    def mean_gradient(table, variant="dpkd"):
         table = table.clone().requires_grad_()
         log_q, log_p = table.log_softmax(0), teacher.log_softmax(0)
-        losses = direct_preference_loss(log_q[t], log_q[s], log_p[t], log_p[s], one, one, beta=0.5)
+        losses = direct_preference_loss(
+            log_q[t], log_q[s], log_p[t], log_p[s], one, one, beta=0.5, variant=variant, teacher_margin=0.5
+        )
         law = (log_p[t] + log_q[s].detach()).exp()
         return torch.autograd.grad((law * losses).sum(), table)[0]
 
     torch.testing.assert_close(mean_gradient(teacher), torch.zeros(4, dtype=torch.float64))
+    flatter = mean_gradient(teacher, "teacher_margin")  # the teacher's favourite loses, its last text gains
+    assert flatter[teacher.argmax()] > 1e-3 > -1e-3 > flatter[teacher.argmin()]
     q, p = student.softmax(0).tolist(), teacher.softmax(0).tolist()
     expected = torch.zeros(4, dtype=torch.float64)
     for i in range(4):
@@ -118,6 +123,29 @@ def test_the_mean_gradient_over_all_pairs_of_texts_vanishes_at_the_teacher_and_f
             expected[i] -= p[i] * q[j] * 0.5 * wrong
             expected[j] += p[i] * q[j] * 0.5 * wrong
     torch.testing.assert_close(mean_gradient(student), expected)
+
+
+def test_the_teachers_margin_with_alpha_equal_to_beta_is_dpkd_where_the_teacher_prefers_the_chosen_text(pairs):
+    _, _, p_t, p_s, n_t, n_s = pairs
+    prefers = p_t / n_t > p_s / n_s
+    assert 0 < prefers.sum() < 5
+    losses = direct_preference_loss(*pairs, beta=0.3, variant="teacher_margin", teacher_margin=0.3)
+    torch.testing.assert_close(losses[prefers], direct_preference_loss(*pairs, beta=0.3)[prefers])
+    plain = direct_preference_loss(*pairs, beta=0.3, variant="reference_free")
+    torch.testing.assert_close(losses[~prefers], plain[~prefers])  # no margin
+
+
+def test_the_teachers_margin_grows_with_alpha_and_is_used_by_its_variant_only(pairs):
+    q_t, q_s, p_t, p_s, n_t, n_s = pairs
+    ordered = q_t, q_s, torch.maximum(p_t / n_t, p_s / n_s) * n_t, torch.minimum(p_t / n_t, p_s / n_s) * n_s, n_t, n_s
+    none, some, more = (
+        direct_preference_loss(*ordered, variant="teacher_margin", teacher_margin=alpha) for alpha in (0.0, 0.1, 0.4)
+    )
+    torch.testing.assert_close(none, direct_preference_loss(*ordered, variant="reference_free"))
+    assert ((none < some) & (some < more)).all()
+    for variant in VARIANTS[:-1]:
+        losses = [direct_preference_loss(*pairs, variant=variant, teacher_margin=alpha) for alpha in (0.1, 0.4)]
+        assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("variant", ["cpo", "simpo", "reference_free"])
@@ -131,9 +159,10 @@ def test_variants_without_a_teacher_do_not_read_it(variant, pairs):
 
 
 def test_no_gradient_reaches_the_teacher(pairs):
-    q_t, q_s, p_t, p_s, n_t, n_s = (x.clone().requires_grad_() if x.is_floating_point() else x for x in pairs)
-    direct_preference_loss(q_t, q_s, p_t, p_s, n_t, n_s).sum().backward()
-    assert p_t.grad is p_s.grad is None
+    for variant in ("dpkd", "teacher_margin"):
+        q_t, q_s, p_t, p_s, n_t, n_s = (x.clone().requires_grad_() if x.is_floating_point() else x for x in pairs)
+        direct_preference_loss(q_t, q_s, p_t, p_s, n_t, n_s, variant=variant).sum().backward()
+        assert p_t.grad is p_s.grad is None
     student, teacher = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
     token_preference_loss(student, teacher, variant="dpop").sum().backward()
     assert teacher.grad is None
@@ -226,6 +255,10 @@ TEXT = (torch.zeros(2),) * 4 + (torch.ones(2),) * 2
         (lambda: direct_preference_loss(*TEXT, variant="dpo"), "variant: expected one of dpkd, ipo, .*'dpo'"),
         (lambda: direct_preference_loss(*TEXT, beta=0), "beta: .*0"),
         (lambda: direct_preference_loss(*TEXT, label_smoothing=0.7), "label_smoothing: .*0.7"),
+        (
+            lambda: direct_preference_loss(*TEXT, variant="teacher_margin", teacher_margin=-0.1),
+            "teacher_margin: .*-0.1",
+        ),
         (
             lambda: direct_preference_loss(*TEXT, variant="ipo", label_smoothing=0.1),
             "label_smoothing: expected 0 for variant ipo",
