@@ -26,9 +26,9 @@ class RolloutRecorder(Callback):
 
     ``step`` is the optimiser step after which the response was generated, ``length`` its number of tokens, ``alpha`` the teacher's
     share in the sampling distribution, ``teacher_share`` the share of tokens from the teacher, and ``reward`` the sum of its
-    rewards, null if the source gives none. Each data rank writes its own files: one JSONL file ``rollouts-rank0.jsonl``, or
-    one Parquet file for each phase. A resumed run first drops the records after its checkpoint, so that no phase is recorded
-    twice.
+    rewards, null if the source gives none; rewards of the user's own are ``score_NAME``. Each data rank writes its own files: one
+    JSONL file ``rollouts-rank0.jsonl``, or one Parquet file for each phase. A resumed run first drops the records after its
+    checkpoint, so that no phase is recorded twice.
 
     Args:
         path: folder; by default ``rollouts`` in the run's log folder, which ``--ckpt_path last`` continues. To resume from a
@@ -144,6 +144,7 @@ class RolloutRecorder(Callback):
                 "alpha": local.alpha,
                 "teacher_share": share,
                 "reward": None if rewards is None else float(rewards[row][here].sum()),
+                **{f"score_{name}": float(values[row]) for name, values in local.scores.items()},
                 **({"tokens": responses.ids[row][here].tolist()} if self.tokens else {}),
                 **({name: _floats(values[row][here]) for name, values in per_token.items()} if self.signals else {}),
             }
@@ -174,6 +175,7 @@ def _write_parquet(records: list[dict[str, Any]], path: Path) -> None:
         "teacher_share": pa.float64(), "reward": pa.float64(), "tokens": pa.list_(pa.int64()),
         **dict.fromkeys(("id", "prompt", "response"), pa.string()),
     }  # explicit types, since a column of nulls or empty lists has none  # fmt: skip
+    known |= {name: pa.float64() for name in records[0] if name.startswith("score_")}
     schema = pa.schema([(name, known.get(name, pa.list_(pa.float32()))) for name in records[0]])
     atomic_write(path, lambda unfinished: pq.write_table(pa.Table.from_pylist(records, schema), unfinished))
 

@@ -36,10 +36,10 @@ class RolloutMonitor(Callback):
 
     Per token that the student sampled: ``reverse_kl_k1`` and ``reverse_kl_k3``, unbiased for the prefixes of the rollouts.
     Per response token: ``reward``, ``student_entropy``, ``teacher_entropy``, ``teacher_share``, ``effective_sample_size`` (as a
-    share of all tokens, from the importance weights). Per response: ``response_length`` and ``unfinished`` (share cut off at
-    max_new_tokens). Also ``repetition``, the largest share of tokens that equal the token at a fixed distance of 1 to 4 before, and
-    ``tokens_per_second``. A source that does not score its responses has only the last four. One warning is logged if responses
-    become empty, unfinished or repetitive.
+    share of all tokens, from the importance weights). Per response: ``response_length``, ``unfinished`` (share cut off at
+    max_new_tokens), and ``score_NAME`` for each reward of the user's own. Also ``repetition``, the largest share of tokens that
+    equal the token at a fixed distance of 1 to 4 before, and ``tokens_per_second``. A source that does not score its responses has
+    only the last four. One warning is logged if responses become empty, unfinished or repetitive.
 
     Args:
         every_n_phases: show samples at every n-th phase.
@@ -61,6 +61,7 @@ class RolloutMonitor(Callback):
         if isinstance(source, DatasetResponses):
             return []
         names = ["response_length", "unfinished", "repetition", "tokens_per_second"]
+        names += [f"score_{name}" for name in getattr(source, "rewards", {})]
         if "old_logprobs" not in source.provides | source.provides_with_teacher:
             return [f"rollout/{name}" for name in names]
         return ["reverse_kl", *(f"rollout/{name}" for name in (*names, *SCORED))]
@@ -91,6 +92,7 @@ class RolloutMonitor(Callback):
                 "weights": weights.sum(),
                 "squares": weights.square().sum(),
             }
+        sums |= {f"score_{name}": (values * mask.any(dim=-1)).sum() for name, values in trajectories.scores.items()}
         for back in PERIODS:
             again = (responses.ids[:, back:] == responses.ids[:, :-back]) & mask[:, back:]
             sums[f"again_{back}"] = again.sum()
@@ -104,6 +106,7 @@ class RolloutMonitor(Callback):
             "rollout/repetition": torch.stack([total[f"again_{back}"] for back in PERIODS]).max() / tokens,
             "rollout/tokens_per_second": tokens / trajectories.seconds,
         }
+        metrics |= {f"rollout/score_{name}": total[f"score_{name}"] / num_responses for name in trajectories.scores}
         if scored:
             metrics |= {f"rollout/{name}": total[name] / total["own"] for name in ("reverse_kl_k1", "reverse_kl_k3")}
             weighted = total["weights"].square() / total["squares"].clamp(min=1e-12)

@@ -43,7 +43,7 @@ from lit_distill.resume import (
     scheduled_steps,
     validation_was_due,
 )
-from lit_distill.sources import DatasetResponses, RolloutContext, Source, check_signals, split_corpus
+from lit_distill.sources import DatasetResponses, RolloutContext, Source, TargetFilter, check_signals, split_corpus
 from lit_distill.teachers import (
     FrozenTeacher,
     LoadedTeacher,
@@ -83,6 +83,7 @@ class DistillationModule(L.LightningModule):
             project's own decoder, which also generates wherever the teacher samples some of the tokens.
         reference: a second frozen model, for objectives that need one, such as `ReferenceKL`; often the student as it was at the
             start, by its path.
+        targets: which tokens of the training texts are learnt; all tokens of the responses by default.
         prediction: settings of `predict`.
         on_nonfinite: what to do on a NaN or infinite gradient: stop the run, or skip the step and count it.
 
@@ -113,6 +114,7 @@ class DistillationModule(L.LightningModule):
         generator: Engine | None = None,
         prediction: Prediction | None = None,
         reference: Teacher | ModelSpec | None = None,
+        targets: TargetFilter | None = None,
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
@@ -130,6 +132,7 @@ class DistillationModule(L.LightningModule):
         self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment]
         self.corpus_objectives: Mapping[str, Objective] = nn.ModuleDict(corpus_objectives or {})  # type: ignore[assignment]
         self.micro_batch_size = micro_batch_size
+        self.targets = targets
         self.padding_free = padding_free
         self.head_chunk_rows = head_chunk_rows
         self.optimizer_factory = optimizer
@@ -157,7 +160,7 @@ class DistillationModule(L.LightningModule):
     @property
     def item_fields(self) -> frozenset[str]:
         """The fields of the records that the data module adds to the items of every text."""
-        return frozenset().union(*(teacher.fields for teacher in self.frozen_configs.values()))
+        return self.source.fields.union(*(teacher.fields for teacher in self.frozen_configs.values()))
 
     def _local_teachers(self) -> list[tuple[str, LocalTeacher]]:
         parts = [part for key, teacher in self.frozen_configs.items() for part in walk(teacher, key)]
@@ -236,6 +239,8 @@ class DistillationModule(L.LightningModule):
         """Reject unsupported Trainer options and data settings, before any weights load."""
         with arguments_of(self):
             validation.check_strategy(self.trainer)
+            if self.targets is not None:
+                self.targets.check(self.tokenizer)
             if stage == "fit":
                 validation.check_fit(self)
             if self.generator is not None:
@@ -289,7 +294,7 @@ class DistillationModule(L.LightningModule):
         corpus = split_corpus(batch.corpus, phase.steps) if self.corpus_objectives else repeat(None, phase.steps)
         plain_texts = islice(corpus, phase.done, None)
         for done, (text, plain_text) in enumerate(zip(phase.texts, plain_texts, strict=False), start=phase.done + 1):
-            self._optimize(text, plain_text)
+            self._optimize(text if self.targets is None else self.targets.apply(text, self.tokenizer), plain_text)
             if self.global_step == self.trainer.max_steps:
                 self.unfinished = UnfinishedPhase.of(phase, done, batches=self.trainer.fit_loop.total_batch_idx + 1)
                 break
@@ -310,6 +315,7 @@ class DistillationModule(L.LightningModule):
             entropies=any(getattr(callback, "reads_entropies", False) for callback in self.trainer.callbacks),  # type: ignore[attr-defined]
             reference=self.reference,
             response_texts=self.response_texts,
+            stop_ids=self.stop_ids,
         )
 
     def _on_decoding_step(self, step: int, steps: int, rows: int) -> None:

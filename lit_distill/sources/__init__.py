@@ -6,16 +6,21 @@ from lit_distill.sources.dataset import DatasetResponses
 from lit_distill.sources.mixed import TeacherMixedRollouts
 from lit_distill.sources.pairs import ResponsePairs
 from lit_distill.sources.replay import ReplayRollouts
+from lit_distill.sources.rewards import Answer, Reward
 from lit_distill.sources.sampled import StudentRollouts, TeacherRollouts
+from lit_distill.sources.targets import TargetFilter
 
 __all__ = [
     "AdvantageConfig",
+    "Answer",
     "DatasetResponses",
     "ReplayRollouts",
     "ResponsePairs",
+    "Reward",
     "RolloutContext",
     "Source",
     "StudentRollouts",
+    "TargetFilter",
     "TeacherMixedRollouts",
     "TeacherRollouts",
     "check_signals",

@@ -12,10 +12,14 @@ The paper and its reference code differ. Each difference is an argument:
 | `importance_weight` | token | token |
 | `ReverseKL.importance_weighted` | true | false |
 | corpus | `NextToken` | 0.5 `NextToken` + 0.5 `ForwardKL` |
+
+Beyond both: `extrapolation` (G-OPD, https://arxiv.org/abs/2602.12125) and scores of whole responses. A score is paid at the last
+token and counts for every token of its response, that one included, since no Single term stands for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -51,15 +55,26 @@ class AdvantageConfig:
     importance_weight: Literal["token", "prefix", "exact"] = "token"
     """Importance weight that corrects for the teacher's share in the sampler: of one token, of the whole prefix, or the unbiased
     per-decision products."""
+    extrapolation: float = 1.0
+    """λ > 0 of the reward log(p/q) + (λ-1) log(p/r) with the reference model r: past the teacher if λ > 1, to the reference if
+    λ < 1. Over whole responses its optimum is p^λ r^(1-λ), normalised. Other than 1 needs ``model.reference``, and as the Single
+    term `ExtrapolatedReverseKL` of the same ``scale``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma: expected a number in [0, 1], got {self.gamma}.")
         scale_and_clip_rewards(torch.zeros(()), self.reward_scale, self.reward_clip)
+        if not 0 < self.extrapolation < math.inf:
+            raise ValueError(f"extrapolation: expected a finite number > 0, got {self.extrapolation}.")
 
     @torch.no_grad()
     def signals(
-        self, responses: Responses, alpha: float, sum_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self,
+        responses: Responses,
+        alpha: float,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+        reference_logprobs: Tensor | None = None,
+        scores: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """``[B, T]`` float32 each: log-probabilities, rewards, advantages and importance weights of a mixed rollout.
 
@@ -67,11 +82,17 @@ class AdvantageConfig:
             responses: with the log-probabilities of student and teacher.
             alpha: share of the teacher in the sampler.
             sum_over_ranks: sums a tensor over all ranks, so that `standardize` uses all rollouts of a phase.
+            reference_logprobs: ``[B, T]`` log-probabilities of the tokens under the reference, for ``extrapolation``.
+            scores: ``[B]`` weighted scores of the responses, in nats.
         """
         assert responses.teacher_logprobs is not None
         mask, student, teacher = responses.mask, responses.logprobs, responses.teacher_logprobs
         weights = decision_weights(student, teacher, alpha, mask, self.importance_weight)
-        rewards = scale_and_clip_rewards(teacher - student, self.reward_scale, self.reward_clip)
+        rewards = teacher - student
+        if self.extrapolation != 1:
+            assert reference_logprobs is not None
+            rewards = rewards + (self.extrapolation - 1) * (teacher - reference_logprobs)
+        rewards = scale_and_clip_rewards(rewards, self.reward_scale, self.reward_clip)
         advantages = reward_to_go(
             rewards * weights.rewards,
             mask,
@@ -79,6 +100,11 @@ class AdvantageConfig:
             include_current=self.include_current,
             length_normalize=self.length_normalize,
         )
+        if scores is not None:
+            paid = scores[:, None] * last_tokens(mask) * weights.rewards
+            advantages = advantages + reward_to_go(
+                paid, mask, gamma=self.gamma, include_current=True, length_normalize=False
+            )
         if self.standardize is not None:
             padded = self.standardize == "padded"
             advantages = standardize(advantages, mask, include_padding=padded, sum_over_ranks=sum_over_ranks)
@@ -90,3 +116,9 @@ class AdvantageConfig:
             "single_step_weights": weights.single,
             "rewards": rewards * mask,
         }
+
+
+def last_tokens(mask: Tensor) -> Tensor:
+    """``[B, T]`` bool: the last token of each response of a mask ``[B, T]``; none of an empty one."""
+    following = torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    return mask & ~following

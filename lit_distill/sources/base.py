@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from lit_distill.generation.sampling import phase_keys
-from lit_distill.objectives import REFERENCE_SIGNALS, TEACHER_SIGNALS, check_needs
+from lit_distill.objectives import REFERENCE_SIGNALS, TEACHER_SIGNALS, SampledReverseKL, check_needs
 from lit_distill.teachers import LocalTeacher, walk
-from lit_distill.types import Trajectories, arguments_of, join_responses
+from lit_distill.types import Sequences, Trajectories, arguments_of, join_responses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from lit_distill.models import CausalLM
     from lit_distill.objectives import Objective
     from lit_distill.teachers import LoadedTeacher, Teacher
-    from lit_distill.types import Batch, Pairs, Prompts, Responses, Sequences
+    from lit_distill.types import Batch, Pairs, Prompts, Responses
 
 TEXT_SIGNALS = frozenset({"student_logits", "labels"})
 """Signals that are available for any sequence."""
@@ -55,6 +57,8 @@ class RolloutContext:
     """The second frozen model, if the run has one."""
     response_texts: Callable[[Responses], list[str]] = lambda _: []
     """The responses as strings, without special tokens."""
+    stop_ids: tuple[int, ...] = ()
+    """The tokens that end a response."""
 
 
 def split_corpus(corpus: Sequences | None, steps: int) -> Iterator[Sequences]:
@@ -96,8 +100,19 @@ def check_signals(
     check_needs(objectives, given, "objectives", name)
     with arguments_of(source):
         source.check(objectives)
-    if source.needs_teacher and teacher is None:
+    if (source.needs_teacher or source.ranks_by_teacher) and teacher is None:
         raise ValueError(f"source: {name} needs a teacher. Set model.teacher.path.")
+    if source.needs_reference and reference is None:
+        raise ValueError(
+            f"source: {name} needs a reference model. Set model.reference.path, for example to the student's path."
+        )
+    for key, objective in objectives.items():
+        if isinstance(objective, SampledReverseKL) and source.samples_at != objective.temperature:
+            raise ValueError(
+                f"objectives.{key}: SampledReverseKL at temperature {objective.temperature} is unbiased only for tokens that the "
+                "student has sampled at this temperature, from all tokens. Set source: StudentRollouts with this temperature, "
+                "on_policy_fraction: 1, top_k: 0 and top_p: 1; or use ReverseKL, which needs no sample."
+            )
     if teacher is not None:
         check_teacher(source, teacher, {"objectives": objectives, "corpus_objectives": corpus_objectives})
     if reference is not None:
@@ -121,6 +136,11 @@ def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Map
         raise ValueError(
             f"source: {source_name} lets the teacher generate or score what it has read along, which needs a local model, but the "
             f"teacher is a {kind}. Set model.teacher.path, or source: DatasetResponses or StudentRollouts."
+        )
+    if source.ranks_by_teacher and not (teacher.answers_all and teacher.accuracy in ("exact", "spread")):
+        raise ValueError(
+            f"source: {source_name} ranks responses by the teacher's probability of them, but {kind} does not know that of every "
+            "token. Set model.teacher.path, or chosen: dataset."
         )
     generated = all(part.answers_generated for _, part in walk(teacher))
     _check_texts(source, teacher, "teacher")
@@ -192,12 +212,23 @@ class Source(ABC):
     """Whether the source uses the teacher to generate or to score responses."""
     generates = True
     """Whether it may yield texts that are not in the data."""
+    ranks_by_teacher = False
+    """Whether the source compares responses by the teacher's probability of them."""
+    needs_reference = False
+    """Whether the source scores responses with the reference model."""
+    samples_at: float | None = None
+    """The temperature at which the student of this very step has sampled every token, untruncated; None if that is not so."""
     keeps_items = True
     """Whether its texts know the record that they belong to."""
     mixes_teacher = False
     """Whether the teacher samples some of the tokens of a response, which only the project's own decoder can do."""
     reads_prompts = True
     """Whether the source needs the prompts of a batch, padded on the left for decoding."""
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """Fields of the records that it needs."""
+        return frozenset()
 
     @abstractmethod
     def mini_batches(self, batch: Batch, context: RolloutContext) -> Iterator[Sequences | Pairs]:
@@ -275,6 +306,26 @@ def in_decode_batches(
         items = batch.ids[first : first + size]
         parts.append(generate(prompts.slice(first, first + size), items, first).masked_if_dummy(items))
     return join_responses(parts)
+
+
+@torch.no_grad()
+def label_logprobs_of(model: LoadedTeacher, text: Sequences, size: int) -> Tensor:
+    """The log-probability of every target of a text under a frozen model, ``[B, S]`` float32; 0 elsewhere.
+
+    Args:
+        model: the model.
+        text: the texts ``[B, S]``.
+        size: texts of a forward pass.
+    """
+    scores = torch.zeros(text.input_ids.shape, device=text.input_ids.device)
+    for first in range(0, len(text), size):
+        part = slice(first, first + size)
+        here = Sequences(
+            text.input_ids[part], text.attention_mask[part], text.target_mask[part], items=text.items[part]
+        )
+        labels = here.input_ids.flatten()[here.target_index]
+        scores[part] = scores[part].masked_scatter(here.target_mask, model.rows(here).label_logprobs(labels))
+    return scores
 
 
 def generate_responses(

@@ -11,13 +11,16 @@ import torch
 
 from lit_distill.generation import Decoder, SamplingParams
 from lit_distill.generation.sampling import keyed_generator, phase_keys, run_seed
-from lit_distill.objectives import Objective, PolicyGradient
+from lit_distill.objectives import ExtrapolatedReverseKL, Objective, PolicyGradient, ReverseKL
 from lit_distill.sources.advantages import AdvantageConfig
-from lit_distill.sources.base import RolloutContext, Source, in_decode_batches, require_prompts
+from lit_distill.sources.base import RolloutContext, Source, in_decode_batches, label_logprobs_of, require_prompts
 from lit_distill.sources.minibatches import check_phase, mini_batches
-from lit_distill.types import Responses, Trajectories, check_sizes
+from lit_distill.sources.rewards import Reward, scores_of
+from lit_distill.types import Responses, Trajectories, check_sizes, join_prompts
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lit_distill.types import Batch, Prompts, Sequences
 
 
@@ -41,6 +44,7 @@ class TeacherMixedRollouts(Source):
             itself at which steps the teacher samples.
         hidden_on_host: keep the teacher's hidden states in host memory between decoding and training.
         scoring: how advantages and importance weights are computed; as in the paper by default.
+        rewards: scores of whole responses by name, such as a verifier's, each added to the teacher's reward with its ``weight``.
         seed: seed of all random numbers; ``seed_everything`` by default.
 
     Source: MiniLLM, https://arxiv.org/abs/2306.08543, algorithm 1.
@@ -73,6 +77,7 @@ class TeacherMixedRollouts(Source):
         decode_batch_size: int | None = None,
         hidden_on_host: bool = False,
         scoring: AdvantageConfig | None = None,
+        rewards: dict[str, Reward] | None = None,
         seed: int | None = None,
     ) -> None:
         if not 0 <= alpha <= 1:
@@ -88,6 +93,8 @@ class TeacherMixedRollouts(Source):
         self.decode_batch_size = decode_batch_size
         self.hidden_on_host = hidden_on_host
         self.scoring = scoring or AdvantageConfig()
+        self.rewards = rewards or {}
+        self.needs_reference = self.scoring.extrapolation != 1
         self.seed = run_seed(seed)
         self._check_truncation()
 
@@ -99,9 +106,22 @@ class TeacherMixedRollouts(Source):
                 "sampling has no valid importance weight against the untruncated mixture. Set alpha: 0, or top_k: 0 and top_p: 1."
             )
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """Those of the rewards."""
+        return frozenset().union(*(reward.fields for reward in self.rewards.values()))
+
     def check(self, objectives: Mapping[str, Objective]) -> None:
-        """Reject a policy gradient whose temperature differs from that of the rollouts."""
+        """Reject objectives whose temperature or extrapolation differs from that of the rollouts."""
         for name, objective in objectives.items():
+            scale = objective.scale if isinstance(objective, ExtrapolatedReverseKL) else 1.0
+            is_single = isinstance(objective, ReverseKL | ExtrapolatedReverseKL)
+            if is_single and scale != self.scoring.extrapolation:
+                raise ValueError(
+                    f"objectives.{name}: with scoring.extrapolation: {self.scoring.extrapolation}, the Single term is "
+                    f"ExtrapolatedReverseKL with scale: {self.scoring.extrapolation}, got {type(objective).__name__} with "
+                    f"scale {scale}. Set both to the same value (1 is ReverseKL)."
+                )
             if isinstance(objective, PolicyGradient) and objective.temperature != self.sampling.temperature:
                 raise ValueError(
                     f"objectives.{name}.temperature: {objective.temperature}, but the source samples at temperature "
@@ -133,16 +153,41 @@ class TeacherMixedRollouts(Source):
         responses = in_decode_batches(
             batch, prompts, self.decode_batch_size, lambda *part: self._decode(context, *part)
         )
+        scores = self._scores(batch, responses, context)
+        weighted = [self.rewards[name].weight * values for name, values in scores.items()]
         return Trajectories(
             ids=batch.ids,
             prompt_texts=batch.prompt_texts,
             prompts=prompts,
             responses=responses,
-            signals=self.scoring.signals(responses, self.alpha, context.sum_over_ranks),
+            signals=self.scoring.signals(
+                responses,
+                self.alpha,
+                context.sum_over_ranks,
+                self._reference_logprobs(batch, prompts, responses, context),
+                torch.stack(weighted).sum(dim=0) if weighted else None,
+            ),
             alpha=self.alpha,
             seconds=time.perf_counter() - start,
             items=batch.items,
+            scores=scores,
         )
+
+    def _scores(self, batch: Batch, responses: Responses, context: RolloutContext) -> dict[str, Tensor]:
+        if not self.rewards:
+            return {}
+        finished = responses.finished(context.stop_ids).tolist()
+        return scores_of(self.rewards, batch, responses, context.response_texts(responses), finished)
+
+    def _reference_logprobs(
+        self, batch: Batch, prompts: Prompts, responses: Responses, context: RolloutContext
+    ) -> Tensor | None:
+        if not self.needs_reference:
+            return None
+        assert context.reference is not None
+        text = join_prompts(prompts, replace(responses, teacher_hidden=None), {}, batch.items)
+        scores = label_logprobs_of(context.reference, text, self.decode_batch_size or len(prompts))
+        return scores[:, prompts.input_ids.shape[1] :]
 
     def _decode(self, context: RolloutContext, prompts: Prompts, items: tuple[str, ...], first: int) -> Responses:
         uniforms = torch.rand(

@@ -67,6 +67,8 @@ class StudentRollouts(_SampledResponses):
         if not 0 <= on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction: expected a share in [0, 1], got {on_policy_fraction}.")
         self.on_policy_fraction = on_policy_fraction
+        untruncated = on_policy_fraction == 1 and top_k == 0 and top_p == 1
+        self.samples_at = temperature if untruncated and temperature > 0 else None
         self.dataset = DatasetResponses()
 
     def mini_batches(self, batch: Batch, context: RolloutContext) -> Iterator[Sequences]:

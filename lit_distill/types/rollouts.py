@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,8 @@ class Trajectories(TensorRecord):
     """Wall-clock time of generation."""
     items: tuple[Item, ...] = ()
     """Id and fields of every item, if they are known."""
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    """[B] float32 each: what the rewards of the user's own gave each response, without their weights, by name."""
 
     def sequences(self, needs: Collection[str] | None = None) -> Sequences:
         """Prompt and response as one sequence ``[B, P + T]`` whose targets are the response tokens.

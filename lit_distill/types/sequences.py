@@ -166,6 +166,11 @@ class Sequences(TensorRecord):
         blank = replace(self, target_mask=torch.zeros_like(self.target_mask))
         return blank._with_masks(self.masks.attended, torch.zeros_like(self.masks.targets), self.masks.tokens)
 
+    def with_targets(self, targets: Tensor) -> Sequences:
+        """The same sequences with other targets, ``[B, S]`` bool on the CPU; none of them in column 0."""
+        changed = replace(self, target_mask=to_device(targets, self.input_ids.device))
+        return changed._with_masks(self.masks.attended, targets, self.masks.tokens)
+
     def without_recording(self) -> Sequences:
         """The same sequences without the teacher's hidden states, for another model than that teacher."""
         if self.teacher_hidden is None:

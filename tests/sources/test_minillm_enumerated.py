@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lit_distill.losses import ObjectiveEvaluator
 from lit_distill.models import CausalLM
-from lit_distill.objectives import PolicyGradient, ReverseKL
+from lit_distill.objectives import ExtrapolatedReverseKL, PolicyGradient, ReverseKL
 from lit_distill.sources import AdvantageConfig
 from lit_distill.teachers import FrozenTeacher
 from lit_distill.types import Prompts, Responses, Trajectories
@@ -44,13 +45,21 @@ def logprobs(lm: CausalLM, sequence: list[int]) -> Tensor:
     return lm.model(input_ids=whole).logits[0, :-1].log_softmax(-1).gather(-1, whole[0, 1:, None])[:, 0]
 
 
-def exact_gradient(student: CausalLM, teacher: FrozenTeacher) -> Tensor:
-    """In float64, so that only the pipeline rounds."""
+def exact_gradient(
+    student: CausalLM,
+    teacher: FrozenTeacher,
+    score: Callable[[list[int]], float] = lambda _: 0.0,
+    reference: FrozenTeacher | None = None,
+    extrapolation: float = 1.0,
+) -> Tensor:
+    """Of the mean of log q − λ log p + (λ − 1) log r − score, in float64, so that only the pipeline rounds."""
     student, frozen = copy.deepcopy(student).double(), copy.deepcopy(teacher.lm).double()
+    third = copy.deepcopy((reference or teacher).lm).double()
     kl = 0
     for sequence in sequences():
-        log_q, log_p = logprobs(student, sequence).sum(), logprobs(frozen, sequence).sum()
-        kl = kl + log_q.exp() * (log_q - log_p)
+        log_q, log_p, log_r = (logprobs(lm, sequence).sum() for lm in (student, frozen, third))
+        target = extrapolation * log_p - (extrapolation - 1) * log_r + score(sequence)
+        kl = kl + log_q.exp() * (log_q - target)
     return flat(torch.autograd.grad(kl, list(student.parameters()))).float()
 
 
@@ -58,10 +67,17 @@ def flat(gradients) -> Tensor:
     return torch.cat([g.flatten() for g in gradients])
 
 
-def mean_gradient(models, objectives, alpha: float, scoring: AdvantageConfig) -> Tensor:
+def mean_gradient(
+    models,
+    objectives,
+    alpha: float,
+    scoring: AdvantageConfig,
+    score: Callable[[list[int]], float] | None = None,
+    reference: FrozenTeacher | None = None,
+) -> Tensor:
     """The objectives' gradient summed over a sequence's tokens, in the mean over sequences drawn from the mixture."""
     student, teacher = models
-    measure = ObjectiveEvaluator(objectives, student, teacher, "model.objectives", chunk_rows=2)
+    measure = ObjectiveEvaluator(objectives, student, teacher, "model.objectives", chunk_rows=2, reference=reference)
     prompts = Prompts(torch.tensor([[PROMPT]]), torch.ones(1, 1, dtype=torch.int64))
     student.zero_grad()
     total = 0.0
@@ -72,7 +88,9 @@ def mean_gradient(models, objectives, alpha: float, scoring: AdvantageConfig) ->
         total += probability
         ids = torch.tensor([sequence])
         responses = Responses(ids, torch.ones_like(ids, dtype=torch.bool), log_q[None], log_p[None])
-        signals = scoring.signals(responses, alpha)
+        scores = None if score is None else torch.tensor([score(sequence)])
+        log_r = None if reference is None else logprobs(reference.lm, sequence).detach()[None]
+        signals = scoring.signals(responses, alpha, None, log_r, scores)
         text = Trajectories(("0",), ("",), prompts, responses, signals, alpha, 0.0).sequences()
         measure(text, dict.fromkeys(objectives, probability))[0].backward()
     assert total == pytest.approx(1.0, abs=1e-6)
@@ -126,3 +144,28 @@ def test_where_student_and_teacher_agree_there_is_no_gradient(make_model) -> Non
     model = make_model("llama", 1, vocab_size=3)
     pair = CausalLM(model), FrozenTeacher(CausalLM(make_model("llama", 1, vocab_size=3)))
     assert minillm(pair, 0.2, length_normalize=True).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_a_score_of_the_response_is_a_reward_of_the_whole_response(models, alpha: float) -> None:
+    """Its last token counts too: the Single term, which covers a token's own reward, knows the teacher's alone."""
+
+    def score(sequence: list[int]) -> float:
+        return 0.7 * sequence.count(2) - 0.3 * (sequence[-1] == STOP)
+
+    objectives = {"long": PolicyGradient(clip_range=None), "single": ReverseKL(importance_weighted=True)}
+    scoring = AdvantageConfig(length_normalize=False, importance_weight="exact")
+    ours, exact = mean_gradient(models, objectives, alpha, scoring, score), exact_gradient(*models, score)
+    assert error(ours, exact) < 1e-6
+    assert error(exact_gradient(*models), exact) > 0.1
+
+
+@pytest.mark.parametrize("extrapolation", [0.5, 1.25, 2.0])
+def test_the_extrapolated_reward_has_the_gradient_of_its_exact_objective(models, make_model, extrapolation) -> None:
+    reference = FrozenTeacher(CausalLM(make_model("llama", 1, seed=9, vocab_size=3)))
+    objectives = {"long": PolicyGradient(clip_range=None), "single": ExtrapolatedReverseKL(scale=extrapolation)}
+    scoring = AdvantageConfig(length_normalize=False, extrapolation=extrapolation)
+    ours = mean_gradient(models, objectives, 0.0, scoring, reference=reference)
+    exact = exact_gradient(*models, reference=reference, extrapolation=extrapolation)
+    assert error(ours, exact) < 1e-6
+    assert error(exact_gradient(*models), exact) > 0.05

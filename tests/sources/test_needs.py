@@ -8,8 +8,24 @@ from training import learner_of, quiet_trainer
 
 from lit_distill.data import ProceduralData
 from lit_distill.generation import Decoder
-from lit_distill.objectives import ForwardKL, NextToken, PolicyGradient
-from lit_distill.sources import StudentRollouts, TeacherMixedRollouts
+from lit_distill.models import ModelSpec
+from lit_distill.objectives import (
+    ExtrapolatedReverseKL,
+    ForwardKL,
+    NextToken,
+    PolicyGradient,
+    ReverseKL,
+    SampledReverseKL,
+)
+from lit_distill.sources import (
+    AdvantageConfig,
+    DatasetResponses,
+    ReplayRollouts,
+    StudentRollouts,
+    TeacherMixedRollouts,
+    check_signals,
+)
+from lit_distill.teachers import LocalTeacher
 from lit_distill.types import Sequences
 
 
@@ -81,3 +97,47 @@ def test_the_own_generator_keeps_its_interface(student, teacher) -> None:
     assert alone.exact
     assert not alone.mixes_teacher
     assert both.mixes_teacher
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        DatasetResponses(),
+        StudentRollouts(on_policy_fraction=0.5),
+        StudentRollouts(temperature=0.7),
+        StudentRollouts(top_p=0.9),
+        StudentRollouts(top_k=5),
+        StudentRollouts(temperature=0.0),
+        TeacherMixedRollouts(),
+        ReplayRollouts(),
+    ],
+    ids=lambda source: type(source).__name__,
+)
+def test_a_sampled_divergence_needs_the_students_own_untruncated_text(source) -> None:
+    with pytest.raises(ValueError, match=r"^objectives\.pg: SampledReverseKL at temperature 1\.0 is unbiased only for"):
+        check_signals(source, {"pg": SampledReverseKL()}, {}, LocalTeacher(ModelSpec("teacher")))
+
+
+def test_it_accepts_that_text_at_its_own_temperature() -> None:
+    teacher = LocalTeacher(ModelSpec("teacher"))
+    check_signals(StudentRollouts(), {"pg": SampledReverseKL()}, {}, teacher)
+    check_signals(StudentRollouts(temperature=0.7), {"pg": SampledReverseKL(temperature=0.7)}, {}, teacher)
+
+
+@pytest.mark.parametrize(
+    ("extrapolation", "single"),
+    [(1.25, ReverseKL()), (1.25, ExtrapolatedReverseKL(scale=1.5)), (1.0, ExtrapolatedReverseKL(scale=1.25))],
+)
+def test_the_single_term_of_another_reward_is_refused(extrapolation, single) -> None:
+    source = TeacherMixedRollouts(scoring=AdvantageConfig(extrapolation=extrapolation))
+    teacher = LocalTeacher(ModelSpec("teacher"))
+    with pytest.raises(
+        ValueError, match=rf"^objectives\.single: with scoring\.extrapolation: {extrapolation}, the Single"
+    ):
+        check_signals(source, {"single": single}, {}, teacher, teacher)
+
+
+@pytest.mark.parametrize("extrapolation", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_extrapolation_that_is_no_positive_number_is_refused(extrapolation) -> None:
+    with pytest.raises(ValueError, match="extrapolation: expected a finite number > 0"):
+        AdvantageConfig(extrapolation=extrapolation)

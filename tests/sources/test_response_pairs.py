@@ -16,6 +16,8 @@ from training import learner_of, quiet_trainer, weights
 from lit_distill.callbacks import RolloutMonitor
 from lit_distill.data import ProceduralData
 from lit_distill.functional import direct_preference_loss
+from lit_distill.generation import Decoder
+from lit_distill.generation.sampling import phase_keys
 from lit_distill.losses import ObjectiveEvaluator
 from lit_distill.models import CausalLM, ModelSpec
 from lit_distill.module import DistillationModule
@@ -228,3 +230,51 @@ def test_what_cannot_be_is_refused(pair) -> None:
     with pytest.raises(ValueError, match=r"^inner_epochs: expected at least 1, got 0"):
         ResponsePairs(inner_epochs=0)
     DistillationModule(specs[0], {"s": DirectPreference(variant="simpo")}, None, ResponsePairs())
+
+
+@pytest.mark.parametrize("rank_by", ["mean", "sum"])
+def test_ranked_pairs_are_the_teachers_most_and_least_probable_response(pair, tmp_path, rank_by) -> None:
+    source = ResponsePairs("ranked", num_responses=5, rank_by=rank_by, max_new_tokens=5, shuffle=False, seed=3)
+    learner, witness = learner_of(pair, {"dpkd": DirectPreference()}, source), Witness()
+    data = ProceduralData(6, num_validation=2, num_test=2, batch_size=6)
+    quiet_trainer(tmp_path, 1, callbacks=[witness]).fit(learner, data)
+    ((_, pairs),) = witness.pairs
+    teacher = learner.teacher.lm.model
+    batch = next(iter(data.train_dataloader()))
+    start = CausalLM(type(learner.student.model).from_pretrained(pair[0]))
+    texts = {}
+    decoder = Decoder(start, learner.stop_ids)
+    for n in range(5):
+        out = decoder.generate(batch.prompts, phase_keys(f"0/candidate {n}", batch.ids), source.sampling, 3)
+        for row, item in enumerate(batch.ids):
+            ids = out.ids[row][out.mask[row]]
+            prompt = batch.prompts.input_ids[row][batch.prompts.attention_mask[row].bool()]
+            whole = torch.cat([prompt, ids])[None]
+            scores = teacher(input_ids=whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            total = float(scores.gather(-1, ids[:, None]).sum())
+            texts.setdefault(item, []).append((total / (len(ids) if rank_by == "mean" else 1), ids.tolist()))
+    for role, best in (("chosen", max), ("rejected", min)):
+        text = getattr(pairs, role)
+        for row, item in enumerate(text.items):
+            found = text.input_ids[row][text.target_mask[row]].tolist()
+            assert found == best(texts[item.id])[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_responses": 1}, "num_responses: ranked needs at least 2"),
+        ({"temperature": 0.0}, "num_responses: ranked needs at least 2 different responses"),
+        ({"rank_by": "median"}, "rank_by: expected mean or sum"),
+    ],
+)
+def test_settings_that_cannot_rank_are_refused(settings, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        ResponsePairs("ranked", **settings)
+
+
+def test_ranked_pairs_need_a_teacher(pair) -> None:
+    with pytest.raises(ValueError, match="source: the source ResponsePairs needs a teacher"):
+        DistillationModule(
+            ModelSpec(str(pair[0])), {"a": DirectPreference(variant="cpo")}, source=ResponsePairs("ranked")
+        )
