@@ -7,6 +7,7 @@ from lit_distill.callbacks.export import HuggingFaceExport
 from lit_distill.callbacks.exposure_bias import ExposureBiasMonitor
 from lit_distill.callbacks.generation import GenerationEvaluator
 from lit_distill.callbacks.judge import Judge
+from lit_distill.callbacks.on_policy import OnPolicyEvaluator
 from lit_distill.callbacks.prediction import PredictionWriter
 from lit_distill.callbacks.progress import RunProgress
 from lit_distill.callbacks.recorder import RolloutRecorder
@@ -22,6 +23,7 @@ __all__ = [
     "HuggingFaceExport",
     "Judge",
     "ObjectiveWeightSchedule",
+    "OnPolicyEvaluator",
     "PredictionWriter",
     "RolloutMonitor",
     "RolloutRecorder",

@@ -97,12 +97,10 @@ class ExposureBiasMonitor(PromptEvaluator):
                 with trainer.precision_plugin.val_step_context():
                     responses = generate_for_prompts(pl_module, batch, self.sampling, self.seed, generator, sample)
                     text = written_text(batch.prompts, responses)
-                    size = pl_module.micro_batch_size or len(text)
-                    for start in range(0, len(text), size):
-                        part = text.slice(start, start + size)
+                    for number, part in enumerate(pl_module.micro_batches(text)):
                         errors = step_errors(pl_module.student, teacher, part, pl_module.head_chunk_rows)
                         steps = part.signals[STEP][part.target_mask]
-                        self._errors.update(generator, errors, steps, num_texts=len(part) if len(batch) else 0)
+                        self._errors.update(generator, errors, steps, num_texts=0 if number else len(batch))
 
     def on_end(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
         """Log the metrics over all ranks."""

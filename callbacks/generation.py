@@ -9,9 +9,13 @@ from lightning.pytorch import Trainer
 
 from lit_distill.callbacks.prompt_evaluator import PromptEvaluator, Stage, generate_and_score
 from lit_distill.callbacks.samples import show_samples
-from lit_distill.evaluation.text_metrics import MEANS, NGRAM_SIZES, GenerationMetrics
+from lit_distill.evaluation.checkers import Checker
+from lit_distill.evaluation.text_metrics import CHECKED, MEANS, NGRAM_SIZES, GenerationMetrics
 from lit_distill.generation import SamplingParams
 from lit_distill.types import Batch
+
+BY_LENGTH = ("rouge_l/", "exact_match/", f"{CHECKED}/")
+"""Beginnings of the metrics by reference length that `test` logs; the report has all of them."""
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +27,9 @@ class GenerationEvaluator(PromptEvaluator):
     """Generates responses to the prompts of the validation and test data and logs ``val/rouge_l``, ``val/exact_match`` and more.
 
     Also logged are ``response_length``, ``unfinished``, ``distinct_1`` to ``distinct_4`` and ``repetition_4``, as in
-    `GenerationMetrics`. `test` adds metrics by reference length (``test/rouge_l/under_30_words``), the standard deviation over
-    seeds (``test/rouge_l_std``) and the teacher's (``test/teacher_rouge_l``).
+    `GenerationMetrics`, and ``answer_accuracy`` with a checker. `test` adds metrics by reference length
+    (``test/rouge_l/under_30_words``), the standard deviation over seeds (``test/rouge_l_std``) and the teacher's
+    (``test/teacher_rouge_l``).
 
     Args:
         max_prompts: about how many prompts of a split to use, spread over it; 0 switches it off, -1 takes all.
@@ -38,6 +43,7 @@ class GenerationEvaluator(PromptEvaluator):
         reference_lengths: numbers of words at which a bucket of reference lengths begins; the default has MiniLLM's three.
         teacher: generate with the teacher too, at `test`, if there is one.
         num_samples: how many responses to show as text in TensorBoard.
+        checker: decides which responses are correct, such as `NumberMatch` or `ChoiceMatch`; none by default.
     """
 
     needs_references = True
@@ -55,6 +61,7 @@ class GenerationEvaluator(PromptEvaluator):
         reference_lengths: list[int] = [30, 71],  # noqa: B006 - the YAML's default, never changed
         teacher: bool = True,
         num_samples: int = 8,
+        checker: Checker | None = None,
     ) -> None:
         super().__init__(max_prompts, every_n_validations)
         self.sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p)
@@ -66,13 +73,15 @@ class GenerationEvaluator(PromptEvaluator):
         self.reference_lengths = reference_lengths
         self.teacher = teacher
         self.num_samples = num_samples
+        self.checker = checker
         self._scores: dict[str, list[GenerationMetrics]] = {}
         self._samples: list[dict[str, Any]] = []
         self._report: dict[str, Any] = {}
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
         """Names of the metrics that a validation logs; does not need the weights."""
-        names = [*MEANS, *(f"distinct_{n}" for n in NGRAM_SIZES), f"repetition_{NGRAM_SIZES[-1]}"]
+        checked = [] if self.checker is None else [CHECKED]
+        names = [*MEANS, *checked, *(f"distinct_{n}" for n in NGRAM_SIZES), f"repetition_{NGRAM_SIZES[-1]}"]
         return [f"val/{name}" for name in names] if self.max_prompts else []
 
     def on_start(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
@@ -80,7 +89,9 @@ class GenerationEvaluator(PromptEvaluator):
         testing = stage == "test"
         models = ["student", "teacher"] if testing and self.teacher and pl_module.teacher_spec else ["student"]
         seeds, starts = (self.seeds, self.reference_lengths) if testing else (self.seeds[:1], [])
-        self._scores = {role: [pl_module.over_ranks(GenerationMetrics(starts)) for _ in seeds] for role in models}
+        self._scores = {
+            role: [pl_module.over_ranks(GenerationMetrics(starts, self.checker)) for _ in seeds] for role in models
+        }
         self._samples = []
         self._report = {}
 
@@ -110,7 +121,7 @@ class GenerationEvaluator(PromptEvaluator):
             prefix = "" if role == "student" else f"{role}_"
             for name, score in summary.items():
                 whole = "/" not in name
-                if whole or name.startswith(("rouge_l/", "exact_match/")):
+                if whole or name.startswith(BY_LENGTH):
                     metrics[f"{stage}/{prefix}{name}"] = score["mean"]
                 if whole and score["n"] > 1:
                     metrics[f"{stage}/{prefix}{name}_std"] = score["std"]

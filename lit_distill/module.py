@@ -331,7 +331,7 @@ class DistillationModule(L.LightningModule):
         weights = {name: objective.weight for name, objective in self.all_objectives.items() if objective.weight}
         streams = [(self._text, text)] if corpus is None else [(self._text, text), (self._corpus, corpus)]
         needed = [(evaluator, texts) for evaluator, texts in streams if weights.keys() & evaluator.objectives.keys()]
-        parts = [(evaluator, part) for evaluator, texts in needed for part in self._micro_batches(texts)]
+        parts = [(evaluator, part) for evaluator, texts in needed for part in self.micro_batches(texts)]
         for evaluator, part in parts:
             evaluator.prefetch(part, weights)
         counts = global_counts(parts, weights, self.sum_over_ranks)
@@ -359,7 +359,8 @@ class DistillationModule(L.LightningModule):
         if scheduler is not None:
             scheduler.step()
 
-    def _micro_batches(self, text: Sequences | Pairs) -> list[Any]:
+    def micro_batches(self, text: Sequences | Pairs) -> list[Any]:
+        """Parts of at most `micro_batch_size` texts, equally many on all ranks: a rank with fewer gets texts without targets."""
         size = self.micro_batch_size or len(text)
         parts: list[Any] = [text.slice(start, start + size) for start in range(0, len(text), size)]
         return parts + [text.slice(0, 1).without_targets()] * (max_over_ranks(self, len(parts)) - len(parts))
@@ -417,7 +418,7 @@ class DistillationModule(L.LightningModule):
         """Update the token-level metrics of the student on held-out responses."""
         if batch.sequences is None:
             return
-        self.token_metrics.update(self._micro_batches(batch.sequences))
+        self.token_metrics.update(self.micro_batches(batch.sequences))
 
     test_step = validation_step
 

@@ -20,11 +20,13 @@ from lit_distill.callbacks import (
     ExposureBiasMonitor,
     GenerationEvaluator,
     ObjectiveWeightSchedule,
+    OnPolicyEvaluator,
     RolloutMonitor,
     RunCheckpoint,
     TeacherMixSchedule,
 )
 from lit_distill.data import ProceduralData
+from lit_distill.evaluation.checkers import ExactMatch
 from lit_distill.evaluation.verbalizer import Verbalizer
 from lit_distill.objectives import DirectPreference, ForwardKL, NextToken, PolicyGradient, ReverseKL
 from lit_distill.sources import ReplayRollouts, ResponsePairs, StudentRollouts, TeacherMixedRollouts
@@ -69,9 +71,10 @@ def test_the_metrics_that_are_said_to_be_logged_are_those_that_are(pair, tmp_pat
     ask = Ask()
     callbacks = [
         ask,
-        GenerationEvaluator(max_prompts=-1, max_new_tokens=12),
+        GenerationEvaluator(max_prompts=-1, max_new_tokens=12, checker=ExactMatch()),
         CalibrationMonitor(tasks={"mood": task}, every_n_validations=1),
         ExposureBiasMonitor(max_prompts=2, num_samples=1, max_new_tokens=4, lengths=[1], every_n_validations=1),
+        OnPolicyEvaluator(max_prompts=2, num_responses=2, max_new_tokens=4),
         RolloutMonitor(num_samples=0),
         LearningRateMonitor(),
         *more,
@@ -110,6 +113,25 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a judge that is not there": (stopping("val/judge_ratio"), r"val/judge_ratio .*callback Judge"),
     "an exposure bias that is off": (stopping("val/ex_acc_err_8"), r"exposure_bias\.every_n_validations"),
+    "sampled responses that are off": (stopping("val/pass_at_8"), r"val/pass_at_8 .*Set on_policy\.max_prompts; "),
+    "a k that is not computed": (
+        {**stopping("val/pass_at_7"), "on_policy.max_prompts": 2},
+        r"val/pass_at_7 .*on_policy\.k has the k of pass_at_<k>",
+    ),
+    "a slip in sampled responses": (
+        {"checkpoint.monitor": "val/pass_at8", "on_policy.max_prompts": 2},
+        r"checkpoint\.monitor: val/pass_at8 .*mean val/pass_at_8\?",
+    ),
+    "an overlap with nobody": (
+        {
+            **stopping("val/top_k_overlap"),
+            "on_policy.max_prompts": 2,
+            "model.teacher": None,
+            "model.objectives": {"ce": "NextToken"},
+        },
+        r"val/top_k_overlap .*model\.teacher to one that answers for all tokens of generated texts",
+    ),
+    "answers that nobody checks": (stopping("val/answer_accuracy"), r"val/answer_accuracy .*generation\.checker\."),
     "a teacher that is not there": (
         {**stopping("val/reverse_kl"), "model.teacher": None, "model.objectives": {"ce": "NextToken"}},
         r"val/reverse_kl .*Set model\.teacher\.path\.",
@@ -146,6 +168,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "of a validation": stopping("val/loss"),
     "of an objective in validation": stopping("val/kd"),
     "of generation": stopping("val/rouge_l"),
+    "of checked answers": {**stopping("val/answer_accuracy"), "generation.checker": "ExactMatch"},
+    "of sampled responses": {"checkpoint.monitor": "val/pass_at_8", "on_policy.max_prompts": 2},
+    "of their overlap": {**stopping("val/top_k_overlap"), "on_policy.max_prompts": 2},
     "of calibration": {**stopping("val/teacher_ece"), "calibration.next_token": True},
     "of training": {**stopping("train/kd"), **EPOCHS},
     "of an objective": {

@@ -2,9 +2,9 @@
 
 Run: python tools/build_second_teacher.py FOLDER     (about three minutes on one core, no download)
 
-The embedded tokenizer splits numbers into digits; this one does not, has fewer tokens and other special tokens. So words
-are cut in other places, and numbers may be one token: four fifths of the embedded tokenizer's tokens in a response cover
-the same bytes as one of this tokenizer's. Both put a space before a text, so first tokens can be equal too.
+It has fewer tokens than the embedded tokenizer, other ids and other special tokens, so words are cut in other places. Both
+put a space before a text and split numbers into digits, as those of Qwen2.5 and SmolLM2 do: where one has whole numbers as
+tokens (--whole_numbers), the answers are not aligned, and a student of the other learns nothing of them.
 
     FOLDER/tokenizer    the tokenizer, and the config of the untrained model
     FOLDER/teacher      the teacher as a Hugging Face folder: model.teacher.path
@@ -33,10 +33,15 @@ LONGEST = 256
 """Tokens that the teacher reads, and those of an item at most."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the text of the embedded tokenizer; the result is always the same."""
+def build_tokenizer(whole_numbers: bool = False) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the text of the embedded tokenizer; the result is always the same.
+
+    Args:
+        whole_numbers: do not split numbers into digits.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = [] if whole_numbers else [pre_tokenizers.Digits(individual_digits=True)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
@@ -56,9 +61,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_untrained(folder: Path) -> None:
+def save_untrained(folder: Path, whole_numbers: bool) -> None:
     """Write the tokenizer and the config of a Llama of the embedded teacher's size; the weights come from training."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(whole_numbers)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -106,19 +111,20 @@ def training_arguments(untrained: Path, runs: Path, seed: int, quick: bool) -> l
     return ["fit", *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
 
-def build(folder: Path, seed: int = 1, quick: bool = False) -> float:
+def build(folder: Path, seed: int = 1, quick: bool = False, whole_numbers: bool = False) -> float:
     """Make tokenizer and teacher.
 
     Args:
         folder: where to write; see the description of this file.
         seed: seed of the weights. The tokenizer does not depend on it.
         quick: train for two steps, which tries the tool but makes no useful teacher.
+        whole_numbers: of the tokenizer; see `build_tokenizer`.
 
     Returns:
         The teacher's exact match on the test tasks, in per cent.
     """
     untrained, runs, teacher = folder / "tokenizer", folder / "runs", folder / "teacher"
-    save_untrained(untrained)
+    save_untrained(untrained, whole_numbers)
     sys.argv = sys.argv[:1]  # Lightning warns if sys.argv has arguments and `args` is passed too
     cli = DistillCLI(training_arguments(untrained, runs, seed, quick))
     (scores,) = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
@@ -134,11 +140,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--seed", type=int, default=1, help="seed of the teacher's weights and of the order of its data"
     )
     parser.add_argument("--quick", action="store_true", help="train for two steps only, to try the tool")
+    parser.add_argument(
+        "--whole_numbers", action="store_true", help="a tokenizer that does not split numbers into digits"
+    )
     given = parser.parse_args(arguments)
     if (given.folder / "teacher").exists():
         sys.exit(f"error: {given.folder / 'teacher'} already exists. Give another folder, or remove it.")
     start = time.monotonic()
-    exact_match = build(given.folder, given.seed, given.quick)
+    exact_match = build(given.folder, given.seed, given.quick, given.whole_numbers)
     print(f"tokenizer  {given.folder / 'tokenizer'}")
     print(f"teacher    {given.folder / 'teacher'}     --model.teacher.path {given.folder / 'teacher'}")
     print(f"exact match of the teacher on held-out tasks: {exact_match:.1f} % ({time.monotonic() - start:.0f} s)")

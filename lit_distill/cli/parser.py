@@ -23,12 +23,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_distill.cli.replaced import drop_arguments_of_replaced_classes, replacement_warnings
+from lit_distill.evaluation import Checker
 from lit_distill.generation import Engine
 from lit_distill.objectives import Objective
-from lit_distill.sources import Source
+from lit_distill.sources import Reward, Source
 from lit_distill.teachers import Teacher
 
-NAMED_BY_CLASS = (Objective, Source, Engine, Teacher, LightningDataModule, Callback, Optimizer, LRScheduler)
+NAMED_BY_CLASS = (
+    Objective,
+    Source,
+    Engine,
+    Teacher,
+    Checker,
+    Reward,
+    LightningDataModule,
+    Callback,
+    Optimizer,
+    LRScheduler,
+)
 """Base classes whose subclasses YAML can name without a module path."""
 
 # Lines that only repeat the value or the types that jsonargparse tried: an optional value is a union with None.

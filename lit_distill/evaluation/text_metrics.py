@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_distill.evaluation.checkers import Checker, score_of
 from lit_distill.evaluation.ngrams import count_repeated, exact_match, rouge_l
 
 NGRAM_SIZES = (1, 2, 3, 4)
 """Words per n-gram for ``distinct_n``; the last one is also used for ``repetition_n``."""
 MEANS = ("rouge_l", "exact_match", "response_length", "unfinished")
+CHECKED = "answer_accuracy"
+"""Mean score of a checker; ``accuracy`` is that of next tokens, see `CalibrationMetric`."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class GenerationMetrics(Metric):
     """Metrics of responses: over all of them, and by the length of the reference.
 
     Means over responses: ROUGE-L and exact match in percent, length in tokens, ``unfinished`` (share cut off at
-    max_new_tokens). Over the n-grams of words of all responses together: ``distinct_1`` to ``distinct_4``, the number of different
-    n-grams divided by the number of all, and ``repetition_4``, the share of 4-grams that occur earlier in the same response.
+    max_new_tokens); with a checker also ``answer_accuracy``, its score in percent. Over the n-grams of words of all responses
+    together: ``distinct_1`` to ``distinct_4``, the number of different n-grams divided by the number of all, and ``repetition_4``,
+    the share of 4-grams that occur earlier in the same response.
 
     Different n-grams are counted by 64-bit digests. Ranks exchange the digests once, in `compute`: about 32 bytes per word,
     2 MB for 500 responses of 120 words.
@@ -51,6 +55,7 @@ class GenerationMetrics(Metric):
     Args:
         bucket_starts: ascending numbers of words at which a bucket of reference lengths begins, besides the one at 0. If there are
             several references, the length of the first one counts.
+        checker: decides which responses are correct.
     """
 
     full_state_update = False
@@ -60,14 +65,16 @@ class GenerationMetrics(Metric):
     repeated: Tensor
     digests: list[Tensor] | Tensor
 
-    def __init__(self, bucket_starts: Sequence[int] = ()) -> None:
+    def __init__(self, bucket_starts: Sequence[int] = (), checker: Checker | None = None) -> None:
         super().__init__()
+        self.checker = checker
+        self.names = MEANS if checker is None else (*MEANS, CHECKED)
         self.starts = list(bucket_starts)
         lows = [0, *self.starts]
         self.buckets = [
             Bucket(low, high) for low, high in zip(lows, [*(s - 1 for s in self.starts), None], strict=True)
         ]
-        self.add_state("sums", torch.zeros(len(lows), len(MEANS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(len(lows), len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(lows), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("ngram_counts", torch.zeros(len(NGRAM_SIZES), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("repeated", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -87,12 +94,17 @@ class GenerationMetrics(Metric):
             references: the accepted responses to the same prompts; a response whose prompt has none does not count.
             lengths: number of tokens of each response.
             finished: whether each response ended before max_new_tokens.
+
+        Raises:
+            ArgumentError: of the checker, if it cannot read a reference.
         """
         rows = [row for row in zip(texts, references, lengths, finished, strict=True) if row[1]]
         texts = [text for text, *_ in rows]
         for text, accepted, length, ended in rows:
             bucket = bisect_right(self.starts, len(accepted[0].split()))
-            scores = (rouge_l(text, accepted), 100.0 * exact_match(text, accepted), float(length), float(not ended))
+            scores = [rouge_l(text, accepted), 100.0 * exact_match(text, accepted), float(length), float(not ended)]
+            if self.checker is not None:
+                scores.append(100.0 * score_of(self.checker, text, accepted))
             self.sums[bucket] += self.sums.new_tensor(scores)
             self.counts[bucket] += 1
             self.repeated += count_repeated(text.split(), NGRAM_SIZES[-1])
@@ -109,7 +121,7 @@ class GenerationMetrics(Metric):
         """
         if not self.counts.sum():
             return {}
-        metrics = dict(zip(MEANS, (self.sums.sum(dim=0) / self.counts.sum()).float(), strict=True))
+        metrics = dict(zip(self.names, (self.sums.sum(dim=0) / self.counts.sum()).float(), strict=True))
         digests = torch.cat(self.digests) if isinstance(self.digests, list) else self.digests
         sizes = digests.unique() & 3
         for index, n in enumerate(NGRAM_SIZES):
@@ -119,7 +131,7 @@ class GenerationMetrics(Metric):
             metrics[f"repetition_{NGRAM_SIZES[-1]}"] = (self.repeated / self.ngram_counts[-1]).float()
         for bucket, sums, count in zip(self.buckets, self.sums, self.counts, strict=True):
             if count and self.starts:
-                means = dict(zip(MEANS, (sums / count).float(), strict=True))
+                means = dict(zip(self.names, (sums / count).float(), strict=True))
                 metrics |= {f"{name}/{bucket.tag}": mean for name, mean in means.items()}
                 metrics[f"count/{bucket.tag}"] = count.float()
         return metrics

@@ -53,6 +53,7 @@ from lit_distill.functional.sparse import Draws, bits_for, draw, pack_bits, top_
 from lit_distill.functional.top_k_kl import (
     TopKOverlap,
     TopKSupport,
+    common_share,
     top_k_forward_kl,
     top_k_overlap,
     top_k_reverse_kl,
@@ -74,6 +75,7 @@ __all__ = [
     "bits_for",
     "brier_score",
     "clipped_surrogate",
+    "common_share",
     "cosine_schedule",
     "decision_weights",
     "direct_preference_loss",

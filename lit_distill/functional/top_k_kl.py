@@ -131,13 +131,17 @@ def top_k_overlap(
     """
     _check(student_logits, teacher_logits, top_k, support, temperature)
     student_ids, teacher_ids = student_logits.topk(top_k).indices, teacher_logits.topk(top_k).indices
-    common = (student_ids.unsqueeze(-1) == teacher_ids.unsqueeze(-2)).any(-1)
     ids = student_ids if support == "student" else teacher_ids
     student_mass, teacher_mass = (
         tempered_log_softmax(logits, temperature).gather(-1, ids).exp().sum(-1)
         for logits in (student_logits, teacher_logits)
     )
-    return TopKOverlap(common.float().mean(-1), student_mass, teacher_mass)
+    return TopKOverlap(common_share(student_ids, teacher_ids), student_mass, teacher_mass)
+
+
+def common_share(some: Tensor, others: Tensor) -> Tensor:
+    """``[...]``: the share of distinct ids ``[..., k]`` that are among other ones ``[..., k]``."""
+    return (some.unsqueeze(-1) == others.unsqueeze(-2)).any(-1).float().mean(-1)
 
 
 def _on_support(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,12 @@ TRAINING = {
     "val/rouge_l": "Validation ROUGE-L, %",
     "val/exact_match": "Validation exact match, %",
     "val/ece": "Validation ECE of next tokens",
+    "val/pass_at_1": "Validation pass@1 of sampled responses, %",
+    "val/pass_at_8": "Validation pass@8 of sampled responses, %",
+    "val/sampled_length": "Length of sampled responses, tokens",
+    "val/on_policy_reverse_kl": "Reverse KL along sampled responses, nats/token",
+    "val/on_policy_student_entropy": "Student's entropy along sampled responses, nats",
+    "val/top_k_overlap": "Overlap of both models' most probable tokens",
     "rollout/reward": "Reward of rollouts, nats/token",
     "rollout/reverse_kl_k1": "Reverse KL of rollouts, nats/token",
 }
@@ -28,21 +34,25 @@ TRAINING = {
 MOST_POINTS = 240
 
 
-def read_curves(path: Path) -> dict[str, dict[str, list[Any]]]:
+def read_curves(path: Path, names: Collection[str] = TRAINING) -> dict[str, dict[str, list[Any]]]:
     """``{name: {"steps": […], "values": […]}}`` of what is worth a chart; nothing where there is no file.
 
     A curve of more than 240 points is thinned to the means of as many equal stretches, each at its mean step.
+
+    Args:
+        path: a ``metrics.csv``.
+        names: the metrics to read.
     """
     found: dict[str, dict[float, float]] = {}  # a step that a resumed run has logged again counts once
     if path.is_file():
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 step = _number(row.get("step"))
-                for name in TRAINING:
+                for name in names:
                     value = _number(row.get(name))
                     if step is not None and value is not None:
                         found.setdefault(name, {})[step] = value
-    thinned = {name: _thinned(sorted(found[name].items())) for name in TRAINING if name in found}
+    thinned = {name: _thinned(sorted(found[name].items())) for name in names if name in found}
     return {
         name: {"steps": [s for s, _ in points], "values": [v for _, v in points]} for name, points in thinned.items()
     }

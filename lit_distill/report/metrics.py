@@ -6,9 +6,10 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-PREDICTED, WRITTEN, CONFIDENCE, DRIFT, JUDGED, OTHER = (
+PREDICTED, WRITTEN, SAMPLED, CONFIDENCE, DRIFT, JUDGED, OTHER = (
     "Predicting held-out responses",
     "Writing responses",
+    "Sampling several responses",
     "Calibration of next tokens",
     "Exposure bias",
     "Judge",
@@ -46,10 +47,19 @@ KNOWN = {
     "top1_agreement": Metric("same first choice as the teacher", PREDICTED, "%", "higher", 1, 100),
     "rouge_l": Metric("ROUGE-L", WRITTEN, "%", "higher", 1),
     "exact_match": Metric("exact match", WRITTEN, "%", "higher", 1),
+    "answer_accuracy": Metric("correct answers", WRITTEN, "%", "higher", 1),
     "response_length": Metric("length", WRITTEN, "tokens", "", 1),
     "unfinished": Metric("cut off", WRITTEN, "% of responses", "lower", 1, 100),
     "distinct": Metric("distinct-{}", WRITTEN, "%", "higher", 1, 100),
     "repetition": Metric("repeated runs of {} words", WRITTEN, "%", "lower", 1, 100),
+    "pass_at": Metric("pass@{}", SAMPLED, "%", "higher", 1),
+    "mean_at": Metric("mean score of {} responses", SAMPLED, "%", "higher", 1),
+    "sampled_length": Metric("length", SAMPLED, "tokens", "", 1),
+    "sampled_unfinished": Metric("cut off", SAMPLED, "% of responses", "lower", 1, 100),
+    "top_k_overlap": Metric("top tokens in common with the teacher", SAMPLED, "%", "higher", 1, 100),
+    "on_policy_reverse_kl": Metric("KL(student ‖ teacher)", SAMPLED, "nats/token", "lower"),
+    "on_policy_student_entropy": Metric("entropy of the student", SAMPLED, "nats/token"),
+    "on_policy_teacher_entropy": Metric("entropy of the teacher", SAMPLED, "nats/token"),
     "accuracy": Metric("accuracy", CONFIDENCE, "%", "higher", 1, 100),
     "ece": Metric("ECE, equal widths", CONFIDENCE, "", "lower"),
     "adaptive_ece": Metric("ECE, equal masses", CONFIDENCE, "", "lower"),
@@ -63,7 +73,7 @@ KNOWN = {
     "loss": Metric("loss: weighted sum of the objectives", OTHER, "", "lower"),
 }
 ORDER = list(KNOWN)
-GROUPS = (PREDICTED, WRITTEN, CONFIDENCE, DRIFT, JUDGED)
+GROUPS = (PREDICTED, WRITTEN, SAMPLED, CONFIDENCE, DRIFT, JUDGED)
 
 
 def metric_of(name: str) -> Metric:
@@ -88,7 +98,7 @@ def sort_key(name: str) -> tuple[int, str, int, int, str]:
 
 
 def _parts(last: str) -> tuple[str, str]:
-    numbered = re.fullmatch(r"(distinct|repetition|ex_acc_err)_(\d+)", last)
+    numbered = re.fullmatch(r"(distinct|repetition|ex_acc_err|pass_at|mean_at)_(\d+)", last)
     return (numbered[1], numbered[2]) if numbered else (last, "")
 
 

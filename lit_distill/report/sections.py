@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IN_SECTIONS = ("calibration", "exposure_bias", "generation", "judge")
-BY_LENGTH = ("rouge_l", "exact_match", "response_length", "unfinished")
+BY_LENGTH = ("rouge_l", "exact_match", "answer_accuracy", "response_length", "unfinished")
 LONGEST = 4000
 """Characters of a text on the page; the whole text is in the record."""
 MOST_SETTINGS = 40

@@ -8,11 +8,15 @@ from typing import Any
 Settings = dict[str, str]
 """Key → value of a configuration, flat."""
 
-TEST = ("data", "generation", "calibration", "exposure_bias", "trainer.limit_test_batches", "trainer.precision")
+TEST = (
+    *("data", "generation", "calibration", "exposure_bias", "on_policy"),
+    *("trainer.limit_test_batches", "trainer.precision"),
+)
 """What decides which texts a test measures and how."""
 NOT_THE_METHOD = (
     *("seed_everything", "data.init_args.seed", "ckpt_path", "run_name", "config", "verbose", "report", "export"),
-    *("weights_only", "predictions", "rollouts", "calibration", "exposure_bias", "checkpoint", "model.prediction"),
+    *("weights_only", "predictions", "rollouts", "calibration", "exposure_bias", "on_policy", "checkpoint"),
+    *("model.prediction",),
     *("generation.num_samples", "trainer.default_root_dir", "trainer.logger", "trainer.enable_progress_bar"),
     *("trainer.enable_model_summary", "trainer.log_every_n_steps", "trainer.limit_test_batches"),
 )

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from lit_distill.validation.run import DistillationRun
 
 SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
-KEYS = {"GenerationEvaluator": "generation", "ExposureBiasMonitor": "exposure_bias"}
+KEYS = {
+    "GenerationEvaluator": "generation",
+    "ExposureBiasMonitor": "exposure_bias",
+    "OnPolicyEvaluator": "on_policy",
+}
 
 
 class LengthRequirement(NamedTuple):

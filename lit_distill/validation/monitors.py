@@ -21,6 +21,13 @@ GENERAL_METRICS = ("loss", "step", "train/loss", "train/learning_rate", "train/s
 HIDDEN = ("step", "train/skipped_steps")
 HINTS: Mapping[str, str] = {
     r"val/(rouge_l|exact_match|response_length|unfinished|distinct_\d|repetition_4)": "Set generation.max_prompts.",
+    r"val/answer_accuracy": "Set generation.max_prompts and generation.checker.",
+    r"val/(pass_at_\d+|mean_at_\d+|sampled_\w+)": (
+        "Set on_policy.max_prompts; on_policy.k has the k of pass_at_<k>, on_policy.num_responses the n of mean_at_<n>."
+    ),
+    r"val/(top_k_overlap|on_policy_\w+)": (
+        "Set on_policy.max_prompts, and model.teacher to one that answers for all tokens of generated texts."
+    ),
     r"val/(teacher_)?(ece|adaptive_ece|brier|accuracy)": "Set calibration.next_token: true.",
     r"val/judge_\w+": "List the callback Judge, with every_n_validations.",
     r"val/ex_acc_err_\d+": "Set exposure_bias.max_prompts and exposure_bias.every_n_validations.",

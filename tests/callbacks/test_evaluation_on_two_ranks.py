@@ -1,4 +1,4 @@
-"""Two processes measure what one measures: generated text and exposure bias, on an odd number of prompts."""
+"""Two processes measure what one measures: generated text, exposure bias and sampled responses, on an odd number of prompts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ from processes import run_on_ranks
 SCRIPT = """
 import json, sys
 import lightning as L
-from lit_distill.callbacks import ExposureBiasMonitor, GenerationEvaluator
+from lit_distill.callbacks import ExposureBiasMonitor, GenerationEvaluator, OnPolicyEvaluator
 from lit_distill.data import ProceduralData
+from lit_distill.evaluation import Checker
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL
+
+class EvenLength(Checker):
+    def __call__(self, response, references):
+        return float(len(response) % 2 == 0)
 
 student, teacher, devices, out = sys.argv[1:]
 results = []
 for max_prompts in (-1, 5):
     callbacks = [
-        GenerationEvaluator(max_prompts, max_new_tokens=6, temperature=1.0, seeds=[1, 2], reference_lengths=[2]),
+        GenerationEvaluator(
+            max_prompts, max_new_tokens=6, temperature=1.0, seeds=[1, 2], reference_lengths=[2], checker=EvenLength()
+        ),
         ExposureBiasMonitor(max_prompts, num_samples=2, max_new_tokens=6, lengths=[1, 6]),
+        OnPolicyEvaluator(max_prompts, num_responses=3, k=[1, 2], max_new_tokens=6, checker=EvenLength()),
     ]
     trainer = L.Trainer(
         accelerator="cpu", devices=int(devices), strategy="ddp" if devices == "2" else "auto", logger=False,
@@ -58,3 +66,8 @@ def test_two_ranks_equal_one_on_all_prompts_and_on_some(pair: tuple[Path, Path],
     everything, some = results[0]
     assert (everything[1]["num_prompts"], sum(everything[2])) == (9, 9)
     assert (some[1]["num_prompts"], sum(some[2])) == (5, 5)  # two of each batch of four, one of one
+    for metrics, *_ in results[0]:
+        assert {"test/pass_at_2", "test/mean_at_3", "test/top_k_overlap", "test/teacher_answer_accuracy"} <= set(
+            metrics
+        )
+        assert 0 < metrics["test/pass_at_1"] < metrics["test/pass_at_2"] < 100

@@ -1,0 +1,132 @@
+"""A study: its YAML, the runs that it starts, and the table of their results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+TOOLS = Path(__file__).parents[2] / "tools"
+STUDIES = sorted((TOOLS / "studies").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("study", TOOLS / "study.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["study"] = module  # dataclasses look up their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def written(folder: Path, **values) -> Path:
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump({"folder": str(folder / "runs"), "methods": {"a": {}, "b": {}}, **values}))
+    return file
+
+
+def report(folder: Path, **metrics: float) -> None:
+    from lit_distill.report.record import make_report, write_report
+
+    folder.mkdir(parents=True)
+    write_report(make_report(folder, metrics, {}, "small"), folder)
+
+
+@pytest.fixture
+def calls(tool, monkeypatch):
+    """The commands of a study, none of which runs; a test of a run leaves a report."""
+    found = []
+
+    def call(runner, log, command, words):
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        found.append((command, given))
+        folder = Path(given["--trainer.default_root_dir"]) / given["--run_name"]
+        if command == "test":
+            report(folder / "version_1", rouge_l=10.0 * int(given["--seed_everything"]))
+        elif given["--run_name"] == "start":
+            (folder / "version_0" / "export" / "best").mkdir(parents=True)
+        return given["--run_name"] != "bad" or command != "fit"
+
+    monkeypatch.setattr(tool.Runner, "_call", call)
+    return found
+
+
+def test_every_method_and_seed_is_trained_and_tested_once(tool, calls, tmp_path, capsys) -> None:
+    file = written(tmp_path, seeds=[1, 3], metrics=["rouge_l"], arguments={"trainer.max_steps": 7, "model.x": {"k": 1}})
+    assert tool.main([str(file)]) == 0
+    done = sorted((command, given["--run_name"], given["--seed_everything"]) for command, given in calls)
+    assert done == [(command, name, seed) for command in ("fit", "test") for name in "ab" for seed in "13"]
+    assert all(given["--trainer.max_steps"] == "7" and given["--model.x"] == '{"k": 1}' for _, given in calls)
+    assert {given["--ckpt_path"] for command, given in calls if command == "test"} == {"best"}
+    table = (tmp_path / "runs" / "table.md").read_text()
+    assert "| a | 20 ± 1.3e+02 |" in table  # 10 and 30: s = 14.14, t = 12.71
+    assert table in capsys.readouterr().out
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert results["results"]["b"]["rouge_l"] == [10.0, 30.0]
+    assert (tmp_path / "runs" / "compare.html").is_file()
+    calls.clear()
+    assert tool.main([str(file)]) == 0
+    assert not calls
+
+
+def test_other_runs_begin_with_the_student_of_start(tool, calls, tmp_path) -> None:
+    given = {"model.student.path": "{start}"}
+    file = written(tmp_path, seeds=[2], start={"arguments": {"lr": 1}}, methods={"a": {"arguments": given}})
+    assert tool.main([str(file)]) == 0
+    (path,) = {words["--model.student.path"] for _, words in calls if words["--run_name"] == "a"}
+    assert path == str(tmp_path / "runs" / "seed_2" / "start" / "version_0" / "export" / "best")
+
+
+def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys) -> None:
+    file = written(tmp_path, seeds=[1], methods={"bad": {}, "good": {}})
+    assert tool.main([str(file), "--jobs", "1"]) == 1
+    assert [given["--run_name"] for command, given in calls if command == "test"] == ["good"]
+    assert "failed: bad, seed 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"methods": None}, "is no study"),
+        ({"metrcs": ["a"]}, "unexpected keyword argument 'metrcs'"),
+        ({"methods": {"a": {"config": "x"}}}, "unexpected keyword argument 'config'"),
+        ({"methods": {"start": {}}}, "no method may be called start"),
+        ({"checkpoint": "newest"}, "checkpoint is best or last"),
+    ],
+)
+def test_a_wrong_study_is_refused(tool, tmp_path, values, words, capsys) -> None:
+    with pytest.raises(SystemExit):
+        tool.main([str(written(tmp_path, **values))])
+    assert words in capsys.readouterr().err
+
+
+def test_a_method_that_the_study_does_not_have_is_refused(tool, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        tool.main([str(written(tmp_path)), "--only", "c"])
+    assert "--only: c; the study has a, b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("values", "expected"), [([2.5], "2.5"), ([1.0, 2.0, 3.0], "2 ± 2.5"), ([1.0, 1.0], "1 ± 0")])
+def test_intervals_are_those_of_students_t(tool, values, expected) -> None:
+    assert tool.interval(values) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", [path for path in STUDIES if "methods" in yaml.safe_load(path.read_text())], ids=lambda p: p.stem
+)
+def test_every_shipped_study_takes_two_steps(tool, path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(TOOLS.parent)
+    values = yaml.safe_load(path.read_text())
+    small = {"generation.max_prompts": 2, "on_policy.max_prompts": 2, "data.init_args.num_train": 256}
+    values |= {"folder": str(tmp_path / "runs"), "test": {"arguments": small}}
+    values["arguments"] = {**values.get("arguments", {}), **small, "data.init_args.num_validation": 8}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert tool.main([str(file), "--quick", "--seeds", "1"]) == 0
+    results = json.loads((tmp_path / "runs" / "quick" / "results.json").read_text())["results"]
+    assert all(results[name]["exact_match"] for name in values["methods"])

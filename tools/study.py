@@ -1,0 +1,242 @@
+"""Runs a study: several methods with several seeds, each as its own `lit-distill fit` and `test`, then one table and one page.
+
+Run: python tools/study.py tools/studies/on_policy.yaml              (hours; finished runs are not repeated)
+     python tools/study.py STUDY --only minillm top_k --seeds 1 --quick     (two steps of each: whether everything runs)
+
+A study is a YAML file:
+
+    folder: runs/studies/NAME         runs, table.md, results.json and compare.html
+    seeds: [1, 2, 3]                  seed_everything of each run
+    configs: [FILE, ...]              configs of every run; relative to the checkout
+    arguments: {KEY: VALUE, ...}      arguments of every run, such as trainer.max_steps: 500
+    start: {arguments: ...}           optional: one run for each seed, whose student the others may begin with
+    methods:
+      NAME: {configs: ..., arguments: ...}          added to those of every run; {start} in a value is the folder of that student
+    test: {arguments: ...}            added in the test alone
+    checkpoint: best                  or last: which checkpoint is tested, and exported by start
+    metrics: [exact_match, ...]       of the test, the columns of the table
+    training_metrics: [train/..., ...]   the last value of each in the training (metrics.csv), further columns
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+import yaml
+
+from lit_distill.files import write_text
+from lit_distill.report.curves import read_curves
+from lit_distill.report.page import render_page
+from lit_distill.report.record import find_reports, read_report
+
+CHECKOUT = Path(__file__).parent.parent
+START = "start"
+QUICK: dict[str, Any] = {"trainer.max_steps": 2, "trainer.limit_val_batches": 1, "trainer.limit_test_batches": 1}
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Student's t for a two-sided 95 % interval with 1, 2, … degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a run gets beside what every run gets."""
+
+    configs: Sequence[str] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML describes it; see the top of this file."""
+
+    folder: Path
+    methods: Mapping[str, Method]
+    seeds: Sequence[int] = (1, 2, 3)
+    configs: Sequence[str] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    start: Method | None = None
+    test: Method = Method()
+    checkpoint: Literal["best", "last"] = "best"
+    metrics: Sequence[str] = ("rouge_l", "exact_match", "perplexity")
+    training_metrics: Sequence[str] = ()
+
+    @classmethod
+    def read(cls, file: Path) -> Study:
+        """Read a study.
+
+        Raises:
+            ValueError: naming the file and the key that is missing or unknown.
+        """
+        try:
+            values = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+            named = {name: Method(**(method or {})) for name, method in values.pop("methods").items()}
+            others = {key: Method(**values.pop(key)) for key in (START, "test") if key in values}
+            study = cls(folder=Path(values.pop("folder")), methods=named, **others, **values)
+        except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            raise ValueError(f"{file}: is no study ({type(error).__name__}: {error}). See tools/study.py.") from error
+        if START in named or study.checkpoint not in ("best", "last"):
+            raise ValueError(f"{file}: no method may be called {START}, and checkpoint is best or last.")
+        return study
+
+
+class Runner:
+    """Does the runs of a study that are not finished.
+
+    Args:
+        study: the study.
+        quick: two steps of each run, in a folder of their own.
+    """
+
+    def __init__(self, study: Study, quick: bool = False) -> None:
+        self.study = study
+        self.quick = quick
+        self.folder = study.folder / "quick" if quick else study.folder
+        self.failed: list[str] = []
+
+    def run_all(self, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
+        """Train and test each method with each seed, ``jobs`` runs at a time; one that fails does not end the others."""
+        with ThreadPoolExecutor(jobs) as pool:
+            if self.study.start is not None:
+                list(pool.map(lambda seed: self.run(START, self.study.start or Method(), seed), seeds))
+            each = [(name, seed) for seed in seeds for name in methods]
+            list(pool.map(lambda pair: self.run(pair[0], self.study.methods[pair[0]], pair[1]), each))
+
+    def run(self, name: str, method: Method, seed: int) -> None:
+        """Train and test once, unless that is done; the output goes to a log beside the runs."""
+        if self.report(name, seed) is not None:
+            return
+        began = time.monotonic()
+        parts = [self.study.configs, method.configs]
+        configs = [word for part in parts for file in part for word in ("--config", str(CHECKOUT / file))]
+        given = {**self.study.arguments, **method.arguments}
+        root = self.folder / f"seed_{seed}"
+        own = {"seed_everything": seed, "run_name": name, "trainer.default_root_dir": str(root)}
+        own |= {"trainer.enable_progress_bar": False, **(QUICK if self.quick else {})}
+        words = [*configs, *_words({**given, **own}, self._start_of(seed))]
+        log = root / f"{name}.log"
+        done = self._call(log, "fit", [*words, "--ckpt_path", "last"])
+        checkpoint = "last" if self.quick else self.study.checkpoint
+        test = {**self.study.test.arguments, **(QUICK if self.quick else {})}
+        done = done and self._call(log, "test", [*words, *_words(test, ""), "--ckpt_path", checkpoint])
+        if not done:
+            self.failed.append(f"{name}, seed {seed}: {log}")
+        print(f"{name}, seed {seed}: {'done' if done else 'failed'} in {time.monotonic() - began:.0f} s", flush=True)
+
+    def _call(self, log: Path, command: str, words: Sequence[str]) -> bool:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "TOKENIZERS_PARALLELISM": "false"}
+        line = [sys.executable, "-m", "lit_distill", command, *words]
+        with log.open("a", encoding="utf-8") as file:
+            print("$", *line, file=file, flush=True)
+            environment = {**os.environ, **threads}
+            return not subprocess.run(line, stdout=file, stderr=file, env=environment, check=False).returncode  # noqa: S603 - own command
+
+    def _start_of(self, seed: int) -> str:
+        exports = sorted((self.folder / f"seed_{seed}" / START).glob("version_*/export"))
+        names = [exports[-1] / name for name in (self.study.checkpoint, "last")] if exports else []
+        return next((str(folder.resolve()) for folder in names if folder.is_dir()), "")
+
+    def report(self, name: str, seed: int) -> dict[str, Any] | None:
+        """The report of the newest test of a run; None if it was not tested."""
+        files = sorted((self.folder / f"seed_{seed}" / name).glob("version_*/report.json"), key=_number_of)
+        return read_report(files[-1]) if files else None
+
+    def training_metric(self, name: str, seed: int, metric: str) -> float | None:
+        """The last value of a metric in the training of a run; None if it was not logged."""
+        files = sorted((self.folder / f"seed_{seed}" / name).glob("version_*/metrics.csv"), key=_number_of)
+        curves = [read_curves(file, [metric]).get(metric) for file in files]
+        return next((curve["values"][-1] for curve in reversed(curves) if curve), None)
+
+
+def _number_of(file: Path) -> int:
+    return int(file.parent.name.removeprefix("version_"))
+
+
+def _words(arguments: Mapping[str, Any], start: str) -> list[str]:
+    """Arguments of the command line; values that are no text as JSON, which is YAML."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+    return [word for key, text in texts.items() for word in (f"--{key}", text.replace("{start}", start))]
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean ± half of the 95 % interval by Student's t; the value alone if there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.3g}"
+    half = T_95[min(len(values), len(T_95) + 1) - 2] * stdev(values) / math.sqrt(len(values))
+    return f"{fmean(values):.3g} ± {half:.2g}"
+
+
+def summarize(runner: Runner, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    """The values over the seeds of every metric of every method, as far as they are known."""
+    study = runner.study
+    names = ([START] if study.start else []) + list(methods)
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in names:
+        reports = [report for seed in seeds if (report := runner.report(name, seed)) is not None]
+        tested = {m: [r["metrics"][m] for r in reports if r["metrics"].get(m) is not None] for m in study.metrics}
+        trained = {
+            m: [v for seed in seeds if (v := runner.training_metric(name, seed, m)) is not None]
+            for m in study.training_metrics
+        }
+        found[name] = {**tested, **trained}
+    return found
+
+
+def markdown(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """The table: a row for each method, mean ± 95 % interval."""
+    columns = list(dict.fromkeys(metric for values in results.values() for metric in values))
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, values in results.items():
+        cells = [interval(values[column]) if values.get(column) else "" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do the missing runs; write and print the results; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="some of the methods")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread; 2 by default")
+    parser.add_argument("--quick", action="store_true", help="two steps of each run, to try the study")
+    options = parser.parse_args(arguments)
+    try:
+        study = Study.read(options.study)
+    except ValueError as error:
+        parser.error(str(error))
+    methods, seeds = options.only or list(study.methods), options.seeds or list(study.seeds)
+    if unknown := sorted(set(methods) - set(study.methods)):
+        parser.error(f"--only: {', '.join(unknown)}; the study has {', '.join(study.methods)}")
+    runner = Runner(study, options.quick)
+    runner.run_all(methods, seeds, options.jobs)
+    results = summarize(runner, methods, seeds)
+    table = markdown(results)
+    print(table)
+    write_text(runner.folder / "table.md", table)
+    write_text(runner.folder / "results.json", json.dumps({"seeds": seeds, "results": results}, indent=1) + "\n")
+    tested = [place for seed in seeds for name in methods if (place := runner.folder / f"seed_{seed}" / name).is_dir()]
+    reports = [
+        report for place in tested if any(place.glob("*/report.json")) for report in find_reports(place, "study")
+    ]
+    if reports:
+        write_text(runner.folder / "compare.html", render_page(reports))
+        print(f"Page: {runner.folder / 'compare.html'}")
+    for line in runner.failed:
+        print(f"failed: {line}")
+    return 1 if runner.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
