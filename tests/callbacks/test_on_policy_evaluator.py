@@ -144,7 +144,7 @@ def test_forward_passes_for_the_sake_of_other_ranks_change_nothing(known, pair, 
     monkeypatch.setattr("lit_distill.module.max_over_ranks", most)
     evaluator = OnPolicyEvaluator(-1, checker=EvenLength(), k=[1, 2, 4], **SETTINGS)
     found = measured(tmp_path, learner_of(pair, micro_batch_size=2), evaluator, eval_batch_size=3)
-    assert calls == [2] * 5 + [1] * 5  # micro-batches of two for three prompts and for two: four responses, and the dataset's
+    assert calls == [2] * 5 + [1] * 5  # micro-batches of three prompts and of two: four responses, and the dataset
     for name, value in found.items():
         assert value == pytest.approx(known[2][f"test/{name}"], rel=1e-4, abs=1e-6), name
 
