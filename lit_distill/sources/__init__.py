@@ -1,7 +1,8 @@
 """Sources of training sequences: responses of the dataset, the student, the teacher, or a student-teacher mixture."""
 
 from lit_distill.sources.advantages import AdvantageConfig
-from lit_distill.sources.base import RolloutContext, Source, check_signals, split_corpus
+from lit_distill.sources.base import RolloutContext, Source, split_corpus
+from lit_distill.sources.checks import check_signals
 from lit_distill.sources.dataset import DatasetResponses
 from lit_distill.sources.mixed import TeacherMixedRollouts
 from lit_distill.sources.pairs import ResponsePairs

@@ -97,6 +97,11 @@ class TeacherMixedRollouts(Source):
         self.needs_reference = self.scoring.extrapolation != 1
         self.seed = run_seed(seed)
         self._check_truncation()
+        if self.needs_reference and temperature != 1:
+            raise ValueError(
+                f"temperature: {temperature}, but scoring.extrapolation: {self.scoring.extrapolation} compares log-probabilities "
+                "at temperature 1. Set temperature: 1, or extrapolation: 1."
+            )
 
     def _check_truncation(self) -> None:
         truncated = self.sampling.top_k or self.sampling.top_p < 1

@@ -141,3 +141,8 @@ def test_the_single_term_of_another_reward_is_refused(extrapolation, single) -> 
 def test_an_extrapolation_that_is_no_positive_number_is_refused(extrapolation) -> None:
     with pytest.raises(ValueError, match="extrapolation: expected a finite number > 0"):
         AdvantageConfig(extrapolation=extrapolation)
+
+
+def test_an_extrapolated_reward_is_one_at_temperature_one() -> None:
+    with pytest.raises(ValueError, match=r"^temperature: 0\.7, but scoring\.extrapolation: 2\.0 compares"):
+        TeacherMixedRollouts(temperature=0.7, scoring=AdvantageConfig(extrapolation=2.0))
