@@ -5,7 +5,7 @@ Run: python tools/study.py tools/studies/on_policy.yaml              (hours; fin
 
 A study is a YAML file:
 
-    folder: runs/studies/NAME         runs, table.md, results.json and compare.html
+    folder: runs/studies/NAME         runs, table.md, results.json, curves.png and compare.html
     seeds: [1, 2, 3]                  seed_everything of each run
     configs: [FILE, ...]              configs of every run; relative to the checkout
     arguments: {KEY: VALUE, ...}      arguments of every run, such as trainer.max_steps: 500
@@ -16,6 +16,7 @@ A study is a YAML file:
     checkpoint: best                  or last: which checkpoint is tested, and exported by start
     metrics: [exact_match, ...]       of the test, the columns of the table
     training_metrics: [train/..., ...]   the last value of each in the training (metrics.csv), further columns
+    curves: [val/..., ...]            metrics of the training to draw into curves.png, the mean over the seeds
 """
 
 from __future__ import annotations
@@ -32,14 +33,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from lit_distill.files import write_text
-from lit_distill.report.curves import read_curves
+from lit_distill.report.curves import mean_curve, read_curves
+from lit_distill.report.figures import draw_curves, make_figure
 from lit_distill.report.page import render_page
 from lit_distill.report.record import find_reports, read_report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CHECKOUT = Path(__file__).parent.parent
 START = "start"
@@ -70,6 +75,7 @@ class Study:
     checkpoint: Literal["best", "last"] = "best"
     metrics: Sequence[str] = ("rouge_l", "exact_match", "perplexity")
     training_metrics: Sequence[str] = ()
+    curves: Sequence[str] = ()
 
     @classmethod
     def read(cls, file: Path) -> Study:
@@ -154,9 +160,15 @@ class Runner:
 
     def training_metric(self, name: str, seed: int, metric: str) -> float | None:
         """The last value of a metric in the training of a run; None if it was not logged."""
+        course = self.course(name, seed, metric)
+        return course[-1][1] if course else None
+
+    def course(self, name: str, seed: int, metric: str) -> list[tuple[float, float]]:
+        """Steps and values of a metric in the training of a run."""
         files = sorted((self.folder / f"seed_{seed}" / name).glob("version_*/metrics.csv"), key=_number_of)
         curves = [read_curves(file, [metric]).get(metric) for file in files]
-        return next((curve["values"][-1] for curve in reversed(curves) if curve), None)
+        last = next((curve for curve in reversed(curves) if curve), {"steps": [], "values": []})
+        return list(zip(last["steps"], last["values"], strict=True))
 
 
 def _number_of(file: Path) -> int:
@@ -203,6 +215,26 @@ def markdown(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(runner: Runner, methods: Sequence[str], seeds: Sequence[int], file: Path) -> None:
+    """Draw the mean course of every metric of ``curves``, a line for each method."""
+
+    def panels(figure: Figure) -> None:
+        rows = -(-len(runner.study.curves) // 2)
+        places = figure.subplots(rows, 2, squeeze=False).flatten()
+        for axes, metric in zip(places, runner.study.curves, strict=False):
+            curves = []
+            for style, name in enumerate(methods, start=1):
+                courses = [course for seed in seeds if (course := runner.course(name, seed, metric))]
+                if courses:
+                    curves.append(mean_curve(name, style, courses))
+            draw_curves(axes, curves, "step")
+            axes.set_title(metric)
+        figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+    height = 230 * -(-len(runner.study.curves) // 2) + 20 * len(methods) / 3
+    make_figure(panels, width=720, height=height).savefig(file)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do the missing runs; write and print the results; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table)
     write_text(runner.folder / "table.md", table)
     write_text(runner.folder / "results.json", json.dumps({"seeds": seeds, "results": results}, indent=1) + "\n")
+    if study.curves:
+        draw(runner, methods, seeds, runner.folder / "curves.png")
     tested = [place for seed in seeds for name in methods if (place := runner.folder / f"seed_{seed}" / name).is_dir()]
     reports = [
         report for place in tested if any(place.glob("*/report.json")) for report in find_reports(place, "study")

@@ -117,19 +117,12 @@ def test_intervals_are_those_of_students_t(tool, values, expected) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "path", [path for path in STUDIES if "methods" in yaml.safe_load(path.read_text())], ids=lambda p: p.stem
-)
-def test_two_methods_of_every_shipped_study_take_two_steps(tool, path, tmp_path, monkeypatch) -> None:
+def test_two_methods_of_a_shipped_study_take_two_steps(tool, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(TOOLS.parent)
-    values = yaml.safe_load(path.read_text())
+    values = yaml.safe_load((TOOLS / "studies" / "on_policy.yaml").read_text())
     small = {"generation.max_prompts": 2, "on_policy.max_prompts": 2, "data.init_args.num_train": 256}
     values |= {"folder": str(tmp_path / "runs"), "test": {"arguments": small}}
     values["arguments"] = {**values.get("arguments", {}), **small, "data.init_args.num_validation": 8}
-    for method in values["methods"].values():  # the teachers that the head of a study tells to make
-        teacher = method["arguments"].get("model.teacher")
-        if teacher is not None:
-            teacher["init_args"]["teacher"] = {"path": "lit_distill/assets/teacher"}
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(values))
     first, *_, last = values["methods"]
