@@ -18,7 +18,7 @@ from lit_distill.evaluation.token_metrics import compares
 from lit_distill.generation import SamplingParams
 from lit_distill.losses import ObjectiveEvaluator
 from lit_distill.teachers import Teacher, walk
-from lit_distill.types import Batch, check_sizes, join_prompts
+from lit_distill.types import ArgumentError, Batch, check_sizes, join_prompts
 
 if TYPE_CHECKING:
     from lit_distill.module import DistillationModule
@@ -84,6 +84,7 @@ class OnPolicyEvaluator(PromptEvaluator):
         self._tokens = TermMeanMetric(OnPolicyTerms.metric_names)
         self._evaluator: ObjectiveEvaluator | None = None
         self._runaway = RunawayDetector()
+        self._told = False
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
         """Names of the metrics that a validation logs, if prompts have references; does not need the weights."""
@@ -110,8 +111,8 @@ class OnPolicyEvaluator(PromptEvaluator):
                 responses = generate_for_prompts(pl_module, batch, self.sampling, self.seed, "student", sample)
                 self._compare(pl_module, batch, responses)
             texts = pl_module.response_texts(responses)
-            pairs = zip(texts, batch.accepted, strict=False)  # a rank without items has one dummy response
-            scores.append([score_of(self.checker, text, accepted) for text, accepted in pairs if accepted])
+            known = zip(batch.ids, texts, batch.accepted, strict=False)  # a rank without items has one dummy response
+            scores.append([score_of(self.checker, text, accepted, item) for item, text, accepted in known if accepted])
             lengths.append(responses.mask.sum())
             finished.append(responses.finished(pl_module.stop_ids).sum())
         self._add(torch.tensor(scores, dtype=torch.float64), torch.stack(lengths), torch.stack(finished), len(batch))
@@ -141,7 +142,8 @@ class OnPolicyEvaluator(PromptEvaluator):
         if not self._responses.update_called:
             return  # the split has no prompts
         metrics = {name: mean for name, mean in self._responses.compute().items() if name != "count"}
-        if metrics[self._per_prompt[0]].isnan():  # no prompt has references
+        if metrics[self._per_prompt[0]].isnan():
+            self._without_references(trainer, stage)
             metrics = {name: mean for name, mean in metrics.items() if name not in self._per_prompt}
         if self._tokens.update_called:
             tokens = self._tokens.compute()
@@ -154,6 +156,19 @@ class OnPolicyEvaluator(PromptEvaluator):
                 pl_module.trained_steps, *shape, None if overlap is None else float(overlap)
             ):
                 rank_zero_warn(warning)
+
+    def _without_references(self, trainer: Trainer, stage: Stage) -> None:
+        """Say that no response was checked; end the run if its checkpoints wait for that."""
+        missing = (
+            f"no prompt of the {stage} data has references, so {', '.join(self._per_prompt)} are not known. Map a column, such as "
+            "data.init_args.fields: {references: answer}"
+        )
+        for callback in trainer.checkpoint_callbacks:
+            if getattr(callback, "monitor", None) in {f"{stage}/{name}" for name in self._per_prompt}:
+                raise ArgumentError(callback, f"monitor: {missing}, or choose another monitor.")
+        if not self._told:
+            self._told = True
+            rank_zero_warn(f"on_policy: {missing}.")
 
     def state_dict(self) -> dict[str, Any]:
         """The number of validations, and what the next ones are compared with, which depends on some settings."""

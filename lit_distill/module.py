@@ -148,6 +148,12 @@ class DistillationModule(L.LightningModule):
         self.unfinished: UnfinishedPhase | None = None
         self.optimizer_since = 0  # optimiser steps done before this optimiser was created
         self._loaded_steps = 0
+        parts = [part for key, frozen in self.frozen_configs.items() for part in walk(frozen, key)]
+        if targets is not None and (cached := [key for key, part in parts if not part.answers_generated]):
+            raise ValueError(
+                f"targets: the cache in model.{cached[0]} finds a text by all of its targets, so none can be left out. Remove "
+                "model.targets, or train with the teacher itself, such as model.teacher.path."
+            )
         check_signals(
             self.source, objectives, corpus_objectives or {}, self.teacher_config, self.frozen_configs.get("reference")
         )
@@ -394,6 +400,8 @@ class DistillationModule(L.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = self.global_step == 1 or self.global_step % (every or CHECK_EVERY) == 0
         if due:
+            absent = [f"train/{name}" for name in terms if "/" in name and bool(means[name].isnan())]
+            metrics = {name: value for name, value in metrics.items() if name not in absent}
             self.guard.check(self.trainer, metrics["train/loss"])
         self.log_step_metrics(metrics, write=due and every > 0)
         self.hooks.call_after_step(self, {**means, "loss": metrics["train/loss"]})

@@ -91,6 +91,8 @@ class Study:
             study = cls(folder=Path(values.pop("folder")), methods=named, **others, **values)
         except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise ValueError(f"{file}: is no study ({type(error).__name__}: {error}). See tools/study.py.") from error
+        if study.start is None and any("{start}" in str(method.arguments) for method in named.values()):
+            raise ValueError(f"{file}: {{start}} is used, but there is no start.")
         if START in named or study.checkpoint not in ("best", "last"):
             raise ValueError(f"{file}: no method may be called {START}, and checkpoint is best or last.")
         return study
@@ -120,13 +122,23 @@ class Runner:
 
     def run(self, name: str, method: Method, seed: int) -> None:
         """Train and test once, unless that is done; the output goes to a log beside the runs."""
-        if self.report(name, seed) is not None:
-            return
-        began = time.monotonic()
         parts = [self.study.configs, method.configs]
-        configs = [word for part in parts for file in part for word in ("--config", str(CHECKOUT / file))]
+        files = [file for part in parts for file in part]
+        configs = [word for file in files for word in ("--config", str(CHECKOUT / file))]
         given = {**self.study.arguments, **method.arguments}
         root = self.folder / f"seed_{seed}"
+        made_of = {file: (CHECKOUT / file).read_text(encoding="utf-8") for file in files}
+        settings = json.dumps([made_of, given, dict(self.study.test.arguments), self.study.checkpoint], sort_keys=True)
+        written = root / f"{name}.settings"
+        if self.report(name, seed) is not None:
+            if written.is_file() and written.read_text(encoding="utf-8") != settings:
+                self.failed.append(
+                    f"{name}, seed {seed}: was run with other settings; to run it again, remove {root / name}"
+                )
+            return
+        root.mkdir(parents=True, exist_ok=True)
+        write_text(written, settings)
+        began = time.monotonic()
         own = {"seed_everything": seed, "run_name": name, "trainer.default_root_dir": str(root)}
         own |= {"trainer.enable_progress_bar": False, **(QUICK if self.quick else {})}
         words = [*configs, *_words({**given, **own}, self._start_of(seed))]
@@ -254,6 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner = Runner(study, options.quick)
     runner.run_all(methods, seeds, options.jobs)
     results = summarize(runner, methods, seeds)
+    for metric in (*study.metrics, *study.training_metrics):
+        if results and not any(values.get(metric) for values in results.values()):
+            print(f"{metric}: no run has it.")
     table = markdown(results)
     print(table)
     write_text(runner.folder / "table.md", table)

@@ -255,8 +255,8 @@ class _RecordReader:
         for name in self.kept_fields:
             if name != STUDENT_PROMPT and self.fields.value(record, name) is None and name != "input":
                 raise ValueError(
-                    f"{where}: the field `{self.fields.columns.get(name, name)}` is missing, which model.teacher asks for. Add "
-                    "it, or change the teacher's template or column."
+                    f"{where}: the field `{self.fields.columns.get(name, name)}` is missing, which a teacher, reference or "
+                    "reward of the run asks for. Add it, or change its template or column."
                 )
             if name != STUDENT_PROMPT:
                 texts[name] = self.fields.text(record, name, where)

@@ -94,20 +94,30 @@ class ChoiceMatch(Checker):
         return final_choice(text, self.choices)
 
 
-def score_of(checker: Checker, response: str, references: Sequence[str]) -> float:
+def score_of(checker: Checker, response: str, references: Sequence[str], item: str | None = None) -> float:
     """The score of a response, in [0, 1].
 
+    Args:
+        checker: scores it.
+        response: the text.
+        references: the accepted texts.
+        item: id of the item, for messages.
+
     Raises:
-        ArgumentError: of the checker, if it cannot read a reference, or its score is not in [0, 1].
+        ArgumentError: of the checker, if it cannot read a reference, or its score is not a number in [0, 1].
     """
+    of_item = "" if item is None else f" This is the item {item!r}: correct or remove it, or choose another checker."
     with arguments_of(checker):
-        score = float(checker(response, references))
-        if not 0 <= score <= 1:
+        try:
+            returned: object = checker(response, references)
+        except ValueError as error:
+            raise ValueError(f"{error}{of_item}") from error
+        if not isinstance(returned, int | float) or not 0 <= returned <= 1:
             raise ValueError(
-                f"{type(checker).__name__} must return a score in [0, 1], but returned {score} for {response!r} with the "
-                f"references {list(references)}."
+                f"{type(checker).__name__} must return a score in [0, 1], but returned {returned!r} for {response!r} with the "
+                f"references {list(references)}.{of_item}"
             )
-    return score
+    return float(returned)
 
 
 def _read(

@@ -34,4 +34,4 @@ class CheckerReward(Reward):
                     f"checker: the item {answer.id!r} has no reference to check the response against. Give data with responses or "
                     "references, or a reward that needs none.",
                 )
-        return [score_of(self.checker, answer.response, answer.references) for answer in answers]
+        return [score_of(self.checker, answer.response, answer.references, answer.id) for answer in answers]

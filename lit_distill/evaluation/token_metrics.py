@@ -26,9 +26,13 @@ def compares(teacher: Teacher | None) -> bool:
 
 
 def measurable(objectives: Mapping[str, Objective], has_teacher: bool) -> dict[str, Objective]:
-    """The training objectives that can be evaluated on a dataset: they need only logits and labels."""
+    """The training objectives that can be evaluated on a dataset: they need only logits and labels, and mean something there."""
     known = {"student_logits", "labels", "reference_logits"} | ({"teacher_logits"} if has_teacher else set())
-    return {name: objective for name, objective in objectives.items() if objective.needs <= known}
+    return {
+        name: objective
+        for name, objective in objectives.items()
+        if objective.needs <= known and objective.valid_on_any_text
+    }
 
 
 def metric_names(objectives: Mapping[str, Objective], teacher: Teacher | None) -> list[str]:

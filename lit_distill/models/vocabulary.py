@@ -18,6 +18,7 @@ def common_vocabulary_size(
     teacher_tokenizer: PreTrainedTokenizerBase,
     student_rows: int,
     teacher_rows: int,
+    key: str = "teacher",
 ) -> int:
     """V, the number of ids, counted from 0, that are the same tokens in both models.
 
@@ -29,32 +30,35 @@ def common_vocabulary_size(
         teacher_tokenizer: tokenizer that the teacher was trained with.
         student_rows: rows of the student's head, tokens and padding.
         teacher_rows: rows of the teacher's head.
+        key: the teacher's YAML key below ``model``, such as ``reference``.
 
     Raises:
         ValueError: if an id stands for different tokens, if a token has no row in its head, or if the end-of-sequence ids differ.
     """
+    role = key.partition(".")[0]
     student = _tokens_by_id(student_tokenizer, student_rows, "student")
-    teacher = _tokens_by_id(teacher_tokenizer, teacher_rows, "teacher")
+    teacher = _tokens_by_id(teacher_tokenizer, teacher_rows, key)
     size = min(max(student), max(teacher)) + 1
     different = [token_id for token_id in range(size) if student.get(token_id) != teacher.get(token_id)]
     if different:
         shown = "; ".join(
-            f"{token_id} is {_quoted(student, token_id)} in the student and {_quoted(teacher, token_id)} in the teacher"
+            f"{token_id} is {_quoted(student, token_id)} in the student and {_quoted(teacher, token_id)} in the {role}"
             for token_id in different[:5]
         )
+        other = "A teacher of another family takes model.teacher: AlignedTeacher, see configs/README.md."
         raise ValueError(
-            f"teacher: its tokenizer differs from the student's: {len(different)} of the first {size} "
-            f"ids differ. {shown}. Choose a teacher of the student's family as model.teacher.path; if they share "
-            "a vocabulary and only the tokenizer files differ, set model.student.tokenizer or model.teacher.tokenizer. "
-            "A teacher of another family takes model.teacher: AlignedTeacher, see configs/README.md."
+            f"{key}: its tokenizer differs from the student's: {len(different)} of the first {size} "
+            f"ids differ. {shown}. Choose a model of the student's family as model.{key}.path; if they share "
+            f"a vocabulary and only the tokenizer files differ, set model.student.tokenizer or model.{key}.tokenizer."
+            + (f" {other}" if key == "teacher" else "")
         )
     _check_special_tokens(student_tokenizer, teacher_tokenizer)
-    for role, tokens in (("student", student), ("teacher", teacher)):
+    for owner, tokens in (("student", student), (role, teacher)):
         extra = [f"{token_id} {tokens[token_id]!r}" for token_id in sorted(tokens) if token_id >= size]
         if extra:
             log.warning(
                 "Only the %s's tokenizer has the tokens %s. They are cut off and must not appear in the data.",
-                role,
+                owner,
                 ", ".join(extra[:10]) + (f" and {len(extra) - 10} more" if len(extra) > 10 else ""),
             )
     return size
@@ -79,15 +83,15 @@ def shared_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBas
     return min(max(tokenizer.get_vocab().values()) for tokenizer in (student, teacher)) + 1
 
 
-def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, rows: int, role: str) -> dict[int, str]:
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase, rows: int, key: str) -> dict[int, str]:
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     if not tokens:
-        raise ValueError(f"{role}: its tokenizer has no tokens. Set model.{role}.tokenizer.")
+        raise ValueError(f"{key}: its tokenizer has no tokens. Set model.{key}.tokenizer.")
     last = max(tokens)
     if last >= rows:
         raise ValueError(
-            f"{role}: its tokenizer has ids up to {last} ({tokens[last]!r}), but its head has only {rows} rows. "
-            f"Set model.{role}.tokenizer to the one that the model was trained with, or resize the model's embeddings and save it."
+            f"{key}: its tokenizer has ids up to {last} ({tokens[last]!r}), but its head has only {rows} rows. "
+            f"Set model.{key}.tokenizer to the one that the model was trained with, or resize the model's embeddings and save it."
         )
     return tokens
 

@@ -59,7 +59,7 @@ def term_means(
 
     Args:
         terms: sums of this rank, by name; ``objective/teacher`` for the part of an objective that belongs to one of several
-            teachers, which is divided by its own count.
+            teachers, which is divided by its own count and is NaN without items.
         counts: number of items over all ranks, by name.
         sum_over_ranks: sums a tensor over all ranks.
     """
@@ -71,7 +71,7 @@ def term_means(
     known = {**counts, **dict(zip(parts, totals[len(sums) :], strict=True))}
     pairs = zip(sums, totals, strict=False)
     return {
-        name: (total / known[name if name in parts else name.split("/")[0]].clamp(min=1)).float()
+        name: (total / (known[name] if name in parts else known[name.split("/")[0]].clamp(min=1))).float()
         for name, total in pairs
     }
 

@@ -55,6 +55,9 @@ class Objective(nn.Module):
             raise ValueError(f"weight: expected a finite number >= 0 for {type(self).__name__}, got {weight}.")
         self.weight = float(weight)
 
+    valid_on_any_text: bool = True
+    """Whether its value means something on texts of others too, such as those of a validation."""
+
     @property
     def needs(self) -> frozenset[str]:
         """The names of the signals that `forward` takes."""

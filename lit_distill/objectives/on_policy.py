@@ -164,6 +164,8 @@ class SampledReverseKL(Divergence):
     Source: vOPD, https://arxiv.org/abs/2605.07865.
     """
 
+    valid_on_any_text = False
+
     def __init__(self, weight: float = 1.0, temperature: float = 1.0, baseline: bool = True) -> None:
         super().__init__(weight, temperature)
         self.baseline = baseline

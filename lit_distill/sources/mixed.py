@@ -94,6 +94,9 @@ class TeacherMixedRollouts(Source):
         self.hidden_on_host = hidden_on_host
         self.scoring = scoring or AdvantageConfig()
         self.rewards = rewards or {}
+        if plain := [name for name, reward in self.rewards.items() if not hasattr(reward, "weight")]:
+            kind = type(self.rewards[plain[0]]).__name__
+            raise ValueError(f"rewards.{plain[0]}: call super().__init__(weight) in the constructor of {kind}.")
         self.needs_reference = self.scoring.extrapolation != 1
         self.seed = run_seed(seed)
         self._check_truncation()
@@ -118,6 +121,10 @@ class TeacherMixedRollouts(Source):
 
     def check(self, objectives: Mapping[str, Objective]) -> None:
         """Reject objectives whose temperature or extrapolation differs from that of the rollouts."""
+        if self.rewards and not any("advantages" in objective.needs for objective in objectives.values()):
+            raise ValueError(
+                f"rewards: no objective uses {', '.join(self.rewards)}. Add `long: PolicyGradient` to model.objectives."
+            )
         for name, objective in objectives.items():
             scale = objective.scale if isinstance(objective, ExtrapolatedReverseKL) else 1.0
             is_single = isinstance(objective, ReverseKL | ExtrapolatedReverseKL)

@@ -38,7 +38,8 @@ class ResponsePairs(Source):
 
     Args:
         chosen: dataset; teacher, which then generates them during training; or ranked: the student generates ``num_responses``
-            of which the teacher's most probable one is chosen and its least probable one rejected.
+            of which the teacher's most probable one is chosen and its least probable one rejected; a prompt to which all
+            responses are the same is left out.
         num_responses: of ``ranked``: the student's responses to each prompt, at least 2.
         rank_by: of ``ranked``: the teacher's log-probability of a response per token, or its sum, which prefers short responses.
         mini_batch_size: pairs of one optimiser step, over all ranks; by default the whole batch.
@@ -145,7 +146,11 @@ class ResponsePairs(Source):
             total, lengths = label_logprobs_of(context.teacher, text, size).sum(dim=-1), text.target_mask.sum(dim=-1)
             scores.append(total / lengths.clamp(min=1) if self.rank_by == "mean" else total)
         ranking = torch.stack(scores)  # [candidates, B]
-        return Pairs(_picked(candidates, ranking.argmax(dim=0)), _picked(candidates, ranking.argmin(dim=0)))
+        chosen, rejected = (_picked(candidates, best) for best in (ranking.argmax(dim=0), ranking.argmin(dim=0)))
+        differ = chosen.target_mask != rejected.target_mask
+        differ |= (chosen.input_ids != rejected.input_ids) & chosen.target_mask
+        kept = differ.any(dim=1, keepdim=True).cpu()
+        return Pairs(*(text.with_targets(text.masks.targets & kept) for text in (chosen, rejected)))
 
     def _last_responses(self, batch: Batch, sequences: Sequences) -> Sequences:
         """The texts of the dataset with the response to their prompt as targets, as in the rejected ones, and no earlier turn."""

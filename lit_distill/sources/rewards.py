@@ -79,12 +79,25 @@ def scores_of(
     ]
     found = {}
     for name, reward in rewards.items():
-        scores = [float(score) for score in reward(answers)]
+        returned: object = reward(answers)
+        try:
+            scores = [float(score) for score in returned]  # type: ignore[attr-defined]
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                reward,
+                f"{name} must return a list of one number for each response, but returned {returned!r} ({error}).",
+            ) from error
         if len(scores) != len(answers):
-            raise ArgumentError(reward, f"{name} returned {len(scores)} scores for {len(answers)} responses.")
+            raise ArgumentError(
+                reward,
+                f"{name} must return one number for each of the {len(answers)} responses, but returned {len(scores)}.",
+            )
         for answer, score in zip(answers, scores, strict=True):
             if not math.isfinite(score):
-                raise ArgumentError(reward, f"{name} returned {score} for the response to the item {answer.id!r}.")
+                raise ArgumentError(
+                    reward,
+                    f"{name} returned {score} for the response to the item {answer.id!r}. Return a finite number for every text.",
+                )
         padding = len(responses.mask) - len(scores)
         found[name] = torch.tensor([*scores, *[0.0] * padding], device=responses.mask.device)
     return found

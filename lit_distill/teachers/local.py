@@ -159,7 +159,8 @@ class LocalTeacher(Teacher):
             return None
         self._builder = ModelBuilder(self.spec, key, None, opening.sharding)
         rows = self._builder.model.get_output_embeddings().weight.shape[0]
-        return common_vocabulary_size(opening.tokenizer, load_tokenizer(self.spec, key), opening.student_rows, rows)
+        own = load_tokenizer(self.spec, key)
+        return common_vocabulary_size(opening.tokenizer, own, opening.student_rows, rows, key)
 
     def load(self, vocabulary_size: int | None, student: CausalLM | None) -> FrozenTeacher:
         """See `Teacher`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from training import quiet_trainer
 
 from lit_distill.callbacks import OnPolicyEvaluator
@@ -19,6 +20,7 @@ from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, NextToken
 from lit_distill.teachers import AlignedTeacher, CachedTeacher, LocalTeacher, MixedTeachers, PromptedTeacher
+from lit_distill.types import ArgumentError
 
 LENGTH, RESPONSES, OVERLAP = 6, 4, 5
 SETTINGS: dict[str, Any] = {"num_responses": RESPONSES, "max_new_tokens": LENGTH, "overlap_top_k": OVERLAP, "seed": 3}
@@ -183,8 +185,22 @@ def references_of(monkeypatch):
 
 def test_without_references_there_are_lengths_and_the_comparison(pair, tmp_path, references_of) -> None:
     references_of(0)
-    found = measured(tmp_path, learner_of(pair), OnPolicyEvaluator(3, **SETTINGS), "validate")
+    with pytest.warns(UserWarning, match="on_policy: no prompt of the val data has references, so pass_at_1"):
+        found = measured(tmp_path, learner_of(pair), OnPolicyEvaluator(3, **SETTINGS), "validate")
     assert set(found) == {"sampled_length", "sampled_unfinished", *COMPARED}
+
+
+def test_a_checkpoint_that_waits_for_checked_responses_ends_the_run_with_what_to_do(
+    pair, tmp_path, references_of
+) -> None:
+    references_of(0)
+    keep = ModelCheckpoint(tmp_path, monitor="val/pass_at_4", mode="max")
+    evaluator = OnPolicyEvaluator(3, **SETTINGS)
+    trainer = quiet_trainer(tmp_path, 1, callbacks=[evaluator, keep], limit_val_batches=1, enable_checkpointing=True)
+    with pytest.raises(
+        ArgumentError, match=r"^monitor: no prompt of the val data has references, .* \{references: answer\}"
+    ):
+        trainer.fit(learner_of(pair), data_of())
 
 
 def test_prompts_without_references_count_in_the_lengths_alone(pair, tmp_path, references_of) -> None:

@@ -12,7 +12,7 @@ from training import learner_of, quiet_trainer, weights
 from lit_distill.data import ProceduralData
 from lit_distill.functional import extrapolated_reverse_kl, reverse_kl
 from lit_distill.losses import ObjectiveEvaluator
-from lit_distill.models import CausalLM, LoraSpec, ModelSpec
+from lit_distill.models import CausalLM, LoraSpec, ModelSpec, common_vocabulary_size
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import DirectPreference, ExtrapolatedReverseKL, ForwardKL, NextToken, ReferenceKL
 from lit_distill.sources import AdvantageConfig, ResponsePairs, StudentRollouts, TeacherMixedRollouts
@@ -158,3 +158,10 @@ def test_another_reference_is_refused_on_resume(pair, tmp_path) -> None:
     fit(0, 2, file)
     with pytest.raises(ValueError, match=r"model\.reference\.path: .* another model than the checkpoint's reference"):
         fit(1, 3, file)
+
+
+def test_a_reference_of_another_tokenizer_is_named_as_the_reference(make_tokenizer) -> None:
+    one, other = (make_tokenizer(["<unk>", "<s>", "</s>", letter]) for letter in "ab")
+    with pytest.raises(ValueError, match=r"^reference: .* 3 is 'a' in the student and 'b' in the reference") as error:
+        common_vocabulary_size(one, other, 4, 4, "reference")
+    assert "teacher" not in str(error.value)

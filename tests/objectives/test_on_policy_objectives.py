@@ -200,3 +200,10 @@ def test_the_margin_of_the_teacher_is_set_in_the_objective_and_its_rewards_are_t
     assert "teacher_chosen_logprobs" in objective.needs
     with pytest.raises(ValueError, match=r"^teacher_margin: .*-1"):
         DirectPreference(teacher_margin=-1.0)
+
+
+def test_a_sampled_divergence_is_not_measured_on_the_texts_of_a_validation() -> None:
+    from lit_distill.evaluation.token_metrics import measurable
+
+    objectives = {"pg": SampledReverseKL(), "kl": TopKReverseKL()}
+    assert set(measurable(objectives, has_teacher=True)) == {"kl"}

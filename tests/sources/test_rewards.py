@@ -11,6 +11,7 @@ from training import learner_of, quiet_trainer, weights
 
 from lit_distill.callbacks import RolloutMonitor, RolloutRecorder
 from lit_distill.data import ProceduralData
+from lit_distill.evaluation import CheckerReward, NumberMatch
 from lit_distill.objectives import PolicyGradient, ReverseKL
 from lit_distill.sources import AdvantageConfig, Answer, Reward, TeacherMixedRollouts
 from lit_distill.types import ArgumentError, Responses
@@ -98,8 +99,11 @@ def test_scores_are_logged_and_recorded(pair, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("scores", "words"),
     [
-        ([1.0], "returned 1 scores for 6 responses"),
+        ([1.0], "must return one number for each of the 6 responses, but returned 1"),
         ([float("nan")] * 6, "returned nan for the response to the item 'train-"),
+        (None, "must return a list of one number for each response, but returned None"),
+        (0.5, "must return a list of one number for each response, but returned 0.5"),
+        (["a"] * 6, "must return a list of one number for each response"),
     ],
 )
 def test_a_reward_that_returns_something_else_is_named(pair, tmp_path, scores, words) -> None:
@@ -110,3 +114,33 @@ def test_a_reward_that_returns_something_else_is_named(pair, tmp_path, scores, w
 def test_a_weight_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^weight: expected a finite number for Length, got nan"):
         Length(float("nan"))
+
+
+def test_a_reward_without_the_base_constructor_is_named(pair, tmp_path) -> None:
+    class Plain(Reward):
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, answers):
+            return [0.0] * len(answers)
+
+    with pytest.raises(
+        ValueError, match=r"^rewards\.mine: call super\(\)\.__init__\(weight\) in the constructor of Plain"
+    ):
+        TeacherMixedRollouts(rewards={"mine": Plain()})
+
+
+def test_rewards_that_no_objective_uses_are_refused(pair) -> None:
+    source = TeacherMixedRollouts(rewards={"mine": Length()})
+    with pytest.raises(ValueError, match=r"^rewards: no objective uses mine. Add `long: PolicyGradient`"):
+        learner_of(pair, {"single": ReverseKL()}, source)
+
+
+def test_a_checker_is_a_reward_and_names_the_item_that_it_cannot_read(pair, tmp_path) -> None:
+    answers = [Answer("a", "", "so 5", ("5",), {}, True), Answer("b", "", "so 6", ("5",), {}, True)]
+    reward = CheckerReward(NumberMatch())
+    assert reward(answers) == [1.0, 0.0]
+    with pytest.raises(ArgumentError, match=r"the reference 'no idea' has no number .* This is the item 'c'"):
+        reward([Answer("c", "", "5", ("no idea",), {}, True)])
+    with pytest.raises(ArgumentError, match=r"checker: the item 'd' has no reference"):
+        reward([Answer("d", "", "5", (), {}, True)])

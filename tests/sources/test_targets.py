@@ -9,8 +9,10 @@ from training import learner_of, quiet_trainer, weights
 
 from lit_distill.data import ProceduralData
 from lit_distill.models import ModelSpec, load_tokenizer
+from lit_distill.module import DistillationModule
 from lit_distill.objectives import DirectPreference, ForwardKL, NextToken
 from lit_distill.sources import ResponsePairs, TargetFilter
+from lit_distill.teachers import CachedTeacher
 from lit_distill.types import Pairs, Sequences
 
 OPEN, CLOSE, END, PAD = "<think>", "</think>", "<|end|>", "<|pad|>"
@@ -119,3 +121,9 @@ def test_the_embedded_tokenizer_knows_its_special_tokens() -> None:
     text = Sequences(ids, torch.ones_like(ids), torch.tensor([[False, True, True]]))
     kept = TargetFilter(skip_special_tokens=True).apply(text, tokenizer)
     assert kept.target_mask.tolist() == [[False, True, False]]
+
+
+def test_a_cache_has_all_targets(pair) -> None:
+    cached = CachedTeacher("no-such-folder")
+    with pytest.raises(ValueError, match=r"^targets: the cache in model\.teacher finds a text by all of its targets"):
+        DistillationModule(ModelSpec(str(pair[0])), {"kd": ForwardKL()}, cached, targets=TargetFilter(first_tokens=1))

@@ -72,6 +72,11 @@ def test_every_method_and_seed_is_trained_and_tested_once(tool, calls, tmp_path,
     calls.clear()
     assert tool.main([str(file)]) == 0
     assert not calls
+    changed = written(tmp_path, seeds=[1], metrics=["rouge_l", "rogue_l"], arguments={"trainer.max_steps": 8})
+    assert tool.main([str(changed)]) == 1
+    said = capsys.readouterr().out
+    assert "failed: a, seed 1: was run with other settings; to run it again, remove" in said
+    assert "rogue_l: no run has it." in said
 
 
 def test_other_runs_begin_with_the_student_of_start(tool, calls, tmp_path) -> None:
@@ -97,6 +102,7 @@ def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys)
         ({"methods": {"a": {"config": "x"}}}, "unexpected keyword argument 'config'"),
         ({"methods": {"start": {}}}, "no method may be called start"),
         ({"checkpoint": "newest"}, "checkpoint is best or last"),
+        ({"methods": {"a": {"arguments": {"x": "{start}"}}}}, "{start} is used, but there is no start"),
     ],
 )
 def test_a_wrong_study_is_refused(tool, tmp_path, values, words, capsys) -> None:
