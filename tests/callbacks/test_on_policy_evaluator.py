@@ -196,7 +196,7 @@ def test_a_checkpoint_that_waits_for_checked_responses_ends_the_run_with_what_to
     references_of(0)
     keep = ModelCheckpoint(tmp_path, monitor="val/pass_at_4", mode="max")
     evaluator = OnPolicyEvaluator(3, **SETTINGS)
-    trainer = quiet_trainer(tmp_path, 1, callbacks=[evaluator, keep], limit_val_batches=1, enable_checkpointing=True)
+    trainer = quiet_trainer(tmp_path, 2, callbacks=[evaluator, keep], limit_val_batches=1, enable_checkpointing=True)
     with pytest.raises(
         ArgumentError, match=r"^monitor: no prompt of the val data has references, .* \{references: answer\}"
     ):
