@@ -8,7 +8,7 @@ from loaded import LoadedOnes, frozen, routed_text
 
 from lit_distill.losses import ObjectiveEvaluator
 from lit_distill.models import CausalLM
-from lit_distill.objectives import ForwardKL, NextToken, ReverseKL, term_means
+from lit_distill.objectives import ForwardKL, LossTerm, NextToken, ReverseKL, term_means
 from lit_distill.teachers import MixedTeachers, RoutedTeachers
 from lit_distill.teachers.base import PartedRows
 from lit_distill.types import Sequences
@@ -168,3 +168,10 @@ def test_texts_without_records_are_counted_for_objectives_without_a_teacher(stud
     assert int(evaluator.counts([corpus], ["ce"])["ce"]) == int(text.target_mask.sum())
     with pytest.raises(ValueError, match=r"^model\.teacher: RoutedTeachers needs items with a record"):
         teacher.rows(corpus)
+
+
+def test_a_teacher_without_tokens_has_no_mean() -> None:
+    one, none = LossTerm(torch.tensor(3.0), 2), LossTerm(torch.tensor(0.0), 0)
+    means = term_means({"kd": one, "kd/a": one, "kd/b": none}, {"kd": torch.tensor(2.0)}, lambda sums: sums)
+    assert means["kd"] == means["kd/a"] == 1.5
+    assert means["kd/b"].isnan()
