@@ -123,7 +123,7 @@ def test_intervals_are_those_of_students_t(tool, values, expected) -> None:
 
 
 @pytest.mark.slow
-def test_two_methods_of_a_shipped_study_take_two_steps(tool, tmp_path, monkeypatch) -> None:
+def test_a_method_of_a_shipped_study_takes_two_steps(tool, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(TOOLS.parent)
     values = yaml.safe_load((TOOLS / "studies" / "on_policy.yaml").read_text())
     small = {"generation.max_prompts": 2, "on_policy.max_prompts": 2, "data.init_args.num_train": 256}
@@ -131,10 +131,10 @@ def test_two_methods_of_a_shipped_study_take_two_steps(tool, tmp_path, monkeypat
     values["arguments"] = {**values.get("arguments", {}), **small, "data.init_args.num_validation": 8}
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(values))
-    first, *_, last = values["methods"]
-    assert tool.main([str(file), "--quick", "--seeds", "1", "--only", first, last]) == 0
+    *_, last = values["methods"]
+    assert tool.main([str(file), "--quick", "--seeds", "1", "--only", last]) == 0
     results = json.loads((tmp_path / "runs" / "quick" / "results.json").read_text())["results"]
-    assert all(results[name]["exact_match"] for name in (first, last))
+    assert results[last]["exact_match"]
 
 
 @pytest.mark.filterwarnings("ignore:.* replaces .*, so these arguments")

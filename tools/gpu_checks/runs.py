@@ -105,11 +105,11 @@ def method(name: str, machine: Machine) -> dict[str, Any]:
         machine: on a CPU the sizes are smaller.
     """
     config: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    for role in {"student", "teacher"} & config["model"].keys():
+    for role in {"student", "teacher", "reference"} & config["model"].keys():
         described = config["model"][role]
         if "class_path" in described:  # a teacher that has a model as its part
             described = described["init_args"]["teacher"]
-        described["path"] = str(ASSETS / role)
+        described["path"] = str(ASSETS / Path(described["path"]).name)
     data, settings = config["data"]["init_args"], config["model"].get("source", {}).get("init_args", {})
     if "num_train" in data:
         data |= {"num_train": 32 * machine.steps, "num_validation": 16, "num_test": 16}
@@ -123,6 +123,8 @@ def method(name: str, machine: Machine) -> dict[str, Any]:
     else:
         config["trainer"]["val_check_interval"] = 2 if "mini_batch_size" in settings else 10
         config["generation"] = {"max_prompts": 8, "max_new_tokens": 32}
+    if "on_policy" in config:
+        config["on_policy"] |= {"max_prompts": 8, "num_responses": 2, "k": [1], "max_new_tokens": 32}
     if "corpus" in data:
         data["corpus"] = {"num_documents": 500}
     return config
