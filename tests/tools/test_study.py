@@ -123,18 +123,11 @@ def test_intervals_are_those_of_students_t(tool, values, expected) -> None:
 
 
 @pytest.mark.slow
-def test_a_method_of_a_shipped_study_takes_two_steps(tool, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(TOOLS.parent)
-    values = yaml.safe_load((TOOLS / "studies" / "on_policy.yaml").read_text())
-    small = {"generation.max_prompts": 2, "on_policy.max_prompts": 2, "data.init_args.num_train": 256}
-    values |= {"folder": str(tmp_path / "runs"), "test": {"arguments": small}}
-    values["arguments"] = {**values.get("arguments", {}), **small, "data.init_args.num_validation": 8}
-    file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(values))
-    *_, last = values["methods"]
-    assert tool.main([str(file), "--quick", "--seeds", "1", "--only", last]) == 0
-    results = json.loads((tmp_path / "runs" / "quick" / "results.json").read_text())["results"]
-    assert results[last]["exact_match"]
+def test_a_command_that_fails_says_so_in_its_log(tool, tmp_path) -> None:
+    runner, log = tool.Runner(tool.Study(tmp_path, {})), tmp_path / "seed_1" / "a.log"
+    assert not runner._call(log, "fit", ["--config", "no-such-file.yaml"])
+    assert "lit_distill fit --config no-such-file.yaml" in log.read_text()
+    assert "there is no file no-such-file.yaml" in log.read_text()
 
 
 @pytest.mark.filterwarnings("ignore:.* replaces .*, so these arguments")
