@@ -14,10 +14,9 @@ from lit_distill.callbacks.runaway import RunawayDetector
 from lit_distill.evaluation.checkers import Checker, ExactMatch, score_of
 from lit_distill.evaluation.on_policy import OnPolicyTerms, pass_at_k
 from lit_distill.evaluation.quality import TermMeanMetric
-from lit_distill.evaluation.token_metrics import compares
 from lit_distill.generation import SamplingParams
 from lit_distill.losses import ObjectiveEvaluator
-from lit_distill.teachers import Teacher, walk
+from lit_distill.teachers import Teacher, cached_parts
 from lit_distill.types import ArgumentError, Batch, check_sizes, join_prompts
 
 if TYPE_CHECKING:
@@ -188,4 +187,4 @@ class OnPolicyEvaluator(PromptEvaluator):
 
 def _answers_student(teacher: Teacher | None) -> bool:
     """Whether the teacher's probabilities of all tokens of the student's own texts are known."""
-    return teacher is not None and all(part.answers_generated for _, part in walk(teacher)) and compares(teacher)
+    return teacher is not None and not cached_parts(teacher) and teacher.knows_all_probabilities

@@ -148,15 +148,8 @@ class DistillationModule(L.LightningModule):
         self.unfinished: UnfinishedPhase | None = None
         self.optimizer_since = 0  # optimiser steps done before this optimiser was created
         self._loaded_steps = 0
-        parts = [part for key, frozen in self.frozen_configs.items() for part in walk(frozen, key)]
-        if targets is not None and (cached := [key for key, part in parts if not part.answers_generated]):
-            raise ValueError(
-                f"targets: the cache in model.{cached[0]} finds a text by all of its targets, so none can be left out. Remove "
-                "model.targets, or train with the teacher itself, such as model.teacher.path."
-            )
-        check_signals(
-            self.source, objectives, corpus_objectives or {}, self.teacher_config, self.frozen_configs.get("reference")
-        )
+        frozen = self.teacher_config, self.frozen_configs.get("reference")
+        check_signals(self.source, objectives, corpus_objectives or {}, *frozen, targets)
 
     @property
     def teacher_config(self) -> Teacher | None:

@@ -161,13 +161,18 @@ class Runner:
             return not subprocess.run(line, stdout=file, stderr=file, env=environment, check=False).returncode  # noqa: S603 - own command
 
     def _start_of(self, seed: int) -> str:
-        exports = sorted((self.folder / f"seed_{seed}" / START).glob("version_*/export"))
+        exports = self._versions(START, seed, "export")
         names = [exports[-1] / name for name in (self.study.checkpoint, "last")] if exports else []
         return next((str(folder.resolve()) for folder in names if folder.is_dir()), "")
 
+    def _versions(self, name: str, seed: int, what: str) -> list[Path]:
+        """A file or folder of each version of a run, the newest last."""
+        found = (self.folder / f"seed_{seed}" / name).glob(f"version_*/{what}")
+        return sorted(found, key=lambda path: int(path.parent.name.removeprefix("version_")))
+
     def report(self, name: str, seed: int) -> dict[str, Any] | None:
         """The report of the newest test of a run; None if it was not tested."""
-        files = sorted((self.folder / f"seed_{seed}" / name).glob("version_*/report.json"), key=_number_of)
+        files = self._versions(name, seed, "report.json")
         return read_report(files[-1]) if files else None
 
     def training_metric(self, name: str, seed: int, metric: str) -> float | None:
@@ -177,14 +182,9 @@ class Runner:
 
     def course(self, name: str, seed: int, metric: str) -> list[tuple[float, float]]:
         """Steps and values of a metric in the training of a run."""
-        files = sorted((self.folder / f"seed_{seed}" / name).glob("version_*/metrics.csv"), key=_number_of)
-        curves = [read_curves(file, [metric]).get(metric) for file in files]
+        curves = [read_curves(file, [metric]).get(metric) for file in self._versions(name, seed, "metrics.csv")]
         last = next((curve for curve in reversed(curves) if curve), {"steps": [], "values": []})
         return list(zip(last["steps"], last["values"], strict=True))
-
-
-def _number_of(file: Path) -> int:
-    return int(file.parent.name.removeprefix("version_"))
 
 
 def _words(arguments: Mapping[str, Any], start: str) -> list[str]:

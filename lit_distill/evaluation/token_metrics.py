@@ -22,7 +22,7 @@ QUALITY = ".quality"  # no objective of a config has a dot in its name
 
 def compares(teacher: Teacher | None) -> bool:
     """Whether the teacher's probabilities of all tokens are known, so that both divergences and its perplexity are finite."""
-    return teacher is not None and teacher.answers_all and teacher.accuracy in ("exact", "spread")
+    return teacher is not None and teacher.knows_all_probabilities
 
 
 def measurable(objectives: Mapping[str, Objective], has_teacher: bool) -> dict[str, Objective]:

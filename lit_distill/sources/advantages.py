@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_distill.functional import decision_weights, reward_to_go, scale_and_clip_rewards, standardize
@@ -120,5 +121,4 @@ class AdvantageConfig:
 
 def last_tokens(mask: Tensor) -> Tensor:
     """``[B, T]`` bool: the last token of each response of a mask ``[B, T]``; none of an empty one."""
-    following = torch.nn.functional.pad(mask[:, 1:], (0, 1))
-    return mask & ~following
+    return mask & ~F.pad(mask[:, 1:], (0, 1))

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from lit_distill.objectives import REFERENCE_SIGNALS, TEACHER_SIGNALS, SampledReverseKL, check_needs
 from lit_distill.sources.base import TEXT_SIGNALS, Source
-from lit_distill.teachers import LocalTeacher, walk
+from lit_distill.teachers import LocalTeacher, cached_parts
 from lit_distill.types import arguments_of
 
 if TYPE_CHECKING:
     from lit_distill.objectives import Objective
+    from lit_distill.sources.targets import TargetFilter
     from lit_distill.teachers import Teacher
 
 REFUSALS = {
@@ -34,17 +35,26 @@ def check_signals(
     corpus_objectives: Mapping[str, Objective],
     teacher: Teacher | None,
     reference: Teacher | None = None,
+    targets: TargetFilter | None = None,
 ) -> None:
     """Check, before anything loads, that source, corpus, teacher and reference provide every signal that the objectives need.
+
+    Args:
+        source: of the texts.
+        objectives: on the source's texts, by name.
+        corpus_objectives: on the corpus, by name.
+        teacher: as configured.
+        reference: the second frozen model, as configured.
+        targets: which tokens are learnt; None for all.
 
     Raises:
         ValueError: with the key, the missing signal and what to do.
     """
-    teachers = frozenset({"teacher_logits"} if teacher is not None else ())
-    teachers |= REFERENCE_SIGNALS if reference is not None else frozenset()
-    given = source.provides | (source.provides_with_teacher if teacher is not None else frozenset())
+    if targets is not None:
+        check_targets({"teacher": teacher, "reference": reference})
+    references = REFERENCE_SIGNALS if reference is not None else frozenset()
+    given = references | source.provides | (source.provides_with_teacher if teacher is not None else frozenset())
     name = f"the source {type(source).__name__}"
-    given |= teachers & REFERENCE_SIGNALS
     check_needs(objectives, given, "objectives", name)
     with arguments_of(source):
         source.check(objectives)
@@ -65,7 +75,25 @@ def check_signals(
         check_teacher(source, teacher, {"objectives": objectives, "corpus_objectives": corpus_objectives})
     if reference is not None:
         check_reference(source, reference)
-    check_needs(corpus_objectives, TEXT_SIGNALS | teachers, "corpus_objectives", "a plain-text corpus")
+    on_corpus = references | TEXT_SIGNALS | ({"teacher_logits"} if teacher is not None else frozenset())
+    check_needs(corpus_objectives, on_corpus, "corpus_objectives", "a plain-text corpus")
+
+
+def check_targets(frozen: Mapping[str, Teacher | None]) -> None:
+    """Refuse, before anything loads, to leave out targets of texts that a cache finds by their targets.
+
+    Args:
+        frozen: teacher and reference by their YAML key; None if there is none.
+
+    Raises:
+        ValueError: with the key and what to do.
+    """
+    for key, teacher in frozen.items():
+        if teacher is not None and (cached := cached_parts(teacher, key)):
+            raise ValueError(
+                f"targets: the cache in model.{cached[0]} finds a text by all of its targets, so none can be left out. Remove "
+                "model.targets, or train with the teacher itself, such as model.teacher.path."
+            )
 
 
 def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Mapping[str, Objective]]) -> None:
@@ -85,16 +113,15 @@ def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Map
             f"source: {source_name} lets the teacher generate or score what it has read along, which needs a local model, but the "
             f"teacher is a {kind}. Set model.teacher.path, or source: DatasetResponses or StudentRollouts."
         )
-    if source.ranks_by_teacher and not (teacher.answers_all and teacher.accuracy in ("exact", "spread")):
+    if source.ranks_by_teacher and not teacher.knows_all_probabilities:
         raise ValueError(
             f"source: {source_name} ranks responses by the teacher's probability of them, but {kind} does not know that of every "
             "token. Set model.teacher.path, or chosen: dataset."
         )
-    generated = all(part.answers_generated for _, part in walk(teacher))
     _check_texts(source, teacher, "teacher")
     for key, named in objectives.items():
         for name, objective in named.items():
-            if key == "corpus_objectives" and objective.needs & TEACHER_SIGNALS and not generated:
+            if key == "corpus_objectives" and objective.needs & TEACHER_SIGNALS and cached_parts(teacher):
                 raise ValueError(
                     f"{key}.{name}: {type(objective).__name__} compares with the teacher on a corpus, but {kind} has the items of "
                     "the data only. Give corpus_objectives that need no teacher, such as NextToken, or set model.teacher.path."
@@ -114,7 +141,7 @@ def check_reference(source: Source, reference: Teacher) -> None:
     Raises:
         ValueError: with the key, the reason and what to do.
     """
-    if not reference.answers_all or reference.accuracy not in ("exact", "spread"):
+    if not reference.knows_all_probabilities:
         raise ValueError(
             f"reference: {type(reference).__name__} does not know the probability of every token. Set model.reference.path."
         )
@@ -123,7 +150,7 @@ def check_reference(source: Source, reference: Teacher) -> None:
 
 def _check_texts(source: Source, teacher: Teacher, key: str) -> None:
     kind, source_name = type(teacher).__name__, type(source).__name__
-    if source.generates and not all(part.answers_generated for _, part in walk(teacher)):
+    if source.generates and cached_parts(teacher):
         raise ValueError(
             f"source: {source_name} trains on responses that are generated during training, but {kind} answers only for the texts "
             f"that it was written for. Set source: DatasetResponses, or another {key}, such as model.{key}.path."

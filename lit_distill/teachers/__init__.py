@@ -1,7 +1,7 @@
 """Teachers: their interfaces, and an implementation in each file."""
 
 from lit_distill.teachers.aligned import AlignedTeacher
-from lit_distill.teachers.base import LoadedTeacher, Opening, Teacher, TeacherRows, walk
+from lit_distill.teachers.base import LoadedTeacher, Opening, Teacher, TeacherRows, cached_parts, walk
 from lit_distill.teachers.cached import CachedTeacher
 from lit_distill.teachers.combined import MixedTeachers, RoutedTeachers
 from lit_distill.teachers.following import StudentTeacher
@@ -26,6 +26,7 @@ __all__ = [
     "Teacher",
     "TeacherRows",
     "as_teacher",
+    "cached_parts",
     "load_models",
     "walk",
 ]

@@ -161,6 +161,11 @@ class Teacher(ABC):
     """Whether it answers for texts that the run generates; a cache does not."""
 
     @property
+    def knows_all_probabilities(self) -> bool:
+        """Whether every token has a probability at every target, so that divergences in both directions are finite."""
+        return self.answers_all and self.accuracy in ("exact", "spread")
+
+    @property
     def parts(self) -> Mapping[str, Teacher]:
         """The teachers that it consists of, by their key below its own."""
         return {}
@@ -298,3 +303,8 @@ def walk(teacher: Teacher, key: str = "teacher") -> Iterator[tuple[str, Teacher]
     yield key, teacher
     for name, part in teacher.parts.items():
         yield from walk(part, f"{key}.init_args.{name}")
+
+
+def cached_parts(teacher: Teacher, key: str = "teacher") -> list[str]:
+    """The YAML keys below ``model`` of a teacher's parts, or of itself, that do not answer for texts that the run generates."""
+    return [name for name, part in walk(teacher, key) if not part.answers_generated]
