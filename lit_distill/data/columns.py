@@ -11,6 +11,7 @@ CANONICAL = (
     *("instruction", "input", "output", "id", "references"),
     *("prompt", "completion", "messages", "conversations", "text", "system", "tools"),
 )
+RESPONSES = ("output", "completion")
 PREDICTION_COLUMNS = ("finished", "stop_token", "add_special_tokens")
 
 
@@ -38,18 +39,19 @@ class ColumnMapping:
         present = [name for name in CANONICAL if self.columns[name] in columns or name == "input"]
         return present + [name for name in columns if name not in present and name != ORIGIN]
 
-    def check(self, columns: Collection[str], source: str = "the data") -> None:
+    def check(self, columns: Collection[str], source: str = "the data", responses: bool = True) -> None:
         """Check that every mapped column exists.
 
         Args:
             columns: the columns of the records.
             source: where the records come from, for messages.
+            responses: whether responses are read, and so need their columns.
 
         Raises:
             ValueError: if one does not; the message names the key, the column, the source and the existing columns.
         """
         for name in self.mapped:
-            if self.columns[name] not in columns:
+            if self.columns[name] not in columns and (responses or name not in RESPONSES):
                 there = ", ".join(column for column in columns if column != ORIGIN)
                 raise ValueError(
                     f"fields.{name}: there is no column {self.columns[name]!r} in {source}. The columns are {there}."
@@ -99,7 +101,7 @@ class ColumnMapping:
         """
         text = self.text(record, name, where)
         if not text.strip():
-            what = "response" if name in ("output", "completion") else name
+            what = "response" if name in RESPONSES else name
             raise ValueError(
                 f"{where}: the {what} is empty (field `{self.columns[name]}`). Fill it or remove the item."
             )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lit_distill.data.columns import ColumnMapping
+from lit_distill.data.chat import ROLES
+from lit_distill.data.columns import RESPONSES, ColumnMapping
 from lit_distill.data.files import ORIGIN, with_objects
 from lit_distill.data.templates import Template
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Format = Literal["conversation", "completion", "instruction", "text"]
 SHAPES: dict[Format, tuple[tuple[str, ...], ...]] = {
@@ -79,6 +83,16 @@ def recognise(
         f"fields: {source} may be read as {' or as '.join(found)}. The first record has {shown!r:.300}. Choose by naming a column, "
         f"as in fields: {{{first}: {fields.columns[first]}}}."
     )
+
+
+def have_responses(records: Dataset, fields: ColumnMapping) -> bool:
+    """Whether records have a column of responses, or their first conversation ends with a turn of the assistant."""
+    if any(fields.has(name, records.column_names) for name in RESPONSES):
+        return True
+    first = records[0] if len(records) else {}
+    messages = fields.value(first, "messages") or fields.value(first, "conversations")
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and ROLES.get(str(last.get("role", last.get("from"))).lower()) == "assistant"
 
 
 def _has(shape: tuple[str, ...], fields: ColumnMapping, columns: Collection[str]) -> bool:

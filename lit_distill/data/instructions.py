@@ -16,6 +16,7 @@ from lit_distill.data.chat import AssistantTurns
 from lit_distill.data.collate import padding_id
 from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.corpus import Corpus, PackedText
+from lit_distill.data.formats import have_responses
 from lit_distill.data.length_limits import LengthLimits, fit_lengths, longest_prompt, num_prompt_tokens
 from lit_distill.data.loader import BatchDataset, ResumableLoader, make_loader
 from lit_distill.data.records import Records
@@ -46,7 +47,8 @@ class InstructionData(LightningDataModule):
         chat_template: a Jinja chat template, or a file with one, in place of the tokenizer's; it is exported with the student.
         assistant_turns: of a conversation, learn "all" turns of the assistant or the "last" one; "each" makes every turn an item of
             its own, with the conversation before it as its prompt.
-        responses: whether the records have responses; false yields prompts only.
+        responses: whether the training records have responses; false reads their prompts only. Validation and test records of
+            their own are then read with the responses that they have.
         empty_responses: what to do with records whose response is empty: "error", or "drop" them and log their number.
         max_prompt_length: tokens of a prompt.
         max_length: tokens of prompt and response together.
@@ -207,7 +209,7 @@ class InstructionData(LightningDataModule):
             if self.corpus is not None and name == "train":
                 corpus = self.corpus.rows(tokenizer)
                 rank_zero_info(f"corpus: {len(corpus)} rows of {self.corpus.length} tokens")
-            responses = self.responses and bool(rows[0]["response_ids"] or rows[0]["targets"])
+            responses = bool(rows[0]["response_ids"] or rows[0]["targets"])
             self._datasets[name] = BatchDataset(rows, self.limits, padding_id(tokenizer), responses, corpus), lengths
         if stage is not None:
             self._dataset(SPLITS[getattr(stage, "value", stage)][0])  # raises if the stage has no data
@@ -299,6 +301,8 @@ class InstructionData(LightningDataModule):
         if records is None:
             return None
         responses = self.responses and name != "predict"  # records for generation need no responses
+        if not self.responses and name in ("validation", "test"):
+            responses = have_responses(records, self.fields)
         rows = tokenize_records(
             records,
             name,

@@ -116,7 +116,7 @@ def tokenize_records(
     source = f"the {split} records"
     if ORIGIN in records.column_names:
         source += f" ({records[0][ORIGIN].rpartition(', ')[0]})"
-    fields.check(columns, source)
+    fields.check(columns, source, responses)
     kind = recognise(columns, fields, template, responses, records[0], source)
     if kind == "completion" and isinstance(fields.value(records[0], "prompt"), list):
         kind = "conversation"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from command_line import run, tiny_config, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_distill.callbacks import BeforeAfter
 from lit_distill.evaluation.ngrams import exact_match, rouge_l
 
 pytestmark = pytest.mark.slow
@@ -110,6 +114,45 @@ def test_a_resumed_run_has_the_row_of_the_student_before_training(finished) -> N
     assert resumed["student after"] != resumed["student before"]
     other = ("--trainer.callbacks", "[{class_path: BeforeAfter, init_args: {max_new_tokens: 3}}]")
     assert next(iter(before_after(run("fit", "--config", path, *more, *other)).metrics)).startswith("student, step ")
+
+
+def test_another_student_has_a_row_and_leaves_the_run_as_it_is(finished, tmp_path) -> None:
+    cli, path = finished
+    exported = Path(cli.trainer.log_dir) / "export" / "last"
+    compared = run("fit", "--config", path, *compare(exported), "--trainer.default_root_dir", tmp_path)
+    rows = before_after(compared).metrics
+    assert list(rows) == ["student before", "without teacher", "student after", "teacher"]
+    assert rows["without teacher"] == pytest.approx(rows["student after"], rel=1e-5)
+    assert {name: rows[name] for name in rows if name != "without teacher"} == before_after(cli).metrics
+    weights = zip(cli.model.student.parameters(), compared.model.student.parameters(), strict=True)
+    assert all(torch.equal(own, other) for own, other in weights)
+    assert len({len(line) for line in before_after(compared).table().splitlines()}) == 1
+
+
+def test_the_row_of_another_student_is_kept_until_it_is_another_model() -> None:
+    kept = BeforeAfter(others={"a": "one", "b": "two"})
+    kept.metrics = {"student before": {}, "teacher": {}, "a": {"rouge_l": 1.0}, "b": {"rouge_l": 2.0}}
+    resumed = BeforeAfter(others={"a": "one", "b": "three"})
+    resumed.load_state_dict(kept.state_dict())
+    assert list(resumed.metrics) == ["student before", "teacher", "a"]
+
+
+def test_what_cannot_be_compared_is_said_before_training(finished, pair, tmp_path) -> None:
+    _, path = finished
+    where = r"trainer\.callbacks\[0\]\.init_args\.others"
+    for options, message in (
+        (compare(pair[1]), rf"{where}\.without teacher: .* has another architecture than the student \(\S+ is "),
+        (compare(tmp_path / "nowhere"), rf"{where}\.without teacher.*nowhere"),
+        (compare(pair[0], "teacher"), r"others: 'teacher' is the name of a row"),
+        ((*compare(pair[0]), "--model.student.lora", "{r: 2}"), rf"{where}: a student with adapters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("fit", "--config", path, *options, "--trainer.default_root_dir", tmp_path)
+
+
+def compare(folder: Path, name: str = "without teacher") -> tuple[str, str]:
+    arguments = {"max_new_tokens": 4, "others": {name: str(folder)}}
+    return "--trainer.callbacks", json.dumps([{"class_path": "BeforeAfter", "init_args": arguments}])
 
 
 def before_after(cli):

@@ -13,7 +13,7 @@ import pytest
 from lit_distill.data import Records, Template
 from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.files import ORIGIN
-from lit_distill.data.formats import recognise
+from lit_distill.data.formats import have_responses, recognise
 from lit_distill.data.tokenize import tokenize_records
 
 ROWS = [{"instruction": "one\ntwo", "output": 'a, "b"'}, {"instruction": "three", "output": "c"}]
@@ -48,6 +48,23 @@ def test_mapped_fields_and_a_template_decide() -> None:
     assert kind("chat", "instruction", "output", messages="chat") == "conversation"
     assert kind("prompt", "response", template="{prompt}", output="response") == "instruction"
     assert kind("prompt", responses=False) == "completion"
+
+
+@pytest.mark.parametrize(
+    ("record", "fields", "expected"),
+    [
+        ({"instruction": "a", "output": "b"}, {}, True),
+        ({"prompt": "a", "completion": "b"}, {}, True),
+        ({"question": "a", "answer": "b"}, {"output": "answer"}, True),
+        ({"instruction": "a", "references": ["b"]}, {}, False),
+        ({"messages": TALK}, {}, True),
+        ({"chat": TALK}, {"messages": "chat"}, True),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {}, True),
+        ({"messages": TALK[:1]}, {}, False),
+    ],
+)
+def test_responses_are_found_by_column_or_by_the_last_turn(record, fields, expected) -> None:
+    assert have_responses(datasets.Dataset.from_list([record]), ColumnMapping(fields)) is expected
 
 
 def test_what_fits_nothing_or_two_formats_shows_the_first_record() -> None:

@@ -77,6 +77,22 @@ def test_test_falls_back_to_validation_and_predict_to_the_training_part(make):
     assert not predicted & set(chain(*ids(data.val_dataloader())))
 
 
+def test_training_on_prompts_alone_leaves_validation_its_responses(make, write_jsonl, items):
+    prompts = Records(write_jsonl([{"instruction": f"go {n}"} for n in range(8)], "prompts.jsonl"))
+    labelled = Records(write_jsonl(items(4), "labelled.jsonl"))
+    data = make(train=prompts, validation=labelled, responses=False)
+    data.setup("fit")
+    assert all(batch.sequences is None for batch in data.train_dataloader())
+    expected = make(train=labelled, validation=labelled)
+    expected.setup("fit")
+    assert everything(data.val_dataloader()) == everything(expected.val_dataloader())
+    unlabelled = make(train=prompts, validation=prompts, responses=False, fields={"output": "output"})
+    unlabelled.setup("fit")
+    assert all(batch.sequences is None for batch in unlabelled.val_dataloader())
+    with pytest.raises(ValueError, match=r"fields\.output: there is no column 'output'"):
+        make(train=prompts, fields={"output": "output"}).setup("fit")
+
+
 def test_prompts_to_be_answered_need_no_output(make, write_jsonl):
     data = make(predict=Records(write_jsonl([{"instruction": "go"}], "prompts.jsonl")), template="{instruction}")
     data.setup("predict")

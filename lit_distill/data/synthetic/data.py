@@ -64,7 +64,7 @@ class ProceduralData(InstructionData):
         tokens_per_batch: fill training batches to about so many tokens, over all ranks, instead of ``batch_size`` items.
         eval_batch_size: items per batch of every other stage, over all ranks.
         group_by_length: put items of similar length into one batch, which here means items of similar kind.
-        responses: false yields prompts only.
+        responses: false trains on prompts only; validation and test items have responses.
         corpus: generated plain text, added to the training batches.
         num_workers: processes that load batches; 0 loads them in the main process.
         seed: seed of the order of the training items.
