@@ -72,7 +72,7 @@ class CalibrationMonitor(Callback):
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
         """Names of the metrics that a validation logs; does not need the weights."""
         metrics = ["ece", "adaptive_ece", "accuracy", "brier"]
-        responses = getattr(trainer.datamodule, "responses", True)  # type: ignore[attr-defined]
+        responses = getattr(trainer.datamodule, "validates_responses", True)  # type: ignore[attr-defined]
         places = {"val": metrics} if self.next_token and responses else {}
         places |= {f"val/{task}": [*metrics, "mass"] for task in self.tasks if self.every_n_validations}
         models = ["", "teacher_"] if compares(pl_module.teacher_config) else [""]

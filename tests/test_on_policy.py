@@ -12,7 +12,7 @@ from training import learner_of, quiet_trainer, weights
 from lit_distill.callbacks import RolloutMonitor
 from lit_distill.data import ProceduralData
 from lit_distill.objectives import ForwardKL, NextToken, ReverseKL, TokenPreference
-from lit_distill.sources import Source, StudentRollouts, TeacherMixedRollouts, TeacherRollouts
+from lit_distill.sources import ReplayRollouts, Source, StudentRollouts, TeacherMixedRollouts, TeacherRollouts
 
 
 class Shown(L.Callback):
@@ -25,10 +25,20 @@ class Shown(L.Callback):
         self.steps.append(pl_module.global_step)
 
 
-def fit(pair: tuple[Path, Path], folder: Path, source: Source | None, objectives, steps: int = 4, **trainer_settings):
+def fit(
+    pair: tuple[Path, Path],
+    folder: Path,
+    source: Source | None,
+    objectives,
+    steps: int = 4,
+    data=None,
+    **trainer_settings,
+):
     learner, shown = learner_of(pair, objectives, source), Shown()
     trainer = quiet_trainer(folder, steps, callbacks=[RolloutMonitor(), shown], **trainer_settings)
-    trainer.fit(learner, ProceduralData(num_train=24, num_validation=4, num_test=4, batch_size=6))
+    trainer.fit(
+        learner, ProceduralData(num_train=24, num_validation=4, num_test=4, **{"batch_size": 6, **(data or {})})
+    )
     return learner, shown
 
 
@@ -75,9 +85,52 @@ def test_the_teachers_words_are_the_targets_of_live_seqkd(pair, tmp_path) -> Non
     assert text.input_ids[text.target_mask].tolist() == said.responses.ids[said.responses.mask].tolist()
 
 
+@pytest.mark.parametrize("source", [TeacherRollouts, StudentRollouts])
+def test_the_responses_to_a_batch_are_generated_once_and_learnt_in_several_steps(pair, tmp_path, source) -> None:
+    learner, shown = fit(pair, tmp_path, source(max_new_tokens=8, mini_batch_size=2), {"kd": ForwardKL()}, steps=7)
+    assert learner.global_step == 7
+    assert shown.steps == [0, 3, 6]
+    assert [len(trajectories.ids) for trajectories in shown.trajectories] == [6, 6, 6]
+
+
+def test_the_teachers_responses_are_the_same_a_batch_at_a_time_or_several(pair, tmp_path) -> None:
+    learnt = []
+    for size, mini_batch_size, steps in ((2, None, 3), (6, 2, 3)):
+        source = TeacherRollouts(max_new_tokens=8, temperature=0.0, mini_batch_size=mini_batch_size)
+        data = {"batch_size": size, "kinds": ["repeat"]}
+        learner, shown = fit(pair, tmp_path, source, {"kd": ForwardKL()}, steps=steps, data=data)
+        assert [len(trajectories.ids) for trajectories in shown.trajectories] == [size] * (6 // size)
+        learnt.append(weights(learner))
+    torch.testing.assert_close(*learnt, rtol=0, atol=1e-5)
+
+
+def test_the_other_batches_may_be_the_teachers_and_then_need_no_dataset(pair, tmp_path) -> None:
+    never = StudentRollouts(on_policy_fraction=0.0, max_new_tokens=8, seed=5, off_policy="teacher")
+    prompts = {"responses": False}
+    gkd, shown = fit(pair, tmp_path, never, {"kd": ForwardKL()}, data=prompts)
+    teacher, _ = fit(pair, tmp_path, TeacherRollouts(max_new_tokens=8, seed=5), {"kd": ForwardKL()}, data=prompts)
+    assert torch.equal(weights(gkd), weights(teacher))
+    assert not shown.trajectories  # callbacks compare the student with itself
+    replay = ReplayRollouts(0.5, increment=0.0, max_new_tokens=8, off_policy="teacher")
+    learner, _ = fit(pair, tmp_path, replay, {"kd": ForwardKL()}, data=prompts)
+    assert learner.global_step == 4
+
+
+@pytest.mark.parametrize("source", [StudentRollouts(0.5), ReplayRollouts(0.5, increment=0.0)], ids=["gkd", "replay"])
+def test_the_dataset_must_have_the_responses_of_the_other_batches(pair, tmp_path, source) -> None:
+    with pytest.raises(
+        ValueError, match=r"off_policy: some batches of \w+ are the responses of the dataset.*off_policy: teacher"
+    ):
+        fit(pair, tmp_path, source, {"kd": ForwardKL()}, data={"responses": False})
+
+
 def test_sampling_is_not_differentiated_and_the_responses_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="on_policy_fraction: expected a share"):
         StudentRollouts(on_policy_fraction=1.2)
+    with pytest.raises(ValueError, match="off_policy: expected dataset or teacher, got 'student'"):
+        StudentRollouts(off_policy="student")
+    with pytest.raises(ValueError, match="mini_batch_size: expected at least 1"):
+        TeacherRollouts(mini_batch_size=0)
     with pytest.raises(ValueError, match=r"top_p"):
         TeacherRollouts(top_p=0.0)
 

@@ -10,8 +10,14 @@ A study is a YAML file:
     configs: [FILE, ...]              configs of every run; relative to the checkout
     arguments: {KEY: VALUE, ...}      arguments of every run, such as trainer.max_steps: 500
     start: {arguments: ...}           optional: one run for each seed, whose student the others may begin with
+    tune:                             optional: every combination is tried once, and each method is run with its own best
+      arguments: {KEY: [VALUE, ...], ...}
+      seed: 0                         of these trials; no seed of the study
+      metric: val/exact_match         its best value in the training decides; the test data are not looked at
+      mode: max                       or min
     methods:
       NAME: {configs: ..., arguments: ...}          added to those of every run; {start} in a value is the folder of that student
+        tune: {KEY: [VALUE, ...]}                   other values to try for this method, in place of tune.arguments of the same key
     test: {arguments: ...}            added in the test alone
     checkpoint: best                  or last: which checkpoint is tested, and exported by start
     metrics: [exact_match, ...]       of the test, the columns of the table
@@ -31,6 +37,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,6 +66,28 @@ class Method:
 
     configs: Sequence[str] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is tried for every method, and what decides."""
+
+    arguments: Mapping[str, Sequence[Any]]
+    metric: str
+    mode: Literal["max", "min"] = "max"
+    seed: int = 0
+
+    def trials(self, method: Method) -> list[dict[str, Any]]:
+        """The settings to try for a method."""
+        grid = {**self.arguments, **method.tune}
+        return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+    def best(self, values: Sequence[float | None]) -> int | None:
+        """The position of the best value; None if there is none."""
+        sign = -1 if self.mode == "max" else 1
+        found = [(sign * value, position) for position, value in enumerate(values) if value is not None]
+        return min(found)[1] if found else None
 
 
 @dataclass(frozen=True)
@@ -71,6 +100,7 @@ class Study:
     configs: Sequence[str] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     start: Method | None = None
+    tune: Tuning | None = None
     test: Method = Method()
     checkpoint: Literal["best", "last"] = "best"
     metrics: Sequence[str] = ("rouge_l", "exact_match", "perplexity")
@@ -87,7 +117,8 @@ class Study:
         try:
             values = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
             named = {name: Method(**(method or {})) for name, method in values.pop("methods").items()}
-            others = {key: Method(**values.pop(key)) for key in (START, "test") if key in values}
+            kinds = {START: Method, "test": Method, "tune": Tuning}
+            others = {key: kind(**values.pop(key)) for key, kind in kinds.items() if key in values}
             study = cls(folder=Path(values.pop("folder")), methods=named, **others, **values)
         except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise ValueError(f"{file}: is no study ({type(error).__name__}: {error}). See tools/study.py.") from error
@@ -95,6 +126,8 @@ class Study:
             raise ValueError(f"{file}: {{start}} is used, but there is no start.")
         if START in named or study.checkpoint not in ("best", "last"):
             raise ValueError(f"{file}: no method may be called {START}, and checkpoint is best or last.")
+        if study.tune is not None and study.tune.seed in study.seeds:
+            raise ValueError(f"{file}: tune.seed: {study.tune.seed} is one of seeds. Give another one.")
         return study
 
 
@@ -111,45 +144,75 @@ class Runner:
         self.quick = quick
         self.folder = study.folder / "quick" if quick else study.folder
         self.failed: list[str] = []
+        self.chosen: dict[str, dict[str, Any]] = {}
+        """The best settings of `tune`, by method."""
 
     def run_all(self, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
         """Train and test each method with each seed, ``jobs`` runs at a time; one that fails does not end the others."""
         with ThreadPoolExecutor(jobs) as pool:
             if self.study.start is not None:
-                list(pool.map(lambda seed: self.run(START, self.study.start or Method(), seed), seeds))
+                started = [*seeds, *([self.study.tune.seed] if self.study.tune else [])]
+                list(pool.map(lambda seed: self.run(START, self.study.start or Method(), seed), started))
+            if self.study.tune is not None:
+                self._tune(methods, self.study.tune, pool)
             each = [(name, seed) for seed in seeds for name in methods]
             list(pool.map(lambda pair: self.run(pair[0], self.study.methods[pair[0]], pair[1]), each))
 
+    def _tune(self, methods: Sequence[str], tuning: Tuning, pool: ThreadPoolExecutor) -> None:
+        """Try the settings of every method, unless that is done, and choose each method's best."""
+        trials = {name: tuning.trials(self.study.methods[name]) for name in methods}
+        each = [(name, number, trial) for name, tried in trials.items() for number, trial in enumerate(tried)]
+        list(pool.map(lambda t: self._train(f"{t[0]}.{t[1]}", self.study.methods[t[0]], tuning.seed, t[2]), each))
+        for name, tried in trials.items():
+            courses = [self.course(f"{name}.{number}", tuning.seed, tuning.metric) for number in range(len(tried))]
+            choice = max if tuning.mode == "max" else min
+            best = tuning.best([choice(value for _, value in course) if course else None for course in courses])
+            if best is None:
+                self.failed.append(f"{name}: no trial of tune has {tuning.metric}")
+            else:
+                self.chosen[name] = tried[best]
+
     def run(self, name: str, method: Method, seed: int) -> None:
         """Train and test once, unless that is done; the output goes to a log beside the runs."""
-        parts = [self.study.configs, method.configs]
-        files = [file for part in parts for file in part]
-        configs = [word for file in files for word in ("--config", str(CHECKOUT / file))]
-        given = {**self.study.arguments, **method.arguments}
-        root = self.folder / f"seed_{seed}"
-        made_of = {file: (CHECKOUT / file).read_text(encoding="utf-8") for file in files}
-        settings = json.dumps([made_of, given, dict(self.study.test.arguments), self.study.checkpoint], sort_keys=True)
-        written = root / f"{name}.settings"
-        if self.report(name, seed) is not None:
-            if written.is_file() and written.read_text(encoding="utf-8") != settings:
-                self.failed.append(
-                    f"{name}, seed {seed}: was run with other settings; to run it again, remove {root / name}"
-                )
+        words = self._train(name, method, seed, self.chosen.get(name, {}))
+        if words is None or self.report(name, seed) is not None:
             return
-        root.mkdir(parents=True, exist_ok=True)
-        write_text(written, settings)
-        began = time.monotonic()
-        own = {"seed_everything": seed, "run_name": name, "trainer.default_root_dir": str(root)}
-        own |= {"trainer.enable_progress_bar": False, **(QUICK if self.quick else {})}
-        words = [*configs, *_words({**given, **own}, self._start_of(seed))]
-        log = root / f"{name}.log"
-        done = self._call(log, "fit", [*words, "--ckpt_path", "last"])
         checkpoint = "last" if self.quick else self.study.checkpoint
         test = {**self.study.test.arguments, **(QUICK if self.quick else {})}
-        done = done and self._call(log, "test", [*words, *_words(test, ""), "--ckpt_path", checkpoint])
+        log = self.folder / f"seed_{seed}" / f"{name}.log"
+        if not self._call(log, "test", [*words, *_words(test, ""), "--ckpt_path", checkpoint]):
+            self.failed.append(f"{name}, seed {seed}, test: {log}")
+
+    def _train(self, name: str, method: Method, seed: int, chosen: Mapping[str, Any]) -> list[str] | None:
+        """Train once, unless that is done, and return the arguments of the command line; None if it failed."""
+        files = [*self.study.configs, *method.configs]
+        given = {**self.study.arguments, **method.arguments, **chosen}
+        root = self.folder / f"seed_{seed}"
+        own = {"seed_everything": seed, "run_name": name, "trainer.default_root_dir": str(root)}
+        own |= {"trainer.enable_progress_bar": False, **(QUICK if self.quick else {})}
+        configs = [word for file in files for word in ("--config", str(CHECKOUT / file))]
+        words = [*configs, *_words({**given, **own}, self._start_of(seed))]
+        made_of = {file: (CHECKOUT / file).read_text(encoding="utf-8") for file in files}
+        record = {"settings": [made_of, given, dict(self.study.test.arguments), self.study.checkpoint]}
+        written = root / f"{name}.json"
+        before = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+        if "seconds" in before:
+            if before["settings"] == json.loads(json.dumps(record["settings"])):
+                return words
+            self.failed.append(
+                f"{name}, seed {seed}: was run with other settings; to run it again, remove {written} and {root / name}"
+            )
+            return None
+        root.mkdir(parents=True, exist_ok=True)
+        is_resumed, began = (root / name).exists(), time.monotonic()
+        done = self._call(root / f"{name}.log", "fit", [*words, "--ckpt_path", "last"])
+        seconds = time.monotonic() - began
+        print(f"{name}, seed {seed}: {'trained' if done else 'failed'} in {seconds:.0f} s", flush=True)
         if not done:
-            self.failed.append(f"{name}, seed {seed}: {log}")
-        print(f"{name}, seed {seed}: {'done' if done else 'failed'} in {time.monotonic() - began:.0f} s", flush=True)
+            self.failed.append(f"{name}, seed {seed}: {root / name}.log")
+            return None
+        write_text(written, json.dumps({**record, "seconds": None if is_resumed else seconds}) + "\n")
+        return words
 
     def _call(self, log: Path, command: str, words: Sequence[str]) -> bool:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +237,13 @@ class Runner:
         """The report of the newest test of a run; None if it was not tested."""
         files = self._versions(name, seed, "report.json")
         return read_report(files[-1]) if files else None
+
+    def seconds(self, name: str, seed: int) -> float | None:
+        """How long a run trained, with its start and its validations; None if it was interrupted."""
+        written = self.folder / f"seed_{seed}" / f"{name}.json"
+        record = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
+        seconds: float | None = record.get("seconds")
+        return seconds
 
     def training_metric(self, name: str, seed: int, metric: str) -> float | None:
         """The last value of a metric in the training of a run; None if it was not logged."""
@@ -213,16 +283,20 @@ def summarize(runner: Runner, methods: Sequence[str], seeds: Sequence[int]) -> d
             m: [v for seed in seeds if (v := runner.training_metric(name, seed, m)) is not None]
             for m in study.training_metrics
         }
-        found[name] = {**tested, **trained}
+        timed = [seconds for seed in seeds if (seconds := runner.seconds(name, seed)) is not None]
+        found[name] = {**tested, **trained, "seconds": timed}
     return found
 
 
-def markdown(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """The table: a row for each method, mean ± 95 % interval."""
+def markdown(results: Mapping[str, Mapping[str, Sequence[float]]], chosen: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table: a row for each method, mean ± 95 % interval, and the settings that were chosen on validation."""
     columns = list(dict.fromkeys(metric for values in results.values() for metric in values))
-    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    tuned = list(dict.fromkeys(key for values in chosen.values() for key in values))
+    heads = [*columns, *(key.rpartition(".")[2] for key in tuned)]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name, values in results.items():
         cells = [interval(values[column]) if values.get(column) else "" for column in columns]
+        cells += [str(chosen.get(name, {}).get(key, "")) for key in tuned]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -269,10 +343,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for metric in (*study.metrics, *study.training_metrics):
         if results and not any(values.get(metric) for values in results.values()):
             print(f"{metric}: no run has it.")
-    table = markdown(results)
+    table = markdown(results, runner.chosen)
     print(table)
     write_text(runner.folder / "table.md", table)
-    write_text(runner.folder / "results.json", json.dumps({"seeds": seeds, "results": results}, indent=1) + "\n")
+    write_text(
+        runner.folder / "results.json",
+        json.dumps({"seeds": seeds, "tuned": runner.chosen, "results": results}, indent=1) + "\n",
+    )
     if study.curves:
         draw(runner, methods, seeds, runner.folder / "curves.png")
     tested = [place for seed in seeds for name in methods if (place := runner.folder / f"seed_{seed}" / name).is_dir()]

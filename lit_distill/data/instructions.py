@@ -132,6 +132,11 @@ class InstructionData(LightningDataModule):
         """Whether `setup` found validation items."""
         return "validation" in self._datasets
 
+    @property
+    def validates_responses(self) -> bool:
+        """Whether `setup` found validation items with responses, of which perplexity and calibration are."""
+        return self.has_validation and self._datasets["validation"][0].responses
+
     def num_items(self, split: str) -> int:
         """Number of items that `setup` found in "train", "validation", "test" or "predict"."""
         return len(self._datasets[split][1]) if split in self._datasets else 0

@@ -12,8 +12,7 @@ from lit_distill.data.collate import pad_sequences
 from lit_distill.generation import SamplingParams
 from lit_distill.generation.sampling import keyed_generator
 from lit_distill.sources.base import RolloutContext, require_prompts
-from lit_distill.sources.dataset import DatasetResponses
-from lit_distill.sources.sampled import _SampledResponses
+from lit_distill.sources.sampled import OffPolicy, _StudentResponses
 from lit_distill.types import ArgumentError, check_sizes
 
 if TYPE_CHECKING:
@@ -30,12 +29,13 @@ class Text(NamedTuple):
     prompt_length: int
 
 
-class ReplayRollouts(_SampledResponses):
+class ReplayRollouts(_StudentResponses):
     r"""DistiLLM's adaptive off-policy source: dataset, student, or a buffer of the student's earlier responses.
 
     At step t of T, one uniform number r in [0, 1), the same on all ranks, selects where the batch comes from. If r < φ(1 − t/T),
     or r < φ while the buffer is not full, the student generates responses to its prompts. Else, if r < φ, the batch is sampled
-    from the buffer. Else it is the dataset's. φ rises when the validation loss rises: then the student has begun to overfit.
+    from the buffer. Else it is the dataset's, or the teacher's. φ rises when the validation loss rises: then the
+    student has begun to overfit.
 
     | | paper, algorithm 1 | released code | here |
     |---|---|---|---|
@@ -58,11 +58,11 @@ class ReplayRollouts(_SampledResponses):
         top_k: sample from the k most probable tokens only; 0 samples from all.
         top_p: sample from the smallest set of tokens with this much probability.
         seed: seed of all random numbers; ``seed_everything`` by default.
+        off_policy: whose responses the other batches have; the "teacher" needs prompts alone.
 
     Source: Ko et al. 2024, https://arxiv.org/abs/2402.03898, section 3.2; code: https://github.com/jongwooko/distillm.
     """
 
-    model = "student"
     keeps_items = False
 
     def __init__(
@@ -77,8 +77,9 @@ class ReplayRollouts(_SampledResponses):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        off_policy: OffPolicy = "dataset",
     ) -> None:
-        super().__init__(SamplingParams(max_new_tokens, temperature, top_k, top_p), seed)
+        super().__init__(SamplingParams(max_new_tokens, temperature, top_k, top_p), seed, off_policy)
         for name, value in (("initial_probability", initial_probability), ("increment", increment)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {value}.")
@@ -94,10 +95,15 @@ class ReplayRollouts(_SampledResponses):
         self.texts: deque[Text] = deque(maxlen=capacity)
         self.capacity = capacity
         self.reference_loss: float | None = None
-        self.dataset = DatasetResponses()
+        self.needs_teacher = off_policy == "teacher"
+
+    @property
+    def _uses_others(self) -> bool:
+        return self.probability < 1
 
     def check_trainer(self, trainer: Any) -> None:
         """Reject a run without the validation that changes φ, a run without an end, and a buffer smaller than a batch."""
+        super().check_trainer(trainer)
         data = trainer.datamodule
         if self.increment and not (trainer.limit_val_batches and getattr(data, "has_validation", True)):
             raise ValueError(
@@ -127,7 +133,7 @@ class ReplayRollouts(_SampledResponses):
         elif r < self.probability:
             yield self._sample_buffer(batch, context)
         else:
-            yield from self.dataset.mini_batches(batch, context)
+            yield from self._other_responses(batch, context)
 
     def _new_share(self, progress: float) -> float:
         """Share of new responses among the batches with the student's responses, once the buffer is full."""

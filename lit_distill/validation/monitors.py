@@ -68,7 +68,7 @@ def logged_metrics(run: DistillationRun) -> Logged:
         prefixes += [] if further is not None else [f"train/{name}/"]
     names |= {f"rollout/{name}" for name in run.source.metrics()}
     prefixes += [] if _is_from_this_package(run.source) else ["rollout/"]
-    if getattr(trainer.datamodule, "responses", True):
+    if getattr(trainer.datamodule, "validates_responses", True):
         token_metrics = token_metric_names(dict(run.objectives.items()), run.teacher_config)
         names |= {f"val/{name}" for name in token_metrics}
     for callback in trainer.callbacks:

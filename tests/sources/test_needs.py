@@ -108,6 +108,7 @@ def test_the_own_generator_keeps_its_interface(student, teacher) -> None:
         StudentRollouts(top_p=0.9),
         StudentRollouts(top_k=5),
         StudentRollouts(temperature=0.0),
+        StudentRollouts(mini_batch_size=2),
         TeacherMixedRollouts(),
         ReplayRollouts(),
     ],

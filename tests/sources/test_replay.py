@@ -18,8 +18,9 @@ from lit_distill.generation import Decoder
 from lit_distill.models import ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import SkewReverseKL
-from lit_distill.sources import ReplayRollouts, RolloutContext, StudentRollouts
+from lit_distill.sources import ReplayRollouts, RolloutContext
 from lit_distill.sources.replay import gather_texts
+from lit_distill.sources.sampled import _SampledResponses
 from lit_distill.types import Batch, Prompts, Sequences
 
 TOTAL = 400
@@ -53,9 +54,9 @@ def held(source: ReplayRollouts) -> list[tuple[list[int], list[int]]]:
 def test_new_drawn_and_dataset_texts_come_as_often_as_the_paper_says(monkeypatch, schedule: str) -> None:
     source = ReplayRollouts(0.6, capacity=2, replay_schedule=schedule, seed=3)
     source.texts.extend([(torch.ones(3), 1)] * 2)  # full
-    monkeypatch.setattr(StudentRollouts.__bases__[0], "mini_batches", lambda *_: iter(()))  # new texts
+    monkeypatch.setattr(_SampledResponses, "mini_batches", lambda *_: iter(()))  # new texts
     monkeypatch.setattr(ReplayRollouts, "_sample_buffer", lambda *_: "drawn")
-    source.dataset.mini_batches = lambda *_: iter(["dataset"])
+    monkeypatch.setattr(ReplayRollouts, "_other_responses", lambda *_: iter(["dataset"]))
     quarters = torch.zeros(4, 3)
     for seed in range(10):
         source.seed = seed

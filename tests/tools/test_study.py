@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -87,6 +88,36 @@ def test_other_runs_begin_with_the_student_of_start(tool, calls, tmp_path) -> No
     assert path == str(tmp_path / "runs" / "seed_2" / "start" / "version_0" / "export" / "best")
 
 
+@pytest.mark.parametrize(("mode", "best"), [("max", {"a": "2", "b": "5"}), ("min", {"a": "3", "b": "5"})])
+def test_every_method_is_run_with_the_settings_that_are_best_on_validation(tool, calls, tmp_path, mode, best) -> None:
+    answer = tool.Runner._call
+
+    def call(runner, log, command, words):
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        if command == "fit" and given["--seed_everything"] == "9":  # the best of 1, 2 and 3 is reached on the way
+            folder = Path(given["--trainer.default_root_dir"]) / given["--run_name"] / "version_0"
+            folder.mkdir(parents=True)
+            highest = {"1": 5, "2": 9, "3": 3}.get(given["--lr"], 1)
+            (folder / "metrics.csv").write_text(f"step,val/m\n1,4\n2,{highest}\n3,4.5\n")
+        return answer(runner, log, command, words)
+
+    tool.Runner._call = call  # the fixture restores it
+    tune = {"arguments": {"lr": [1, 2, 3]}, "metric": "val/m", "mode": mode, "seed": 9}
+    methods = {"a": {}, "b": {"tune": {"lr": [5]}}}
+    file = written(tmp_path, seeds=[1], metrics=["rouge_l"], methods=methods, tune=tune)
+    assert tool.main([str(file)]) == 0
+    tried = [(given["--run_name"], given["--lr"]) for _, given in calls if given["--seed_everything"] == "9"]
+    assert sorted(tried) == [("a.0", "1"), ("a.1", "2"), ("a.2", "3"), ("b.0", "5")]
+    chosen = {given["--run_name"]: given["--lr"] for _, given in calls if given["--seed_everything"] == "1"}
+    assert chosen == best
+    assert json.loads((tmp_path / "runs" / "results.json").read_text())["tuned"]["a"] == {"lr": int(best["a"])}
+    row = (tmp_path / "runs" / "table.md").read_text().splitlines()[2]
+    assert re.fullmatch(rf"\| a \| 10 \| \S+ \| {best['a']} \|", row)
+    calls.clear()
+    assert tool.main([str(file)]) == 0
+    assert not calls
+
+
 def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys) -> None:
     file = written(tmp_path, seeds=[1], methods={"bad": {}, "good": {}})
     assert tool.main([str(file), "--jobs", "1"]) == 1
@@ -101,6 +132,8 @@ def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys)
         ({"metrcs": ["a"]}, "unexpected keyword argument 'metrcs'"),
         ({"methods": {"a": {"config": "x"}}}, "unexpected keyword argument 'config'"),
         ({"methods": {"start": {}}}, "no method may be called start"),
+        ({"tune": {"arguments": {"lr": [1, 2]}}}, "missing 1 required positional argument: 'metric'"),
+        ({"tune": {"arguments": {}, "metric": "m", "seed": 1}}, "tune.seed: 1 is one of seeds"),
         ({"checkpoint": "newest"}, "checkpoint is best or last"),
         ({"methods": {"a": {"arguments": {"x": "{start}"}}}}, "{start} is used, but there is no start"),
     ],
