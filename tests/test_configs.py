@@ -223,6 +223,9 @@ def stand_ins(pair, tmp_path) -> Callable[[Path], Path]:
             data["corpus"] = {"path": str(tmp_path / "corpus.txt"), "length": 16, "batch_size": 8}
         if data.get("template") == "chat":
             data["template"] = "{instruction} {input}"
+        for callback in small["trainer"].get("callbacks", []):
+            others = callback.get("init_args", {}).get("others", {})
+            others |= dict.fromkeys(others, str(pair[0]))
         small["trainer"] |= {
             "max_steps": 1,
             "max_epochs": None,

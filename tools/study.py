@@ -153,7 +153,7 @@ class Runner:
             if self.study.start is not None:
                 started = [*seeds, *([self.study.tune.seed] if self.study.tune else [])]
                 list(pool.map(lambda seed: self.run(START, self.study.start or Method(), seed), started))
-            if self.study.tune is not None:
+            if self.study.tune is not None and not self.quick:
                 self._tune(methods, self.study.tune, pool)
             each = [(name, seed) for seed in seeds for name in methods]
             list(pool.map(lambda pair: self.run(pair[0], self.study.methods[pair[0]], pair[1]), each))

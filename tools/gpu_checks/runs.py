@@ -110,6 +110,9 @@ def method(name: str, machine: Machine) -> dict[str, Any]:
         if "class_path" in described:  # a teacher that has a model as its part
             described = described["init_args"]["teacher"]
         described["path"] = str(ASSETS / Path(described["path"]).name)
+    for callback in config["trainer"].get("callbacks", []):
+        others = callback.get("init_args", {}).get("others", {})
+        others |= {name: str(ASSETS / Path(path).name) for name, path in others.items()}
     data, settings = config["data"]["init_args"], config["model"].get("source", {}).get("init_args", {})
     if "num_train" in data:
         data |= {"num_train": 32 * machine.steps, "num_validation": 16, "num_test": 16}
