@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 DEFAULT_MONITOR = "val/loss"
+HIGHER_IS_BETTER = re.compile(
+    r"(exact_match|rouge_l|distinct_\d|accuracy|top1_agreement|top_k_overlap|pass_at_\d+|mean_at_\d+)(/|$)"
+)
+"""The project's metrics of which the highest value is the best one."""
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -41,6 +46,8 @@ class RunCheckpoint(ModelCheckpoint):
     that is due, saves its state and ends. While it runs, its folder is locked for other processes.
 
     ``monitor: auto``, the command line's default, means ``val/loss`` if a validation logs it, otherwise no monitor.
+    ``mode: auto``, its default too, keeps the highest value of the project's metrics that should be high (exact match, ROUGE-L,
+    pass@k, accuracies, …) and the lowest of any other metric.
 
     Args:
         reset_optimizer: with ``ckpt_path``, take weights, data position and buffers from the checkpoint, but start a new optimiser
@@ -49,6 +56,8 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, *arguments: Any, reset_optimizer: bool = False, **named: Any) -> None:
+        if named.get("mode") == AUTO:
+            named["mode"] = "max" if HIGHER_IS_BETTER.search(str(named.get("monitor"))) else "min"
         super().__init__(*arguments, **named)
         self._chooses_monitor = self.monitor == AUTO
         self.reset_optimizer = reset_optimizer

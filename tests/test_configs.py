@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from command_line import main, run
+from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config
 
 from lit_distill.cli.app import DistillCLI
@@ -451,3 +452,18 @@ def test_what_the_teacher_says_is_what_seqkd_learns(stand_ins, tmp_path) -> None
     assert len(responses) == 20  # four of 24 are for validation
     main("fit", "--config", stand_ins(SEQKD), "--data.train.path", said)
     assert (tmp_path / "runs" / SEQKD.stem / "version_0" / "export" / "best" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_student_without_teacher_is_what_its_config_makes(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(CONFIGS[0].parents[1])
+    settings = ("--trainer.max_steps", 50, "--trainer.default_root_dir", tmp_path, "--trainer.callbacks", "[]")
+    main("fit", "--config", "configs/without_teacher_quickstart.yaml", *settings)
+    made = tmp_path / "without_teacher_quickstart" / "version_0" / "export" / "best"
+    assets = Path("lit_distill/assets")
+    before, shipped, own = (flat_weights(f) for f in (assets / "student", assets / "student_without_teacher", made))
+    assert float((own - shipped).norm() / (shipped - before).norm()) < 0.05  # rounding differs between processors
+
+
+def flat_weights(folder: Path) -> torch.Tensor:
+    return torch.cat([weight.flatten() for _, weight in sorted(load_file(folder / "model.safetensors").items())])

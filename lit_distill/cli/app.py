@@ -123,6 +123,7 @@ class DistillCLI(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.monitor": "auto",
+                "checkpoint.mode": "auto",
                 "checkpoint.save_last": True,
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.filename": "step-{step}",

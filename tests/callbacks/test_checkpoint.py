@@ -74,6 +74,20 @@ def test_last_is_the_state_at_the_end_even_where_the_best_is_earlier(pair, tmp_p
     assert best["global_step"] < 9  # the reverse KL falls, and its largest value is watched
 
 
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [
+        *dict.fromkeys(
+            ("val/exact_match", "val/pass_at_8", "val/teacher_accuracy", "val/sst2/accuracy"), "max"
+        ).items(),
+        *dict.fromkeys(("val/loss", "val/reverse_kl", "val/sampled_unfinished", "val/my_score"), "min").items(),
+    ],
+)
+def test_the_best_value_is_the_highest_where_more_is_better(tmp_path, monitor, mode) -> None:
+    assert RunCheckpoint(tmp_path, monitor=monitor, mode="auto").mode == mode
+    assert RunCheckpoint(tmp_path, monitor=monitor, mode="max").mode == "max"
+
+
 def test_lightnings_own_modulo_is_refused_with_what_to_use(pair, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.callbacks: ModelCheckpoint .* RunCheckpoint"):
         minillm(pair, tmp_path, ModelCheckpoint(tmp_path, every_n_train_steps=4))
