@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 DEFAULT_MONITOR = "val/loss"
 HIGHER_IS_BETTER = re.compile(
-    r"(exact_match|rouge_l|distinct_\d|accuracy|top1_agreement|top_k_overlap|pass_at_\d+|mean_at_\d+)(/|$)"
+    r"(exact_match|rouge_l|distinct_\d|accuracy|top1_agreement|top_k_overlap|pass_at_\d+|mean_at_\d+|judge_ratio|judge_student)(/|$)"
 )
 """The project's metrics of which the highest value is the best one."""
 

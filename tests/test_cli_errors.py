@@ -111,6 +111,16 @@ def test_the_traceback_is_there_for_who_asks(command, monkeypatch) -> None:
         command("generation.max_prompts", -5)
 
 
+@pytest.mark.parametrize("key", ["model.teacher", "model.reference"])
+def test_a_path_in_place_of_a_teacher_is_told_where_it_belongs(command, capsys, key) -> None:
+    command(key, "Qwen/Qwen2.5-7B-Instruct")
+    shown = capsys.readouterr().err
+    assert (
+        f"{key}: Qwen/Qwen2.5-7B-Instruct is no class. For a model give {key}: {{path: Qwen/Qwen2.5-7B-Instruct}}"
+        in shown
+    )
+
+
 def test_a_wrong_argument_of_a_known_class_is_not_called_an_unknown_class(command, capsys) -> None:
     command("model.teacher", {"class_path": "MixedTeachers", "init_args": {"weights": [0.7], "teachers": {}}})
     shown = capsys.readouterr().err

@@ -56,6 +56,11 @@ _CALLABLE_ARGUMENT = re.compile(
 )
 _KEY = re.compile(r"(?:does not accept option|^Option) '(?P<key>[\w.]+)'|^unrecognized arguments: --(?P<word>[\w.]+)")
 _GIVEN = re.compile(r"Given value: (?P<value>\{.*\})")
+_MODEL = re.compile(
+    r'"(?P<key>model\.(?:teacher|reference))".*'
+    r"(?:Expected a dot import path string|Unexpected import path format): (?P<path>\S*[/~\\]\S*)$",
+    re.DOTALL | re.MULTILINE,
+)
 _CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
 
 
@@ -174,17 +179,27 @@ def readable(message: str, keys: Iterable[str] = ()) -> str:
         accepted = list(inspect.signature(getattr(import_module(module), name)).parameters)
         text = _CALLABLE_ARGUMENT.sub(r"Option '\g<key>' is not accepted by \g<owner>", text)
         return text + _suggestion(found["key"], accepted) + f"\nIt accepts: {', '.join(accepted)}."
-    if found := _CLASS.search(text):
-        known = _known_classes()
-        if found["name"] in known:  # the class is right and one of its arguments is wrong, which the lines before say
-            return "\n".join(line for line in text.splitlines() if not _CLASS.search(line))
-        return f"{text}\nThere is no class {found['name']!r}." + _suggestion(found["name"], known)
+    if (about_class := _about_class(text)) is not None:
+        return about_class
     if beside := _beside_class_path(message):
         listed = ", ".join(map(repr, beside))
         return f"{text.splitlines()[0]}\n  {listed}: only init_args is allowed beside class_path."
     if found := _KEY.search(text):
         return text + _suggestion(found["key"] or found["word"], keys)
     return text
+
+
+def _about_class(text: str) -> str | None:
+    """The message if a name in place of a class is the reason; None otherwise."""
+    if found := _MODEL.search(text):
+        key, path = found["key"], found["path"]
+        return f"{key}: {path} is no class. For a model give {key}: {{path: {path}}}, or --{key}.path {path}."
+    if not (found := _CLASS.search(text)):
+        return None
+    known = _known_classes()
+    if found["name"] in known:  # the class is right and one of its arguments is wrong, which the lines before say
+        return "\n".join(line for line in text.splitlines() if not _CLASS.search(line))
+    return f"{text}\nThere is no class {found['name']!r}." + _suggestion(found["name"], known)
 
 
 def _beside_class_path(message: str) -> list[str]:
