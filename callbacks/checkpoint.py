@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from lit_distill.callbacks.preemption import PreemptionHandler
 from lit_distill.distributed import AtomicCheckpointIO
 from lit_distill.distributed.watchdog import drain_at_exit
 from lit_distill.files import LOCK_FILE, acquire_lock, lock_error, release_lock
+from lit_distill.report.metrics import metric_of
 from lit_distill.types import arguments_of
 from lit_distill.validation import has_validation, logged_metrics
 
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 DEFAULT_MONITOR = "val/loss"
-HIGHER_IS_BETTER = re.compile(
-    r"(exact_match|rouge_l|distinct_\d|accuracy|top1_agreement|top_k_overlap|pass_at_\d+|mean_at_\d+|judge_ratio|judge_student)(/|$)"
-)
-"""The project's metrics of which the highest value is the best one."""
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -57,7 +53,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def __init__(self, *arguments: Any, reset_optimizer: bool = False, **named: Any) -> None:
         if named.get("mode") == AUTO:
-            named["mode"] = "max" if HIGHER_IS_BETTER.search(str(named.get("monitor"))) else "min"
+            name = str(named.get("monitor")).partition("/")[2]
+            named["mode"] = "max" if metric_of(name).better == "higher" else "min"
         super().__init__(*arguments, **named)
         self._chooses_monitor = self.monitor == AUTO
         self.reset_optimizer = reset_optimizer
