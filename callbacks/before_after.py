@@ -77,7 +77,9 @@ class BeforeAfter(Callback):
             if pl_module.local_teacher is not None:  # the student's evaluation has computed the teacher's perplexity
                 teacher = {"perplexity": before["teacher_perplexity"], "reverse_kl": 0.0} if before else {}
                 self.metrics[TEACHER] = teacher | self._generated(trainer, pl_module, "teacher")
-        for name in self.others.keys() - self.metrics.keys():
+        for name in self.others:
+            if name in self.metrics:
+                continue
             with self._weights_of(pl_module, name):
                 self.metrics[name] = self._held_out(trainer, pl_module) | self._generated(trainer, pl_module, "student")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -94,14 +95,46 @@ def test_the_responses_to_a_batch_are_generated_once_and_learnt_in_several_steps
 
 
 def test_the_teachers_responses_are_the_same_a_batch_at_a_time_or_several(pair, tmp_path) -> None:
-    learnt = []
-    for size, mini_batch_size, steps in ((2, None, 3), (6, 2, 3)):
+    said = []
+    for size, mini_batch_size in ((2, None), (6, 2)):
         source = TeacherRollouts(max_new_tokens=8, temperature=0.0, mini_batch_size=mini_batch_size)
-        data = {"batch_size": size, "kinds": ["repeat"]}
-        learner, shown = fit(pair, tmp_path, source, {"kd": ForwardKL()}, steps=steps, data=data)
-        assert [len(trajectories.ids) for trajectories in shown.trajectories] == [size] * (6 // size)
-        learnt.append(weights(learner))
-    torch.testing.assert_close(*learnt, rtol=0, atol=1e-5)
+        _, shown = fit(pair, tmp_path, source, {"kd": ForwardKL()}, steps=3, data={"batch_size": size})
+        rows = [
+            (t.ids[i], t.responses.ids[i][t.responses.mask[i]].tolist())
+            for t in shown.trajectories
+            for i in range(size)
+        ]
+        assert len(rows) == 6
+        said.append(dict(rows))
+    assert said[0] == said[1]
+
+
+def test_the_mini_batches_of_a_batch_hold_each_response_once_and_not_by_length(pair, tmp_path) -> None:
+    learnt, own = [], TeacherRollouts(max_new_tokens=8, mini_batch_size=2)
+    generate, original = own.mini_batches, []
+
+    def watched(batch, context):
+        original.append(batch.ids)
+        for text in generate(batch, context):
+            learnt.append([item.id for item in text.items])
+            yield text
+
+    own.mini_batches = watched
+    fit(pair, tmp_path, own, {"kd": ForwardKL()}, steps=12, data={"batch_size": 12})
+    orders = [[name for ids in learnt[6 * n : 6 * n + 6] for name in ids] for n in range(2)]
+    assert [sorted(order) for order in orders] == [sorted(ids) for ids in original]
+    assert all(order != list(ids) for order, ids in zip(orders, original, strict=True))
+
+
+def test_ranks_with_different_numbers_of_mini_batches_are_refused() -> None:
+    data = ProceduralData(num_train=32, batch_size=6)
+    data.num_items = lambda _: 32
+    trainer = SimpleNamespace(datamodule=data, distributed_sampler_kwargs={"num_replicas": 4, "rank": 0})
+    with pytest.raises(
+        ValueError, match=r"mini_batch_size: 4 with data\.init_args\.batch_size 6 on 4 ranks.*multiple of 4"
+    ):
+        TeacherRollouts(mini_batch_size=4).check_trainer(trainer)
+    TeacherRollouts(mini_batch_size=8 - 2).check_trainer(trainer)  # one mini-batch of up to two on each
 
 
 def test_the_other_batches_may_be_the_teachers_and_then_need_no_dataset(pair, tmp_path) -> None:

@@ -14,7 +14,9 @@ Text = TypeVar("Text", Sequences, Pairs)
 
 
 def check_phase(mini_batch_size: int | None, trainer: Any) -> None:
-    """Reject mini-batches that are larger than a phase. A phase has as many sequences as a batch of the data.
+    """Reject mini-batches that are larger than a phase, and ranks that would not have equally many of them.
+
+    A phase has as many sequences as a batch of the data.
 
     Raises:
         ValueError: with the argument.
@@ -27,6 +29,15 @@ def check_phase(mini_batch_size: int | None, trainer: Any) -> None:
         raise ValueError(
             f"mini_batch_size: {mini_batch_size} is larger than a phase, which has data.init_args.batch_size "
             f"({data.batch_size}) sequences, out of {num_items} items to train on. Set a smaller mini-batch, or a larger batch."
+        )
+    sharing: dict[str, int] = getattr(trainer, "distributed_sampler_kwargs", None) or {}
+    ranks = sharing.get("num_replicas", 1)
+    size = -(-mini_batch_size // ranks)
+    fewest, most = data.batch_size // ranks, -(-data.batch_size // ranks)
+    if -(-fewest // size) != -(-most // size):
+        raise ValueError(
+            f"mini_batch_size: {mini_batch_size} with data.init_args.batch_size {data.batch_size} on {ranks} ranks: some would "
+            f"have more mini-batches than others. Set a batch_size that is a multiple of {ranks}."
         )
 
 

@@ -52,8 +52,10 @@ class _SampledResponses(Source):
         return trajectories.sequences()
 
     def _in_steps(self, text: Sequences, context: RolloutContext) -> Iterator[Sequences]:
-        size = self.mini_batch_size or len(text) * context.world_size
-        return mini_batches(text, size, 1, context.world_size, order_key=None)
+        if self.mini_batch_size is None:
+            return iter([text])
+        order_key = (self.seed, context.step)  # in a batch, items are sorted by length
+        return mini_batches(text, self.mini_batch_size, 1, context.world_size, order_key)
 
 
 class _StudentResponses(_SampledResponses):
