@@ -46,7 +46,11 @@ SMALL = {
     "data.batch_size": 16,
     "generation.max_prompts": 8,
 }
-OF_METHOD = {"minillm_quickstart": {"model.source.mini_batch_size": 8, "trainer.val_check_interval": 1}}
+IN_PHASES = {"model.source.mini_batch_size": 8, "trainer.val_check_interval": 2}
+OF_METHOD = {
+    "minillm_quickstart": {"model.source.mini_batch_size": 8, "trainer.val_check_interval": 1},
+    **dict.fromkeys(("quickstart", "dpkd_quickstart", "gkd_quickstart"), IN_PHASES),
+}
 SOFT = ("SIGTERM", "max_time", "max_steps", "should_stop")
 NO_STOP = {"distillm_quickstart": {"max_steps"}}
 """Stops that are not used for a method: its schedule depends on the length of the run."""
