@@ -15,7 +15,7 @@ import lit_distill.callbacks
 from lit_distill.objectives import SIGNALS
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".", "configs", "callbacks", "lit_distill", "tests", "tools")
+FOLDERS = (".", "configs", "callbacks", "lit_distill", "tests", "tools", "tools/studies")
 READMES = {folder: (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
 OURS = re.compile(r"(?:lit-distill|-m lit_distill)\s+(?P<subcommand>fit|test|validate|predict)\s+(?P<words>.*)")
 OF_SUBCOMMANDS = "--ckpt_path"

@@ -1,6 +1,7 @@
 """Runs a study: several methods with several seeds, each as its own `lit-distill fit` and `test`, then one table and one page.
 
 Run: python tools/study.py tools/studies/on_policy.yaml              (hours; finished runs are not repeated)
+     python tools/study.py tools/studies/results/methods.json          (its table again)
      python tools/study.py STUDY --only minillm top_k --seeds 1 --quick     (two steps of each: whether everything runs)
 
 A study is a YAML file:
@@ -17,7 +18,8 @@ A study is a YAML file:
       mode: max                       or min
     methods:
       NAME: {configs: ..., arguments: ...}          added to those of every run; {start} in a value is the folder of that student
-        tune: {KEY: [VALUE, ...]}                   other values to try for this method, in place of tune.arguments of the same key
+        tune: {KEY: [VALUE, ...]}                   other values to try for this method, in place of tune.arguments of the same key;
+                                                    or NAME: what that method has chosen
     test: {arguments: ...}            added in the test alone
     checkpoint: best                  or last: which checkpoint is tested, and exported by start
     metrics: [exact_match, ...]       of the test, the columns of the table
@@ -47,6 +49,7 @@ import yaml
 from lit_distill.files import write_text
 from lit_distill.report.curves import mean_curve, read_curves
 from lit_distill.report.figures import draw_curves, make_figure
+from lit_distill.report.metrics import metric_of
 from lit_distill.report.page import render_page
 from lit_distill.report.record import find_reports, read_report
 
@@ -66,7 +69,7 @@ class Method:
 
     configs: Sequence[str] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    tune: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    tune: Mapping[str, Sequence[Any]] | str = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ class Tuning:
     seed: int = 0
 
     def trials(self, method: Method) -> list[dict[str, Any]]:
-        """The settings to try for a method."""
+        """The settings to try for a method; none if it takes those of another one."""
+        if isinstance(method.tune, str):
+            return []
         grid = {**self.arguments, **method.tune}
         return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
@@ -128,6 +133,9 @@ class Study:
             raise ValueError(f"{file}: no method may be called {START}, and checkpoint is best or last.")
         if study.tune is not None and study.tune.seed in study.seeds:
             raise ValueError(f"{file}: tune.seed: {study.tune.seed} is one of seeds. Give another one.")
+        followed = {method.tune for method in named.values() if isinstance(method.tune, str)}
+        if unknown := [name for name in followed if name not in named or isinstance(named[name].tune, str)]:
+            raise ValueError(f"{file}: tune: {unknown[0]} is no method that is tuned itself.")
         return study
 
 
@@ -160,7 +168,9 @@ class Runner:
 
     def _tune(self, methods: Sequence[str], tuning: Tuning, pool: ThreadPoolExecutor) -> None:
         """Try the settings of every method, unless that is done, and choose each method's best."""
-        trials = {name: tuning.trials(self.study.methods[name]) for name in methods}
+        followed = {name: method.tune for name, method in self.study.methods.items() if isinstance(method.tune, str)}
+        tried = dict.fromkeys(followed.get(name, name) for name in methods)
+        trials = {name: tuning.trials(self.study.methods[name]) for name in tried}
         each = [(name, number, trial) for name, tried in trials.items() for number, trial in enumerate(tried)]
         list(pool.map(lambda t: self._train(f"{t[0]}.{t[1]}", self.study.methods[t[0]], tuning.seed, t[2]), each))
         for name, tried in trials.items():
@@ -171,6 +181,7 @@ class Runner:
                 self.failed.append(f"{name}: no trial of tune has {tuning.metric}")
             else:
                 self.chosen[name] = tried[best]
+        self.chosen |= {name: self.chosen[other] for name, other in followed.items() if other in self.chosen}
 
     def run(self, name: str, method: Method, seed: int) -> None:
         """Train and test once, unless that is done; the output goes to a log beside the runs."""
@@ -290,15 +301,23 @@ def summarize(runner: Runner, methods: Sequence[str], seeds: Sequence[int]) -> d
 
 def markdown(results: Mapping[str, Mapping[str, Sequence[float]]], chosen: Mapping[str, Mapping[str, Any]]) -> str:
     """The table: a row for each method, mean ± 95 % interval, and the settings that were chosen on validation."""
-    columns = list(dict.fromkeys(metric for values in results.values() for metric in values))
+    columns = list(dict.fromkeys(metric for values in results.values() for metric, found in values.items() if found))
+    shown = {column: metric_of(column) for column in columns}
     tuned = list(dict.fromkeys(key for values in chosen.values() for key in values))
-    heads = [*columns, *(key.rpartition(".")[2] for key in tuned)]
+    heads = [*(metric.head for metric in shown.values()), *(key.rpartition(".")[2] for key in tuned)]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name, values in results.items():
-        cells = [interval(values[column]) if values.get(column) else "" for column in columns]
+        scaled = [[value * metric.scale for value in values.get(column, ())] for column, metric in shown.items()]
+        cells = [interval(found) if found else "" for found in scaled]
         cells += [str(chosen.get(name, {}).get(key, "")) for key in tuned]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def stored_table(file: Path) -> str:
+    """The table of stored results."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    return markdown(stored["results"], stored.get("tuned", {}))
 
 
 def draw(runner: Runner, methods: Sequence[str], seeds: Sequence[int], file: Path) -> None:
@@ -324,12 +343,17 @@ def draw(runner: Runner, methods: Sequence[str], seeds: Sequence[int], file: Pat
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do the missing runs; write and print the results; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
+    parser.add_argument(
+        "study", type=Path, help="YAML of a study, or the results.json of one: then its table is printed again"
+    )
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="some of the methods")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with one thread; 2 by default")
     parser.add_argument("--quick", action="store_true", help="two steps of each run, to try the study")
     options = parser.parse_args(arguments)
+    if options.study.suffix == ".json":
+        print(stored_table(options.study))
+        return 0
     try:
         study = Study.read(options.study)
     except ValueError as error:

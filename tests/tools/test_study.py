@@ -103,13 +103,13 @@ def test_every_method_is_run_with_the_settings_that_are_best_on_validation(tool,
 
     tool.Runner._call = call  # the fixture restores it
     tune = {"arguments": {"lr": [1, 2, 3]}, "metric": "val/m", "mode": mode, "seed": 9}
-    methods = {"a": {}, "b": {"tune": {"lr": [5]}}}
+    methods = {"a": {}, "b": {"tune": {"lr": [5]}}, "c": {"tune": "a"}}
     file = written(tmp_path, seeds=[1], metrics=["rouge_l"], methods=methods, tune=tune)
     assert tool.main([str(file)]) == 0
     tried = [(given["--run_name"], given["--lr"]) for _, given in calls if given["--seed_everything"] == "9"]
     assert sorted(tried) == [("a.0", "1"), ("a.1", "2"), ("a.2", "3"), ("b.0", "5")]
     chosen = {given["--run_name"]: given["--lr"] for _, given in calls if given["--seed_everything"] == "1"}
-    assert chosen == best
+    assert chosen == {**best, "c": best["a"]}
     assert json.loads((tmp_path / "runs" / "results.json").read_text())["tuned"]["a"] == {"lr": int(best["a"])}
     row = (tmp_path / "runs" / "table.md").read_text().splitlines()[2]
     assert re.fullmatch(rf"\| a \| 10 \| \S+ \| {best['a']} \|", row)
@@ -133,6 +133,7 @@ def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys)
         ({"methods": {"a": {"config": "x"}}}, "unexpected keyword argument 'config'"),
         ({"methods": {"start": {}}}, "no method may be called start"),
         ({"tune": {"arguments": {"lr": [1, 2]}}}, "missing 1 required positional argument: 'metric'"),
+        ({"methods": {"a": {"tune": "b"}}}, "tune: b is no method that is tuned itself"),
         ({"tune": {"arguments": {}, "metric": "m", "seed": 1}}, "tune.seed: 1 is one of seeds"),
         ({"checkpoint": "newest"}, "checkpoint is best or last"),
         ({"methods": {"a": {"arguments": {"x": "{start}"}}}}, "{start} is used, but there is no start"),
@@ -182,3 +183,12 @@ def test_every_method_of_every_shipped_study_is_a_config(tool, monkeypatch) -> N
                 raise AssertionError(f"{path.stem}: {name}") from stop
             objectives |= {str(objective.class_path) for objective in parsed.model.objectives.values()}
     assert any(objective.endswith("TopKReverseKL") for objective in objectives)
+
+
+def test_the_tables_of_stored_results_stand_in_the_readme(tool, capsys) -> None:
+    text = (TOOLS / "studies" / "README.md").read_text(encoding="utf-8")
+    stored = sorted((TOOLS / "studies" / "results").glob("*.json"))
+    assert len(stored) > 4
+    for file in stored:
+        assert tool.main([str(file)]) == 0
+        assert capsys.readouterr().out.strip() in text, file.name
