@@ -36,13 +36,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
@@ -56,6 +56,7 @@ from lit_distill.report.record import find_reports, read_report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 CHECKOUT = Path(__file__).parent.parent
 START = "start"
 QUICK: dict[str, Any] = {"trainer.max_steps": 2, "trainer.limit_val_batches": 1, "trainer.limit_test_batches": 1}
@@ -80,6 +81,11 @@ class Tuning:
     metric: str
     mode: Literal["max", "min"] = "max"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("max", "min"):
+            raise ValueError(f"mode: expected max or min, got {self.mode!r}.")
+        _check_grid(self.arguments, "arguments")
 
     def trials(self, method: Method) -> list[dict[str, Any]]:
         """The settings to try for a method; none if it takes those of another one."""
@@ -112,31 +118,80 @@ class Study:
     training_metrics: Sequence[str] = ()
     curves: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        if self.start is None and any("{start}" in str(method.arguments) for method in self.methods.values()):
+            raise ValueError("{start} is used, but there is no start.")
+        if START in self.methods:
+            raise ValueError(f"methods: none may be called {START}.")
+        if self.checkpoint not in ("best", "last"):
+            raise ValueError(f"checkpoint: expected best or last, got {self.checkpoint!r}.")
+        if not isinstance(self.seeds, list | tuple) or len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise ValueError(f"seeds: expected a list of different numbers, got {self.seeds}.")
+        files = [*self.configs, *(file for method in self.methods.values() for file in method.configs)]
+        if missing := [file for file in files if not (CHECKOUT / file).is_file()]:
+            raise ValueError(f"configs: there is no file {CHECKOUT / missing[0]}.")
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        if self.tune is None:
+            if tuned := [name for name, method in self.methods.items() if method.tune]:
+                raise ValueError(f"methods.{tuned[0]}.tune: there is no tune for all methods, with its metric. Add it.")
+            return
+        if self.tune.seed in self.seeds:
+            raise ValueError(f"tune.seed: {self.tune.seed} is one of seeds. Give another one.")
+        for name, method in self.methods.items():
+            if isinstance(method.tune, str):
+                other = self.methods.get(method.tune)
+                if other is None or isinstance(other.tune, str):
+                    raise ValueError(f"methods.{name}.tune: {method.tune} is no method that is tuned itself.")
+            else:
+                _check_grid(method.tune, f"methods.{name}.tune")
+
     @classmethod
     def read(cls, file: Path) -> Study:
         """Read a study.
 
         Raises:
-            ValueError: naming the file and the key that is missing or unknown.
+            ValueError: naming the file and the key that is missing, unknown or wrong.
         """
         try:
-            values = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-            named = {name: Method(**(method or {})) for name, method in values.pop("methods").items()}
-            kinds = {START: Method, "test": Method, "tune": Tuning}
-            others = {key: kind(**values.pop(key)) for key, kind in kinds.items() if key in values}
-            study = cls(folder=Path(values.pop("folder")), methods=named, **others, **values)
-        except (OSError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-            raise ValueError(f"{file}: is no study ({type(error).__name__}: {error}). See tools/study.py.") from error
-        if study.start is None and any("{start}" in str(method.arguments) for method in named.values()):
-            raise ValueError(f"{file}: {{start}} is used, but there is no start.")
-        if START in named or study.checkpoint not in ("best", "last"):
-            raise ValueError(f"{file}: no method may be called {START}, and checkpoint is best or last.")
-        if study.tune is not None and study.tune.seed in study.seeds:
-            raise ValueError(f"{file}: tune.seed: {study.tune.seed} is one of seeds. Give another one.")
-        followed = {method.tune for method in named.values() if isinstance(method.tune, str)}
-        if unknown := [name for name in followed if name not in named or isinstance(named[name].tune, str)]:
-            raise ValueError(f"{file}: tune: {unknown[0]} is no method that is tuned itself.")
-        return study
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            _check_keys(cls, values, "", {"folder", "methods"})
+            values["methods"] = _methods(values["methods"])
+            kinds = {START: Method, "test": Method}
+            values |= {key: _read(kind, values[key], key) for key, kind in kinds.items() if key in values}
+            if "tune" in values:
+                values["tune"] = _read(Tuning, values["tune"], "tune", {"arguments", "metric"})
+            return cls(**{**values, "folder": Path(values["folder"])})
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{file}: {error}") from error
+
+
+def _methods(given: Any) -> dict[str, Method]:
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f"methods: expected methods by name, got {given}.")
+    return {name: _read(Method, value or {}, f"methods.{name}") for name, value in given.items()}
+
+
+def _read(kind: type[T], values: Any, key: str, required: Collection[str] = ()) -> T:
+    _check_keys(kind, values, key, required)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from error
+
+
+def _check_keys(kind: Any, values: Any, key: str, required: Collection[str]) -> None:
+    known = [part.name for part in fields(kind)]
+    if not isinstance(values, dict) or not values.keys() <= set(known) or not set(required) <= values.keys():
+        given = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)
+        need = f", of which {' and '.join(sorted(required))} must be there" if required else ""
+        raise ValueError(f"{key or 'the study'}: expected keys out of {', '.join(known)}{need}; got {given}.")
+
+
+def _check_grid(grid: Any, key: str) -> None:
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ValueError(f"{key}: expected a list of values for each key, got {grid}.")
 
 
 class Runner:
@@ -152,6 +207,8 @@ class Runner:
         self.quick = quick
         self.folder = study.folder / "quick" if quick else study.folder
         self.failed: list[str] = []
+        self.stale: set[tuple[str, int]] = set()
+        """Runs that were done with other settings; they are in no table."""
         self.chosen: dict[str, dict[str, Any]] = {}
         """The best settings of `tune`, by method."""
 
@@ -163,7 +220,8 @@ class Runner:
                 list(pool.map(lambda seed: self.run(START, self.study.start or Method(), seed), started))
             if self.study.tune is not None and not self.quick:
                 self._tune(methods, self.study.tune, pool)
-            each = [(name, seed) for seed in seeds for name in methods]
+            is_tuned = self.study.tune is not None and not self.quick
+            each = [(name, seed) for seed in seeds for name in methods if name in self.chosen or not is_tuned]
             list(pool.map(lambda pair: self.run(pair[0], self.study.methods[pair[0]], pair[1]), each))
 
     def _tune(self, methods: Sequence[str], tuning: Tuning, pool: ThreadPoolExecutor) -> None:
@@ -172,14 +230,23 @@ class Runner:
         tried = dict.fromkeys(followed.get(name, name) for name in methods)
         trials = {name: tuning.trials(self.study.methods[name]) for name in tried}
         each = [(name, number, trial) for name, tried in trials.items() for number, trial in enumerate(tried)]
-        list(pool.map(lambda t: self._train(f"{t[0]}.{t[1]}", self.study.methods[t[0]], tuning.seed, t[2]), each))
+
+        def attempt(trial: tuple[str, int, Mapping[str, Any]]) -> None:
+            name, number, settings = trial
+            run = f"{name}.{number}"
+            trained = self._train(run, self.study.methods[name], tuning.seed, settings) is not None
+            if trained and not self.course(run, tuning.seed, tuning.metric):
+                raise ValueError(
+                    f"tune.metric: {run} has trained, but {tuning.metric} was not logged. {self._logged(run)}"
+                )
+
+        list(pool.map(attempt, each[:1]))  # a metric that is not logged is found here
+        list(pool.map(attempt, each[1:]))
         for name, tried in trials.items():
             courses = [self.course(f"{name}.{number}", tuning.seed, tuning.metric) for number in range(len(tried))]
             choice = max if tuning.mode == "max" else min
             best = tuning.best([choice(value for _, value in course) if course else None for course in courses])
-            if best is None:
-                self.failed.append(f"{name}: no trial of tune has {tuning.metric}")
-            else:
+            if best is not None:
                 self.chosen[name] = tried[best]
         self.chosen |= {name: self.chosen[other] for name, other in followed.items() if other in self.chosen}
 
@@ -192,7 +259,7 @@ class Runner:
         test = {**self.study.test.arguments, **(QUICK if self.quick else {})}
         log = self.folder / f"seed_{seed}" / f"{name}.log"
         if not self._call(log, "test", [*words, *_words(test, ""), "--ckpt_path", checkpoint]):
-            self.failed.append(f"{name}, seed {seed}, test: {log}")
+            self.failed.append(f"{name}, seed {seed}, test: {log}: {_last_line(log)}")
 
     def _train(self, name: str, method: Method, seed: int, chosen: Mapping[str, Any]) -> list[str] | None:
         """Train once, unless that is done, and return the arguments of the command line; None if it failed."""
@@ -210,6 +277,7 @@ class Runner:
         if "seconds" in before:
             if before["settings"] == json.loads(json.dumps(record["settings"])):
                 return words
+            self.stale.add((name, seed))
             self.failed.append(
                 f"{name}, seed {seed}: was run with other settings; to run it again, remove {written} and {root / name}"
             )
@@ -220,7 +288,7 @@ class Runner:
         seconds = time.monotonic() - began
         print(f"{name}, seed {seed}: {'trained' if done else 'failed'} in {seconds:.0f} s", flush=True)
         if not done:
-            self.failed.append(f"{name}, seed {seed}: {root / name}.log")
+            self.failed.append(f"{name}, seed {seed}: {root / name}.log: {_last_line(root / f'{name}.log')}")
             return None
         write_text(written, json.dumps({**record, "seconds": None if is_resumed else seconds}) + "\n")
         return words
@@ -245,7 +313,9 @@ class Runner:
         return sorted(found, key=lambda path: int(path.parent.name.removeprefix("version_")))
 
     def report(self, name: str, seed: int) -> dict[str, Any] | None:
-        """The report of the newest test of a run; None if it was not tested."""
+        """The report of the newest test of a run; None if it was not tested, or with other settings."""
+        if (name, seed) in self.stale:
+            return None
         files = self._versions(name, seed, "report.json")
         return read_report(files[-1]) if files else None
 
@@ -253,8 +323,17 @@ class Runner:
         """How long a run trained, with its start and its validations; None if it was interrupted."""
         written = self.folder / f"seed_{seed}" / f"{name}.json"
         record = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
-        seconds: float | None = record.get("seconds")
+        seconds: float | None = None if (name, seed) in self.stale else record.get("seconds")
         return seconds
+
+    def _logged(self, name: str) -> str:
+        """The metrics that a trial has logged in its validations."""
+        assert self.study.tune is not None
+        heads = [
+            file.open(encoding="utf-8").readline() for file in self._versions(name, self.study.tune.seed, "metrics.csv")
+        ]
+        found = sorted({word.strip() for head in heads for word in head.split(",") if word.startswith("val/")})
+        return f"There are {', '.join(found)}."
 
     def training_metric(self, name: str, seed: int, metric: str) -> float | None:
         """The last value of a metric in the training of a run; None if it was not logged."""
@@ -266,6 +345,14 @@ class Runner:
         curves = [read_curves(file, [metric]).get(metric) for file in self._versions(name, seed, "metrics.csv")]
         last = next((curve for curve in reversed(curves) if curve), {"steps": [], "values": []})
         return list(zip(last["steps"], last["values"], strict=True))
+
+
+def _last_line(log: Path) -> str:
+    """What a run that failed said at its end."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["(nothing)"])[-1]
 
 
 def _words(arguments: Mapping[str, Any], start: str) -> list[str]:
@@ -340,6 +427,31 @@ def draw(runner: Runner, methods: Sequence[str], seeds: Sequence[int], file: Pat
     make_figure(panels, width=720, height=height).savefig(file)
 
 
+def write_results(runner: Runner, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    """Print the table, and write it with the results, the curves and the page."""
+    study = runner.study
+    results = summarize(runner, methods, seeds)
+    for metric in (*study.metrics, *study.training_metrics):
+        if results and not any(values.get(metric) for values in results.values()):
+            print(f"{metric}: no run has it.")
+    table = markdown(results, runner.chosen)
+    print(table)
+    write_text(runner.folder / "table.md", table)
+    write_text(
+        runner.folder / "results.json",
+        json.dumps({"seeds": seeds, "tuned": runner.chosen, "results": results}, indent=1) + "\n",
+    )
+    if study.curves:
+        draw(runner, methods, seeds, runner.folder / "curves.png")
+    tested = [place for seed in seeds for name in methods if (place := runner.folder / f"seed_{seed}" / name).is_dir()]
+    reports = [
+        report for place in tested if any(place.glob("*/report.json")) for report in find_reports(place, "study")
+    ]
+    if reports:
+        write_text(runner.folder / "compare.html", render_page(reports))
+        print(f"Page: {runner.folder / 'compare.html'}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do the missing runs; write and print the results; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -362,27 +474,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := sorted(set(methods) - set(study.methods)):
         parser.error(f"--only: {', '.join(unknown)}; the study has {', '.join(study.methods)}")
     runner = Runner(study, options.quick)
-    runner.run_all(methods, seeds, options.jobs)
-    results = summarize(runner, methods, seeds)
-    for metric in (*study.metrics, *study.training_metrics):
-        if results and not any(values.get(metric) for values in results.values()):
-            print(f"{metric}: no run has it.")
-    table = markdown(results, runner.chosen)
-    print(table)
-    write_text(runner.folder / "table.md", table)
-    write_text(
-        runner.folder / "results.json",
-        json.dumps({"seeds": seeds, "tuned": runner.chosen, "results": results}, indent=1) + "\n",
-    )
-    if study.curves:
-        draw(runner, methods, seeds, runner.folder / "curves.png")
-    tested = [place for seed in seeds for name in methods if (place := runner.folder / f"seed_{seed}" / name).is_dir()]
-    reports = [
-        report for place in tested if any(place.glob("*/report.json")) for report in find_reports(place, "study")
-    ]
-    if reports:
-        write_text(runner.folder / "compare.html", render_page(reports))
-        print(f"Page: {runner.folder / 'compare.html'}")
+    try:
+        runner.run_all(methods, seeds, options.jobs)
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.")
+        return 130
+    write_results(runner, methods, seeds)
     for line in runner.failed:
         print(f"failed: {line}")
     return 1 if runner.failed else 0

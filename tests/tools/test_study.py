@@ -77,6 +77,7 @@ def test_every_method_and_seed_is_trained_and_tested_once(tool, calls, tmp_path,
     assert tool.main([str(changed)]) == 1
     said = capsys.readouterr().out
     assert "failed: a, seed 1: was run with other settings; to run it again, remove" in said
+    assert not said.rpartition("| a |")[2].splitlines()[0].strip(" |")  # the old value is in no table
     assert "rogue_l: no run has it." in said
 
 
@@ -118,6 +119,23 @@ def test_every_method_is_run_with_the_settings_that_are_best_on_validation(tool,
     assert not calls
 
 
+def test_a_metric_that_is_not_logged_is_found_after_the_first_trial(tool, calls, tmp_path, capsys) -> None:
+    tune = {"arguments": {"lr": [1, 2, 3]}, "metric": "val/m", "seed": 9}
+    with pytest.raises(SystemExit):
+        tool.main([str(written(tmp_path, seeds=[1], tune=tune))])
+    assert "tune.metric: a.0 has trained, but val/m was not logged" in capsys.readouterr().err
+    assert [given["--run_name"] for _, given in calls] == ["a.0"]
+
+
+def test_an_interruption_says_how_to_go_on(tool, tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool.Runner, "run_all", interrupted)
+    assert tool.main([str(written(tmp_path))]) == 130
+    assert "The same command goes on" in capsys.readouterr().out
+
+
 def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys) -> None:
     file = written(tmp_path, seeds=[1], methods={"bad": {}, "good": {}})
     assert tool.main([str(file), "--jobs", "1"]) == 1
@@ -128,14 +146,26 @@ def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"methods": None}, "is no study"),
-        ({"metrcs": ["a"]}, "unexpected keyword argument 'metrcs'"),
-        ({"methods": {"a": {"config": "x"}}}, "unexpected keyword argument 'config'"),
-        ({"methods": {"start": {}}}, "no method may be called start"),
-        ({"tune": {"arguments": {"lr": [1, 2]}}}, "missing 1 required positional argument: 'metric'"),
-        ({"methods": {"a": {"tune": "b"}}}, "tune: b is no method that is tuned itself"),
+        ({"methods": None}, "methods: expected methods by name"),
+        ({"metrcs": ["a"]}, "the study: expected keys out of folder, methods, seeds"),
+        ({"methods": {"a": {"config": "x"}}}, "methods.a: expected keys out of configs, arguments, tune; got config"),
+        ({"methods": {"start": {}}}, "methods: none may be called start"),
+        ({"configs": ["configs/quickstrat.yaml"]}, "configs: there is no file"),
+        ({"seeds": 3}, "seeds: expected a list of different numbers, got 3"),
+        ({"seeds": [1, 1]}, "seeds: expected a list of different numbers"),
+        ({"tune": {"arguments": {"lr": [1]}, "metric": "m", "mode": "maximum"}}, "tune.mode: expected max or min"),
+        (
+            {"tune": {"arguments": {"lr": 1e-3}, "metric": "m"}},
+            "tune.arguments: expected a list of values for each key",
+        ),
+        ({"methods": {"a": {"tune": {"lr": [1]}}}}, "methods.a.tune: there is no tune for all methods"),
+        ({"tune": {"arguments": {"lr": [1, 2]}}}, "of which arguments and metric must be there; got arguments"),
+        (
+            {"methods": {"a": {"tune": "b"}}, "tune": {"arguments": {}, "metric": "m"}},
+            "a.tune: b is no method that is tuned",
+        ),
         ({"tune": {"arguments": {}, "metric": "m", "seed": 1}}, "tune.seed: 1 is one of seeds"),
-        ({"checkpoint": "newest"}, "checkpoint is best or last"),
+        ({"checkpoint": "newest"}, "checkpoint: expected best or last, got 'newest'"),
         ({"methods": {"a": {"arguments": {"x": "{start}"}}}}, "{start} is used, but there is no start"),
     ],
 )
