@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -111,7 +112,8 @@ class BeforeAfter(Callback):
         width = max(16, *(len(name) + 1 for name in self.metrics))
         lines = [f"{'held out':{width}}" + "".join(f"{head:>15}" for head in COLUMNS.values())]
         for model, row in self.metrics.items():
-            lines.append(f"{model:{width}}" + "".join(f"{row.get(name, float('nan')):>15.3f}" for name in COLUMNS))
+            cells = [f"{row[name]:.3f}" if math.isfinite(row.get(name, math.nan)) else "-" for name in COLUMNS]
+            lines.append(f"{model:{width}}" + "".join(f"{cell:>15}" for cell in cells))
         return "\n".join(lines)
 
     @contextmanager

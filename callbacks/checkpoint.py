@@ -52,7 +52,8 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, *arguments: Any, reset_optimizer: bool = False, **named: Any) -> None:
-        if named.get("mode") == AUTO:
+        self._chooses_mode = named.get("mode") == AUTO
+        if self._chooses_mode:
             name = str(named.get("monitor")).partition("/")[2]
             named["mode"] = "max" if metric_of(name).better == "higher" else "min"
         super().__init__(*arguments, **named)
@@ -67,6 +68,10 @@ class RunCheckpoint(ModelCheckpoint):
         """Install atomic and sharded checkpoint IO, lock the run's folder, and install the signal handlers."""
         if self._chooses_monitor and stage == "fit":
             self._choose_monitor(trainer, pl_module)
+        elif self._chooses_mode and stage == "fit" and self.monitor is not None:
+            rank_zero_info(
+                f"checkpoint.mode: auto keeps the {'highest' if self.mode == 'max' else 'lowest'} {self.monitor}"
+            )
         super().setup(trainer, pl_module, stage)
         if (
             self._manages_run(trainer)

@@ -82,7 +82,8 @@ class GenerationEvaluator(PromptEvaluator):
         """Names of the metrics that a validation logs; does not need the weights."""
         checked = [] if self.checker is None else [CHECKED]
         names = [*MEANS, *checked, *(f"distinct_{n}" for n in NGRAM_SIZES), f"repetition_{NGRAM_SIZES[-1]}"]
-        return [f"val/{name}" for name in names] if self.max_prompts else []
+        known = getattr(trainer.datamodule, "validates_references", True)  # type: ignore[attr-defined]
+        return [f"val/{name}" for name in names] if self.max_prompts and known else []
 
     def on_start(self, trainer: Trainer, pl_module: DistillationModule, stage: Stage) -> None:
         """Reset the results."""

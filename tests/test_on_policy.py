@@ -134,7 +134,10 @@ def test_ranks_with_different_numbers_of_mini_batches_are_refused() -> None:
         ValueError, match=r"mini_batch_size: 4 with data\.init_args\.batch_size 6 on 4 ranks.*multiple of 4"
     ):
         TeacherRollouts(mini_batch_size=4).check_trainer(trainer)
-    TeacherRollouts(mini_batch_size=8 - 2).check_trainer(trainer)  # one mini-batch of up to two on each
+    with pytest.raises(ValueError, match=r"mini_batch_size: 6 on 4 ranks cannot be shared equally"):
+        TeacherRollouts(mini_batch_size=6).check_trainer(trainer)
+    data.batch_size = 8
+    TeacherRollouts(mini_batch_size=4).check_trainer(trainer)
 
 
 def test_the_other_batches_may_be_the_teachers_and_then_need_no_dataset(pair, tmp_path) -> None:
@@ -162,6 +165,10 @@ def test_sampling_is_not_differentiated_and_the_responses_settings_are_checked()
         StudentRollouts(on_policy_fraction=1.2)
     with pytest.raises(ValueError, match="off_policy: expected dataset or teacher, got 'student'"):
         StudentRollouts(off_policy="student")
+    with pytest.raises(
+        ValueError, match=r"off_policy: teacher, but with on_policy_fraction: 1 every batch is the student's"
+    ):
+        StudentRollouts(off_policy="teacher")
     with pytest.raises(ValueError, match="mini_batch_size: expected at least 1"):
         TeacherRollouts(mini_batch_size=0)
     with pytest.raises(ValueError, match=r"top_p"):

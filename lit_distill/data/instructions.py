@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lit_distill.data.chat import AssistantTurns
 from lit_distill.data.collate import padding_id
-from lit_distill.data.columns import ColumnMapping
+from lit_distill.data.columns import RESPONSES, ColumnMapping
 from lit_distill.data.corpus import Corpus, PackedText
 from lit_distill.data.formats import have_responses
 from lit_distill.data.length_limits import LengthLimits, fit_lengths, longest_prompt, num_prompt_tokens
@@ -48,7 +48,7 @@ class InstructionData(LightningDataModule):
         assistant_turns: of a conversation, learn "all" turns of the assistant or the "last" one; "each" makes every turn an item of
             its own, with the conversation before it as its prompt.
         responses: whether the training records have responses; false reads their prompts only. Validation and test records of
-            their own are then read with the responses that they have.
+            their own are then read with the responses that they have; those of ``validation_size`` have none, only references.
         empty_responses: what to do with records whose response is empty: "error", or "drop" them and log their number.
         max_prompt_length: tokens of a prompt.
         max_length: tokens of prompt and response together.
@@ -137,6 +137,11 @@ class InstructionData(LightningDataModule):
         """Whether `setup` found validation items with responses, of which perplexity and calibration are."""
         return self.has_validation and self._datasets["validation"][0].responses
 
+    @property
+    def validates_references(self) -> bool:
+        """Whether `setup` found a validation item with references, which responses are compared with."""
+        return self.has_validation and any(map(len, self._datasets["validation"][0].rows["references"]))
+
     def num_items(self, split: str) -> int:
         """Number of items that `setup` found in "train", "validation", "test" or "predict"."""
         return len(self._datasets[split][1]) if split in self._datasets else 0
@@ -215,6 +220,10 @@ class InstructionData(LightningDataModule):
                 corpus = self.corpus.rows(tokenizer)
                 rank_zero_info(f"corpus: {len(corpus)} rows of {self.corpus.length} tokens")
             responses = bool(rows[0]["response_ids"] or rows[0]["targets"])
+            if not responses and name in ("validation", "test"):
+                rank_zero_info(
+                    f"{name}: no responses, so loss, perplexity and calibration of the next token are not measured"
+                )
             self._datasets[name] = BatchDataset(rows, self.limits, padding_id(tokenizer), responses, corpus), lengths
         if stage is not None:
             self._dataset(SPLITS[getattr(stage, "value", stage)][0])  # raises if the stage has no data
@@ -307,7 +316,7 @@ class InstructionData(LightningDataModule):
             return None
         responses = self.responses and name != "predict"  # records for generation need no responses
         if not self.responses and name in ("validation", "test"):
-            responses = have_responses(records, self.fields)
+            responses = have_responses(records, self.fields) or bool({*RESPONSES} & {*self.fields.mapped})
         rows = tokenize_records(
             records,
             name,

@@ -279,7 +279,9 @@ class _RecordReader:
             return
         prompt = _prompt(self.template, fields, record, where, self.tokenizer)
         empty = [""] if may_be_empty and not fields.value(record, "references") else None
-        references = fields.references(record, where, self.output) if self.with_references and empty is None else []
+        has_none = not self.responses and all(fields.is_empty(record, name) for name in ("references", self.output))
+        reads = self.with_references and empty is None and not has_none
+        references = fields.references(record, where, self.output) if reads else []
         response = fields.filled(record, self.output, where) if self.responses and not may_be_empty else ""
         # columns that `predict` wrote: prompts without BOS, responses truncated at max_new_tokens, stop tokens of the others
         prefix = [] if record.get("add_special_tokens") is False else self.prefix

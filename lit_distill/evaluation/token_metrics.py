@@ -93,6 +93,8 @@ class TokenMetrics(nn.Module):
 
     def metrics(self) -> dict[str, Tensor]:
         """The metrics by name, ``[]`` each; empty if there were no tokens. NaN and infinity are not replaced."""
+        if not self.means.update_called:  # equal on all ranks: the data have no responses
+            return {}
         means = dict(self.means.compute())  # a copy: torchmetrics keeps the original
         if not means.pop("count"):
             return {}

@@ -69,7 +69,7 @@ def check_signals(
             raise ValueError(
                 f"objectives.{key}: SampledReverseKL at temperature {objective.temperature} is unbiased only for tokens that the "
                 "student has sampled at this temperature, from all tokens. Set source: StudentRollouts with this temperature, "
-                "on_policy_fraction: 1, top_k: 0 and top_p: 1; or use ReverseKL, which needs no sample."
+                "on_policy_fraction: 1, top_k: 0, top_p: 1 and no mini_batch_size; or use ReverseKL, which needs no sample."
             )
     if teacher is not None:
         check_teacher(source, teacher, {"objectives": objectives, "corpus_objectives": corpus_objectives})

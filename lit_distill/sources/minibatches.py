@@ -32,7 +32,11 @@ def check_phase(mini_batch_size: int | None, trainer: Any) -> None:
         )
     sharing: dict[str, int] = getattr(trainer, "distributed_sampler_kwargs", None) or {}
     ranks = sharing.get("num_replicas", 1)
-    size = -(-mini_batch_size // ranks)
+    if mini_batch_size % ranks:
+        raise ValueError(
+            f"mini_batch_size: {mini_batch_size} on {ranks} ranks cannot be shared equally. Set a multiple of {ranks}."
+        )
+    size = mini_batch_size // ranks
     fewest, most = data.batch_size // ranks, -(-data.batch_size // ranks)
     if -(-fewest // size) != -(-most // size):
         raise ValueError(

@@ -128,6 +128,11 @@ class StudentRollouts(_StudentResponses):
         if not 0 <= on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction: expected a share in [0, 1], got {on_policy_fraction}.")
         self.on_policy_fraction = on_policy_fraction
+        if off_policy == "teacher" and on_policy_fraction == 1:
+            raise ValueError(
+                "off_policy: teacher, but with on_policy_fraction: 1 every batch is the student's. Set on_policy_fraction below "
+                "1, or remove off_policy."
+            )
         self.needs_teacher = self._uses_others and off_policy == "teacher"
         untruncated = on_policy_fraction == 1 and top_k == 0 and top_p == 1 and mini_batch_size is None
         self.samples_at = temperature if untruncated and temperature > 0 else None

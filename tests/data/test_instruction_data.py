@@ -86,11 +86,25 @@ def test_training_on_prompts_alone_leaves_validation_its_responses(make, write_j
     expected = make(train=labelled, validation=labelled)
     expected.setup("fit")
     assert everything(data.val_dataloader()) == everything(expected.val_dataloader())
-    unlabelled = make(train=prompts, validation=prompts, responses=False, fields={"output": "output"})
+    assert data.validates_responses
+    assert data.validates_references
+    unlabelled = make(train=prompts, validation=prompts, responses=False)
     unlabelled.setup("fit")
     assert all(batch.sequences is None for batch in unlabelled.val_dataloader())
+    assert not unlabelled.validates_responses
+    assert not unlabelled.validates_references
+    with pytest.raises(ValueError, match=r"fields\.output: there is no column 'output' in the validation records"):
+        make(train=prompts, validation=prompts, responses=False, fields={"output": "output"}).setup("fit")
     with pytest.raises(ValueError, match=r"fields\.output: there is no column 'output'"):
         make(train=prompts, fields={"output": "output"}).setup("fit")
+
+
+def test_responses_that_are_not_read_may_be_empty(make, write_jsonl):
+    rows = [{"instruction": "go", "output": text} for text in ("", None, "there")]
+    data = make(train=Records(write_jsonl(rows)), responses=False, batch_size=3)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert sorted(batch.references) == [(), (), ("there",)]
 
 
 def test_prompts_to_be_answered_need_no_output(make, write_jsonl):
