@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import main, run, tiny_config, write
@@ -82,7 +83,8 @@ def test_the_samples_of_the_responses_are_logged_beside_it(finished) -> None:
 
 
 def test_the_names_of_a_validation_have_the_accuracy_only_with_a_checker() -> None:
-    names = [set(GenerationEvaluator(checker=checker).metric_names(None, None)) for checker in (None, ExactMatch())]  # type: ignore[arg-type]
+    trainer = SimpleNamespace(datamodule=None)
+    names = [set(GenerationEvaluator(checker=checker).metric_names(trainer, None)) for checker in (None, ExactMatch())]  # type: ignore[arg-type]
     assert names[1] - names[0] == {"val/answer_accuracy"}
 
 
