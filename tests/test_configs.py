@@ -171,7 +171,7 @@ def commands(path: Path) -> list[list[str]]:
 
 def levels(node: Any, way: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """The way to every mapping of a YAML whose keys are not names of the user's own."""
-    if isinstance(node, dict) and not {"objectives", "corpus_objectives"} & {*way[-1:]}:
+    if isinstance(node, dict) and not {"objectives", "corpus_objectives", "others"} & {*way[-1:]}:
         yield way
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, child in children:

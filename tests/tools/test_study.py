@@ -198,6 +198,7 @@ def test_a_command_that_fails_says_so_in_its_log(tool, tmp_path) -> None:
 @pytest.mark.filterwarnings("ignore:.* replaces .*, so these arguments")
 def test_every_method_of_every_shipped_study_is_a_config(tool, monkeypatch) -> None:
     monkeypatch.chdir(TOOLS.parent)
+    monkeypatch.syspath_prepend(TOOLS.parent)
     parser = run("--config", "configs/quickstart.yaml", run=False).parser
     objectives = set()
     for path in STUDIES:
