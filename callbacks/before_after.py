@@ -88,8 +88,8 @@ class BeforeAfter(Callback):
         """Evaluate the trained student and print the table."""
         before = next(iter(self.metrics))
         after = self._held_out(trainer, pl_module) | self._generated(trainer, pl_module, "student")
-        order = [before, *self.others, AFTER, TEACHER]
-        self.metrics = {name: row for name in order if (row := {**self.metrics, AFTER: after}.get(name)) is not None}
+        rows = {**self.metrics, AFTER: after}
+        self.metrics = {name: rows[name] for name in (before, *self.others, AFTER, TEACHER) if name in rows}
         rank_zero_info("\n" + self.table())
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,16 +82,16 @@ class _StudentResponses(_SampledResponses):
             )
 
     @property
+    @abstractmethod
     def _uses_others(self) -> bool:
         """Whether some batches are not the student's."""
-        raise NotImplementedError
 
     def _other_responses(self, batch: Batch, context: RolloutContext) -> Iterator[Sequences]:
         if self.off_policy == "teacher":
-            yield from self._in_steps(self._responses("teacher", batch, context), context)
+            text = self._responses("teacher", batch, context)
         else:
-            for text in DatasetResponses().mini_batches(batch, context):
-                yield from self._in_steps(text, context)
+            (text,) = DatasetResponses().mini_batches(batch, context)
+        yield from self._in_steps(text, context)
 
 
 class StudentRollouts(_StudentResponses):
