@@ -86,8 +86,8 @@ def recognise(
 
 
 def have_responses(records: Dataset, fields: ColumnMapping) -> bool:
-    """Whether records have a column of responses, or their first conversation ends with a turn of the assistant."""
-    if any(fields.has(name, records.column_names) for name in RESPONSES):
+    """Whether a field of responses is mapped or there, or the first conversation ends with a turn of the assistant."""
+    if any(name in fields.mapped or fields.has(name, records.column_names) for name in RESPONSES):
         return True
     first = records[0] if len(records) else {}
     messages = fields.value(first, "messages") or fields.value(first, "conversations")

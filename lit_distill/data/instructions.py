@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lit_distill.data.chat import AssistantTurns
 from lit_distill.data.collate import padding_id
-from lit_distill.data.columns import RESPONSES, ColumnMapping
+from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.corpus import Corpus, PackedText
 from lit_distill.data.formats import have_responses
 from lit_distill.data.length_limits import LengthLimits, fit_lengths, longest_prompt, num_prompt_tokens
@@ -316,7 +316,7 @@ class InstructionData(LightningDataModule):
             return None
         responses = self.responses and name != "predict"  # records for generation need no responses
         if not self.responses and name in ("validation", "test"):
-            responses = have_responses(records, self.fields) or bool({*RESPONSES} & {*self.fields.mapped})
+            responses = have_responses(records, self.fields)
         rows = tokenize_records(
             records,
             name,
