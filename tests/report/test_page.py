@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from html.parser import HTMLParser
 
 import pytest
@@ -65,7 +66,8 @@ def test_the_pages_tags_are_all_closed(page) -> None:
 
 @pytest.mark.slow
 def test_the_same_reports_give_the_same_page() -> None:
-    assert render_page([report_of()]) == render_page([report_of()])
+    report = report_of()
+    assert render_page([report]) == render_page([deepcopy(report)])
 
 
 def test_hostile_text_is_shown_as_it_is(page) -> None:
