@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,17 @@ TOOLS = Path(__file__).parents[2] / "tools"
 STUDIES = sorted((TOOLS / "studies").glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("study", TOOLS / "study.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study"] = module  # dataclasses look up their module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return importlib.import_module("study")
+
+
+@pytest.fixture
+def part(monkeypatch):
+    """A part of the tool by its name."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return lambda name: importlib.import_module(f"studies.{name}")
 
 
 def written(folder: Path, **values) -> Path:
@@ -39,7 +42,7 @@ def report(folder: Path, **metrics: float) -> None:
 
 
 @pytest.fixture
-def calls(tool, monkeypatch):
+def calls(part, monkeypatch):
     """The commands of a study, none of which runs; a test of a run leaves a report."""
     found = []
 
@@ -49,11 +52,11 @@ def calls(tool, monkeypatch):
         folder = Path(given["--trainer.default_root_dir"]) / given["--run_name"]
         if command == "test":
             report(folder / "version_1", rouge_l=10.0 * int(given["--seed_everything"]))
-        elif given["--run_name"] == "start":
+        elif given["--run_name"] in ("small", "large"):
             (folder / "version_0" / "export" / "best").mkdir(parents=True)
         return given["--run_name"] != "bad" or command != "fit"
 
-    monkeypatch.setattr(tool.Runner, "_call", call)
+    monkeypatch.setattr(part("runner").Runner, "_call", call)
     return found
 
 
@@ -81,17 +84,43 @@ def test_every_method_and_seed_is_trained_and_tested_once(tool, calls, tmp_path,
     assert "rogue_l: no run has it." in said
 
 
-def test_other_runs_begin_with_the_student_of_start(tool, calls, tmp_path) -> None:
-    given = {"model.student.path": "{start}"}
-    file = written(tmp_path, seeds=[2], start={"arguments": {"lr": 1}}, methods={"a": {"arguments": given}})
-    assert tool.main([str(file)]) == 0
-    (path,) = {words["--model.student.path"] for _, words in calls if words["--run_name"] == "a"}
-    assert path == str(tmp_path / "runs" / "seed_2" / "start" / "version_0" / "export" / "best")
+def test_a_method_begins_with_the_student_of_the_start_that_it_names(tool, calls, tmp_path, capsys) -> None:
+    names = ("small", "large", "unused", "bad")
+    methods = {
+        f"from_{name}": {"arguments": {"model.student": {"path": f"{{{name}}}"}}} for name in names if name != "unused"
+    }
+    methods["other"] = {"arguments": {"data.template": "{prompt}"}}
+    file = written(tmp_path, seeds=[2], starts={name: {"arguments": {"lr": 1}} for name in names}, methods=methods)
+    assert tool.main([str(file)]) == 1
+    found = {words["--run_name"]: words for command, words in calls if command == "fit"}
+    assert found.keys() == {"small", "large", "bad", "from_small", "from_large", "other"}
+    for name in ("small", "large"):
+        folder = tmp_path / "runs" / "seed_2" / name / "version_0" / "export" / "best"
+        assert json.loads(found[f"from_{name}"]["--model.student"]) == {"path": str(folder)}
+    assert found["other"]["--data.template"] == "{prompt}"
+    assert "from_bad, seed 2: bad, with which it begins, has exported no student" in capsys.readouterr().out
+
+
+def test_the_table_of_what_is_finished_runs_nothing(tool, calls, tmp_path, capsys) -> None:
+    given = {"metrics": ["rouge_l"], "tune": {"arguments": {"lr": [1]}, "metric": "val/m", "seed": 9}}
+    assert tool.main([str(written(tmp_path, seeds=[1], metrics=["rouge_l"])), "--only", "a"]) == 0
+    calls.clear()
+    assert tool.main([str(written(tmp_path, seeds=[1, 2], metrics=["rouge_l"])), "--table"]) == 0
+    assert not calls
+    said = capsys.readouterr().out
+    assert "| a | 10 |" in said
+    assert re.search(r"\| b \| +\|", said)
+    assert tool.main([str(written(tmp_path, arguments={"lr": 1}, **given)), "--table"]) == 1
+    assert "a, seed 1: was run with other settings" in capsys.readouterr().out
+    assert not calls
 
 
 @pytest.mark.parametrize(("mode", "best"), [("max", {"a": "2", "b": "5"}), ("min", {"a": "3", "b": "5"})])
-def test_every_method_is_run_with_the_settings_that_are_best_on_validation(tool, calls, tmp_path, mode, best) -> None:
-    answer = tool.Runner._call
+def test_every_method_is_run_with_the_settings_that_are_best_on_validation(
+    tool, part, calls, tmp_path, monkeypatch, mode, best
+) -> None:
+    runner = part("runner").Runner
+    answer = runner._call
 
     def call(runner, log, command, words):
         given = dict(zip(words[::2], words[1::2], strict=True))
@@ -102,7 +131,7 @@ def test_every_method_is_run_with_the_settings_that_are_best_on_validation(tool,
             (folder / "metrics.csv").write_text(f"step,val/m\n1,4\n2,{highest}\n3,4.5\n")
         return answer(runner, log, command, words)
 
-    tool.Runner._call = call  # the fixture restores it
+    monkeypatch.setattr(runner, "_call", call)
     tune = {"arguments": {"lr": [1, 2, 3]}, "metric": "val/m", "mode": mode, "seed": 9}
     methods = {"a": {}, "b": {"tune": {"lr": [5]}}, "c": {"tune": "a"}}
     file = written(tmp_path, seeds=[1], metrics=["rouge_l"], methods=methods, tune=tune)
@@ -127,11 +156,11 @@ def test_a_metric_that_is_not_logged_is_found_after_the_first_trial(tool, calls,
     assert [given["--run_name"] for _, given in calls] == ["a.0"]
 
 
-def test_an_interruption_says_how_to_go_on(tool, tmp_path, monkeypatch, capsys) -> None:
+def test_an_interruption_says_how_to_go_on(tool, part, tmp_path, monkeypatch, capsys) -> None:
     def interrupted(*_) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool.Runner, "run_all", interrupted)
+    monkeypatch.setattr(part("runner").Runner, "run_all", interrupted)
     assert tool.main([str(written(tmp_path))]) == 130
     assert "The same command goes on" in capsys.readouterr().out
 
@@ -149,7 +178,8 @@ def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys)
         ({"methods": None}, "methods: expected methods by name"),
         ({"metrcs": ["a"]}, "the study: expected keys out of folder, methods, seeds"),
         ({"methods": {"a": {"config": "x"}}}, "methods.a: expected keys out of configs, arguments, tune; got config"),
-        ({"methods": {"start": {}}}, "methods: none may be called start"),
+        ({"starts": {"a": {}}}, "methods: a is one of starts too"),
+        ({"starts": []}, "starts: expected starts by name"),
         ({"configs": ["configs/quickstrat.yaml"]}, "configs: there is no file"),
         ({"seeds": 3}, "seeds: expected a list of different numbers, got 3"),
         ({"seeds": [1, 1]}, "seeds: expected a list of different numbers"),
@@ -166,7 +196,10 @@ def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys)
         ),
         ({"tune": {"arguments": {}, "metric": "m", "seed": 1}}, "tune.seed: 1 is one of seeds"),
         ({"checkpoint": "newest"}, "checkpoint: expected best or last, got 'newest'"),
-        ({"methods": {"a": {"arguments": {"x": "{start}"}}}}, "{start} is used, but there is no start"),
+        (
+            {"methods": {"a": {"arguments": {"x": {"path": "{b}"}}}}, "starts": {"c": {}}},
+            "methods.a.arguments: {b} is none of starts; there are c",
+        ),
     ],
 )
 def test_a_wrong_study_is_refused(tool, tmp_path, values, words, capsys) -> None:
@@ -182,13 +215,13 @@ def test_a_method_that_the_study_does_not_have_is_refused(tool, tmp_path, capsys
 
 
 @pytest.mark.parametrize(("values", "expected"), [([2.5], "2.5"), ([1.0, 2.0, 3.0], "2 ± 2.5"), ([1.0, 1.0], "1 ± 0")])
-def test_intervals_are_those_of_students_t(tool, values, expected) -> None:
-    assert tool.interval(values) == expected
+def test_intervals_are_those_of_students_t(part, values, expected) -> None:
+    assert part("tables").interval(values) == expected
 
 
 @pytest.mark.slow
-def test_a_command_that_fails_says_so_in_its_log(tool, tmp_path) -> None:
-    runner, log = tool.Runner(tool.Study(tmp_path, {})), tmp_path / "seed_1" / "a.log"
+def test_a_command_that_fails_says_so_in_its_log(part, tmp_path) -> None:
+    runner, log = part("runner").Runner(part("plan").Study(tmp_path, {})), tmp_path / "seed_1" / "a.log"
     assert not runner._call(log, "fit", ["--config", "no-such-file.yaml"])
     assert "lit_distill fit --config no-such-file.yaml" in log.read_text()
     assert "there is no file no-such-file.yaml" in log.read_text()
@@ -196,7 +229,7 @@ def test_a_command_that_fails_says_so_in_its_log(tool, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* replaces .*, so these arguments")
-def test_every_method_of_every_shipped_study_is_a_config(tool, monkeypatch) -> None:
+def test_every_method_of_every_shipped_study_is_a_config(part, monkeypatch) -> None:
     monkeypatch.chdir(TOOLS.parent)
     monkeypatch.syspath_prepend(TOOLS.parent)
     parser = run("--config", "configs/quickstart.yaml", run=False).parser
@@ -204,10 +237,11 @@ def test_every_method_of_every_shipped_study_is_a_config(tool, monkeypatch) -> N
     for path in STUDIES:
         if "methods" not in yaml.safe_load(path.read_text()):
             continue
-        study = tool.Study.read(path)
-        for name, method in study.methods.items():
+        study = part("plan").Study.read(path)
+        for name, method in {**study.starts, **study.methods}.items():
             files = [word for file in (*study.configs, *method.configs) for word in ("--config", file)]
-            words = tool._words({**study.arguments, **method.arguments, **study.test.arguments}, "start")
+            given = {**study.arguments, **method.arguments, **study.test.arguments}
+            words = part("runner").words_of(given, dict.fromkeys(study.starts, "start"))
             try:
                 parsed = parser.parse_args([*files, *words])
             except SystemExit as stop:

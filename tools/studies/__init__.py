@@ -1,0 +1,1 @@
+"""Studies: their YAML files, and what `tools/study.py` is made of."""

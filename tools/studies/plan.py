@@ -1,0 +1,158 @@
+"""A study as its YAML file describes it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+CHECKOUT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a run gets beside what every run gets."""
+
+    configs: Sequence[str] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tune: Mapping[str, Sequence[Any]] | str = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is tried for every method, and what decides."""
+
+    arguments: Mapping[str, Sequence[Any]]
+    metric: str
+    mode: Literal["max", "min"] = "max"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("max", "min"):
+            raise ValueError(f"mode: expected max or min, got {self.mode!r}.")
+        _check_grid(self.arguments, "arguments")
+
+    def trials(self, method: Method) -> list[dict[str, Any]]:
+        """The settings to try for a method; none if it takes those of another one."""
+        if isinstance(method.tune, str):
+            return []
+        grid = {**self.arguments, **method.tune}
+        return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+    def best(self, values: Sequence[float | None]) -> int | None:
+        """The position of the best value; None if there is none."""
+        sign = -1 if self.mode == "max" else 1
+        found = [(sign * value, position) for position, value in enumerate(values) if value is not None]
+        return min(found)[1] if found else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML describes it; see the top of ``tools/study.py``."""
+
+    folder: Path
+    methods: Mapping[str, Method]
+    seeds: Sequence[int] = (1, 2, 3)
+    configs: Sequence[str] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    starts: Mapping[str, Method] = field(default_factory=dict)
+    tune: Tuning | None = None
+    test: Method = Method()
+    checkpoint: Literal["best", "last"] = "best"
+    metrics: Sequence[str] = ("rouge_l", "exact_match", "perplexity")
+    training_metrics: Sequence[str] = ()
+    curves: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if both := sorted(self.starts.keys() & self.methods.keys()):
+            raise ValueError(f"methods: {both[0]} is one of starts too. Give it another name.")
+        for name, method in self.methods.items():
+            if unknown := sorted(set(starts_in(method.arguments)) - self.starts.keys()):
+                given = ", ".join(self.starts) or "none"
+                raise ValueError(f"methods.{name}.arguments: {{{unknown[0]}}} is none of starts; there are {given}.")
+        if self.checkpoint not in ("best", "last"):
+            raise ValueError(f"checkpoint: expected best or last, got {self.checkpoint!r}.")
+        if not isinstance(self.seeds, list | tuple) or len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise ValueError(f"seeds: expected a list of different numbers, got {self.seeds}.")
+        runs = [*self.starts.values(), *self.methods.values()]
+        files = [*self.configs, *(file for method in runs for file in method.configs)]
+        if missing := [file for file in files if not (CHECKOUT / file).is_file()]:
+            raise ValueError(f"configs: there is no file {CHECKOUT / missing[0]}.")
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        if self.tune is None:
+            if tuned := [name for name, method in self.methods.items() if method.tune]:
+                raise ValueError(f"methods.{tuned[0]}.tune: there is no tune for all methods, with its metric. Add it.")
+            return
+        if self.tune.seed in self.seeds:
+            raise ValueError(f"tune.seed: {self.tune.seed} is one of seeds. Give another one.")
+        for name, method in self.methods.items():
+            if isinstance(method.tune, str):
+                other = self.methods.get(method.tune)
+                if other is None or isinstance(other.tune, str):
+                    raise ValueError(f"methods.{name}.tune: {method.tune} is no method that is tuned itself.")
+            else:
+                _check_grid(method.tune, f"methods.{name}.tune")
+
+    def starts_of(self, methods: Collection[str]) -> list[str]:
+        """The starts that some methods begin with, in the study's order."""
+        named = {name for method in methods for name in starts_in(self.methods[method].arguments)}
+        return [name for name in self.starts if name in named]
+
+    @classmethod
+    def read(cls, file: Path) -> Study:
+        """Read a study.
+
+        Raises:
+            ValueError: naming the file and the key that is missing, unknown or wrong.
+        """
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            _check_keys(cls, values, "", {"folder", "methods"})
+            values |= {key: _methods(values[key], key) for key in ("methods", "starts") if key in values}
+            if "test" in values:
+                values["test"] = _read(Method, values["test"], "test")
+            if "tune" in values:
+                values["tune"] = _read(Tuning, values["tune"], "tune", {"arguments", "metric"})
+            return cls(**{**values, "folder": Path(values["folder"])})
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{file}: {error}") from error
+
+
+def starts_in(arguments: Mapping[str, Any]) -> list[str]:
+    """The starts that are values of arguments, however deep: each is the whole value of a ``path``, a name in braces."""
+    return re.findall(r"path': '\{(\w+)\}'", repr(arguments))
+
+
+def _methods(given: Any, key: str) -> dict[str, Method]:
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f"{key}: expected {key} by name, got {given}.")
+    return {name: _read(Method, value or {}, f"{key}.{name}") for name, value in given.items()}
+
+
+def _read(kind: type[T], values: Any, key: str, required: Collection[str] = ()) -> T:
+    _check_keys(kind, values, key, required)
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from error
+
+
+def _check_keys(kind: Any, values: Any, key: str, required: Collection[str]) -> None:
+    known = [part.name for part in fields(kind)]
+    if not isinstance(values, dict) or not values.keys() <= set(known) or not set(required) <= values.keys():
+        given = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)
+        need = f", of which {' and '.join(sorted(required))} must be there" if required else ""
+        raise ValueError(f"{key or 'the study'}: expected keys out of {', '.join(known)}{need}; got {given}.")
+
+
+def _check_grid(grid: Any, key: str) -> None:
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise ValueError(f"{key}: expected a list of values for each key, got {grid}.")
