@@ -36,6 +36,7 @@ _NUMBER = re.compile(
 )
 _SPOILED = ("√", "√(", "sqrt{", "sqrt(", "sqrt ", "/", "}{")
 """Behind these, a number is a part of something else."""
+_VARIABLE_BEHIND = re.compile(r"[ ]?[-+*/^·\u00d7][ ]?[A-Za-z](?![A-Za-z])")
 _SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _HASHES = re.compile(r"####(?!#)[ \t]*(.*)")
 _HEADING = re.compile(r"\s?[.):]\s*\S")
@@ -80,9 +81,17 @@ def _numbers(text: str) -> list[re.Match[str]]:
 
 
 def _only_number(content: str) -> Number | None:
-    """The number in a box, behind an equals sign if there is one; None if there are several."""
+    """The number in a box, behind an equals sign if there is one; None if there are several, or it is a part of a term."""
     sides = [numbers for side in content.split("=") if (numbers := _numbers(side))]
-    return _value(sides[-1][0]) if sides and len(sides[-1]) == 1 else None
+    if not sides or len(sides[-1]) > 1 or _is_in_term(sides[-1][0]):
+        return None
+    return _value(sides[-1][0])
+
+
+def _is_in_term(number: re.Match[str]) -> bool:
+    """Whether a variable is added to the number or multiplied by it: x + 1, 3 - y."""
+    before, after = number.string[: number.start()], number.string[number.end() :]
+    return re.search(r"[\w)}][ ]?[-+*/^·\u00d7][ ]?$", before) is not None or _VARIABLE_BEHIND.match(after) is not None
 
 
 def _right_behind_hashes(line: str) -> list[Number | None]:

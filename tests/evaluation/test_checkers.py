@@ -111,6 +111,11 @@ PLACES: dict[str, str | None] = {
     r"\boxed{}": None,
     r"\boxed{3, 4}": None,  # which one?
     r"\boxed{2\sqrt{3}}": None,
+    r"\boxed{x+1}": None,
+    r"\boxed{1 - x}": None,
+    r"\boxed{y = x - 1}": None,
+    r"\boxed{-1}": "-1",
+    r"\boxed{5-year plan}": "5",
     r"so \boxed{4": "4",  # cut off: no box
     "24 * 3 = <<24*3=72>>72\n#### 72": "72",
     "#### 72 apples": "72",
