@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import Metric
@@ -43,7 +43,15 @@ from lit_distill.resume import (
     scheduled_steps,
     validation_was_due,
 )
-from lit_distill.sources import DatasetResponses, RolloutContext, Source, TargetFilter, check_signals, split_corpus
+from lit_distill.sources import (
+    DatasetResponses,
+    RolloutContext,
+    Source,
+    TargetFilter,
+    check_signals,
+    split_corpus,
+    uses_reference,
+)
 from lit_distill.teachers import (
     FrozenTeacher,
     LoadedTeacher,
@@ -123,7 +131,7 @@ class DistillationModule(L.LightningModule):
         validate_specs(student, None)
         self.student_spec = student
         given = {"teacher": teacher, "reference": reference}
-        self.frozen_configs: Mapping[str, Teacher] = {
+        self.frozen_configs: dict[str, Teacher] = {
             key: as_teacher(model) for key, model in given.items() if model is not None
         }
         for key, part in self._local_teachers():
@@ -150,6 +158,9 @@ class DistillationModule(L.LightningModule):
         self._loaded_steps = 0
         frozen = self.teacher_config, self.frozen_configs.get("reference")
         check_signals(self.source, objectives, corpus_objectives or {}, *frozen, targets)
+        if reference is not None and not uses_reference(self.source, self.all_objectives.values()):
+            del self.frozen_configs["reference"]
+            rank_zero_warn("model.reference: neither the source nor an objective uses it, so it is not loaded.")
 
     @property
     def teacher_config(self) -> Teacher | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lit_distill.objectives import REFERENCE_SIGNALS, TEACHER_SIGNALS, SampledReverseKL, check_needs
@@ -77,6 +77,11 @@ def check_signals(
         check_reference(source, reference)
     on_corpus = references | TEXT_SIGNALS | ({"teacher_logits"} if teacher is not None else frozenset())
     check_needs(corpus_objectives, on_corpus, "corpus_objectives", "a plain-text corpus")
+
+
+def uses_reference(source: Source, objectives: Iterable[Objective]) -> bool:
+    """Whether the source or one of the objectives reads the second frozen model."""
+    return source.needs_reference or any(objective.needs & REFERENCE_SIGNALS for objective in objectives)
 
 
 def check_targets(frozen: Mapping[str, Teacher | None]) -> None:

@@ -115,6 +115,12 @@ def test_adapters_have_their_base_as_reference(pair, tmp_path) -> None:
     assert module.reference.lm is module.student
 
 
+def test_a_reference_that_nothing_uses_is_not_loaded(pair) -> None:
+    with pytest.warns(UserWarning, match=r"model\.reference: neither the source nor an objective uses it"):
+        module = DistillationModule(ModelSpec(str(pair[0])), {"ce": NextToken()}, reference=ModelSpec(str(pair[0])))
+    assert module.frozen_configs == {}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
