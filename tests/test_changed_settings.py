@@ -13,9 +13,16 @@ from lightning.pytorch import Callback
 from soft_stops import BATCHES, STOPS, Run, data, learner, same
 
 from lit_distill.models import ModelSpec
-from lit_distill.objectives import ForwardKL, NextToken
+from lit_distill.objectives import ForwardKL, NextToken, PolicyGradient
 from lit_distill.optim import WarmupCosine
-from lit_distill.sources import DatasetResponses, ReplayRollouts
+from lit_distill.sources import DatasetResponses, ReplayRollouts, Reward, TargetFilter, TeacherMixedRollouts
+
+
+class Brief(Reward):
+    """Minus the characters of a response."""
+
+    def __call__(self, answers):
+        return [-float(len(answer.response)) for answer in answers]
 
 
 def adamw(lr: float = 0.01, **settings):
@@ -132,6 +139,23 @@ def test_other_objectives_take_effect_and_are_named(pair, tmp_path, said) -> Non
         "model.objectives: kd: ForwardKL, ce: NextToken, lm: NextToken in the checkpoint, "
         "kd: ForwardKL, lm: NextToken from now on."
     )
+
+
+def test_another_source_reward_or_choice_of_tokens_takes_effect_and_is_named(pair, tmp_path, said) -> None:
+    def mixed(*rewards: str) -> TeacherMixedRollouts:
+        return TeacherMixedRollouts(
+            max_new_tokens=4, mini_batch_size=4, inner_epochs=1, rewards={name: Brief() for name in rewards}
+        )
+
+    objectives = {"kd": ForwardKL(), "long": PolicyGradient()}
+    first = Run(learner(pair, mixed, objectives), tmp_path, max_steps=2)
+    now = {"targets": TargetFilter(first_tokens=3)}
+    Run(learner(pair, lambda: mixed("short"), objectives, **now), tmp_path, ckpt_path=first.last, max_steps=4)
+    source, targets = said
+    assert source == (
+        "model.source: TeacherMixedRollouts in the checkpoint, TeacherMixedRollouts with rewards short: Brief from now on."
+    )
+    assert targets.startswith("model.targets: None in the checkpoint, TargetFilter(first_tokens=3, ")
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def settings_of(run: ResumableRun, data: Any, total_steps: Callable[[], int]) ->
         "student": identity_of(run.student_spec, "model.student"),
         **frozen,
         "data": data.content("train") if hasattr(data, "content") else None,
+        "source": run.source.description,
+        "targets": run.targets and repr(run.targets),
         "objectives": {name: type(objective).__name__ for name, objective in run.all_objectives.items()},
         **_optimizer_settings(run, total_steps),
     }
@@ -119,10 +121,11 @@ def other_class(then: Settings, now: Settings) -> str | None:
     return None
 
 
-def objective_changes(then: Settings, now: Settings) -> Iterator[Change]:
-    """Objectives that were added, removed or are of another class. They take effect on resume without a change of any state."""
-    if (objectives := then.get("objectives")) is not None and objectives != now["objectives"]:
-        yield Change("model.objectives", _listed(objectives), _listed(now["objectives"]))
+def changes_of_loss(then: Settings, now: Settings) -> Iterator[Change]:
+    """What is learnt, from which texts and tokens, if it has changed. It takes effect on resume without a change of any state."""
+    for key in ("source", "targets", "objectives"):
+        if key in then and then[key] != now[key]:
+            yield Change(f"model.{key}", *(_shown(settings[key]) for settings in (then, now)))
 
 
 def changes(then: Settings, now: Settings) -> Iterator[Change]:
@@ -192,8 +195,8 @@ def _optimizer_settings(run: ResumableRun, total_steps: Callable[[], int]) -> di
     }
 
 
-def _listed(objectives: Settings) -> str:
-    return ", ".join(f"{name}: {kind}" for name, kind in objectives.items())
+def _shown(value: Any) -> Any:
+    return ", ".join(f"{name}: {kind}" for name, kind in value.items()) if isinstance(value, Mapping) else value
 
 
 def _name(thing: object) -> str:

@@ -9,12 +9,14 @@ from lit_distill.validation.run import DistillationRun
 if TYPE_CHECKING:
     from lit_distill.models import CausalLM
     from lit_distill.resume.unfinished import UnfinishedPhase
+    from lit_distill.sources import TargetFilter
 
 
 class ResumableRun(DistillationRun, Protocol):
     """A module that is being trained."""
 
     student: CausalLM
+    targets: TargetFilter | None
     unfinished: UnfinishedPhase | None
     optimizer_since: int
 

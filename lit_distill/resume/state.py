@@ -13,9 +13,9 @@ from lit_distill.models.record import check_same_adapters, student_metadata
 from lit_distill.resume.changes import (
     apply_changes,
     changes,
+    changes_of_loss,
     check_changes,
     check_state,
-    objective_changes,
     other_class,
     reset_optimizer_state,
     settings_of,
@@ -112,7 +112,7 @@ def _load_optimizer(run: ResumableRun, checkpoint: dict[str, Any], then: dict[st
         check_state(checkpoint["optimizer_states"][0]["param_groups"], run)
         return
     differences = list(changes(then, now))
-    for change in (*objective_changes(then, now), *differences):
+    for change in (*changes_of_loss(then, now), *differences):
         rank_zero_info(f"{change.key}: {change.before} in the checkpoint, {change.now} from now on.")
     if differences:
         apply_changes(checkpoint, run, steps)

@@ -108,6 +108,11 @@ class Source(ABC):
         """Fields of the records that it needs."""
         return frozenset()
 
+    @property
+    def description(self) -> str:
+        """Its class, and those of its parts; a resumed run says if it has changed."""
+        return type(self).__name__
+
     @abstractmethod
     def mini_batches(self, batch: Batch, context: RolloutContext) -> Iterator[Sequences | Pairs]:
         """Yield the sequences of one optimiser step after the other, made from ``batch``.

@@ -119,6 +119,12 @@ class TeacherMixedRollouts(Source):
         """Those of the rewards."""
         return frozenset().union(*(reward.fields for reward in self.rewards.values()))
 
+    @property
+    def description(self) -> str:
+        """With its rewards."""
+        rewards = ", ".join(f"{name}: {type(reward).__name__}" for name, reward in self.rewards.items())
+        return f"{type(self).__name__}{f' with rewards {rewards}' if rewards else ''}"
+
     def check(self, objectives: Mapping[str, Objective]) -> None:
         """Reject objectives whose temperature or extrapolation differs from that of the rollouts."""
         if self.rewards and not any("advantages" in objective.needs for objective in objectives.values()):
