@@ -131,7 +131,7 @@ class DistillationModule(L.LightningModule):
         validate_specs(student, None)
         self.student_spec = student
         given = {"teacher": teacher, "reference": reference}
-        self.frozen_configs: dict[str, Teacher] = {
+        self.frozen_configs: Mapping[str, Teacher] = {
             key: as_teacher(model) for key, model in given.items() if model is not None
         }
         for key, part in self._local_teachers():
@@ -159,7 +159,7 @@ class DistillationModule(L.LightningModule):
         frozen = self.teacher_config, self.frozen_configs.get("reference")
         check_signals(self.source, objectives, corpus_objectives or {}, *frozen, targets)
         if reference is not None and not uses_reference(self.source, self.all_objectives.values()):
-            del self.frozen_configs["reference"]
+            self.frozen_configs = {key: model for key, model in self.frozen_configs.items() if key != "reference"}
             rank_zero_warn("model.reference: neither the source nor an objective uses it, so it is not loaded.")
 
     @property
