@@ -164,8 +164,8 @@ class Runner:
             return not subprocess.run(line, stdout=file, stderr=file, env=environment, check=False).returncode  # noqa: S603 - own command
 
     def _start_of(self, name: str, seed: int) -> str:
-        """The folder of the student that a start has exported; empty if it has failed."""
-        exports = self._versions(name, seed, "export")
+        """The folder of the student that a start has exported; empty if it has failed, or was run with other settings."""
+        exports = [] if (name, seed) in self.stale else self._versions(name, seed, "export")
         names = [exports[-1] / name for name in (self.study.checkpoint, "last")] if exports else []
         return next((str(folder.resolve()) for folder in names if folder.is_dir()), "")
 
