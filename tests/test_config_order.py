@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-FETCH = "tools/fetch_smollm2.py"
+FETCH, BUILD = "tools/fetch_smollm2.py", "tools/build_second_teacher.py"
 
 
 def head(path: Path) -> str:
@@ -24,7 +24,7 @@ def head(path: Path) -> str:
 def commands(text: str) -> list[list[str]]:
     """The words of every command of the project in a shell's text, without comments."""
     lines = [line.strip() for line in re.sub(r"\\\n", "", text).splitlines()]
-    found = [re.search(r"(lit-distill \w+ --config|python tools/fetch_smollm2\.py).*", line) for line in lines]
+    found = [re.search(r"(lit-distill \w+ --config|python tools/(fetch|build)_\w+\.py).*", line) for line in lines]
     return [shlex.split(match[0], comments=True) for match in found if match]
 
 
@@ -54,6 +54,8 @@ def makes(words: list[str]) -> set[str]:
     """What there is after a command."""
     if FETCH in words:
         return {FETCH}
+    if BUILD in words:
+        return {made_by(words[-1])}
     config = option(words, "--config") or ""
     prediction = option(words, "--model.prediction.path")
     return {option(words, "--run_name") or Path(config).stem, *([made_by(prediction)] if prediction else [])}
