@@ -66,7 +66,7 @@ def missing(shown: list[list[str]], there: set[str] = frozenset()) -> list[str]:
     lacking, there = [], set(there)
     for words in shown:
         config = option(words, "--config")
-        written = option(words, "--model.prediction.path")
+        written = words[-1] if BUILD in words else option(words, "--model.prediction.path")
         given = {made_by(value) for value in words if value.startswith("runs/") and value != written}
         replaced = "--model.student.path" in words  # its own student takes the place of the config's
         if config is not None and not replaced:
