@@ -15,8 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from lit_distill.data.encoding import tokenizer_content
 from lit_distill.data.instructions import FALLBACK_SPLITS
-from lit_distill.data.tokenize import tokenizer_content
 from lit_distill.distributed import data_ranks, max_over_ranks, sharding_of
 from lit_distill.files import LOCK_FILE, acquire_lock, release_lock
 from lit_distill.models.lm_head import LMHead

@@ -14,6 +14,7 @@ from datasets.arrow_writer import ArrowWriter
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_distill.data.cache import cache_file, digest
+from lit_distill.data.encoding import encode, tokenizer_content
 from lit_distill.data.files import (
     KINDS_OF_FILES,
     ORIGIN,
@@ -25,7 +26,7 @@ from lit_distill.data.files import (
 )
 from lit_distill.data.records import find_files, load_hub, refuse_hub_options
 from lit_distill.data.special_tokens import required_eos
-from lit_distill.data.tokenize import VERSION, encode, tokenizer_content
+from lit_distill.data.tokenize import VERSION
 from lit_distill.files import atomic_write
 from lit_distill.types import ArgumentError, arguments_of, check_sizes
 

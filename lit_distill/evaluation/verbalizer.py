@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lit_distill.data import Records, Template
 from lit_distill.data.collate import pad_sequences, padding_id
+from lit_distill.data.encoding import encode
 from lit_distill.data.files import ORIGIN
 from lit_distill.data.special_tokens import prompt_prefix, with_prefix
 from lit_distill.data.templates import check_chat_template
-from lit_distill.data.tokenize import encode
 from lit_distill.distributed import SINGLE_PROCESS, DataRanks
 from lit_distill.evaluation.calibration import Calibration, CalibrationMetric, collect
 from lit_distill.evaluation.word_tree import WordTree

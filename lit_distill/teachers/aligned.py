@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_distill.data.collate import pad_sequences
-from lit_distill.data.tokenize import encode
+from lit_distill.data.encoding import encode
 from lit_distill.functional.host import to_device
 from lit_distill.models import ModelSpec, load_tokenizer, validate_specs
 from lit_distill.models.build import ModelBuilder

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_distill.data.tokenize import tokenizer_content
+from lit_distill.data.encoding import tokenizer_content
 from lit_distill.functional import bits_for, unpack_bits
 from lit_distill.functional.host import to_device
 from lit_distill.models.lm_head import LMHead

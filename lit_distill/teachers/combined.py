@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_distill.data.tokenize import STUDENT_PROMPT
+from lit_distill.data.rows import STUDENT_PROMPT
 from lit_distill.models import ModelSpec
 from lit_distill.objectives import Accuracy
 from lit_distill.teachers.base import (

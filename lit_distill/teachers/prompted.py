@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_distill.data.collate import pad_sequences
+from lit_distill.data.encoding import encode
 from lit_distill.data.special_tokens import prompt_prefix, with_prefix
 from lit_distill.data.templates import Template, check_chat_template
-from lit_distill.data.tokenize import encode
 from lit_distill.models import ModelSpec
 from lit_distill.objectives import Accuracy
 from lit_distill.teachers.base import (

@@ -5,7 +5,7 @@ import pytest
 
 from lit_distill.data import LengthLimits
 from lit_distill.data.length_limits import fit_lengths
-from lit_distill.data.tokenize import FEATURES
+from lit_distill.data.rows import FEATURES
 
 EOS, BOS = 0, 1
 

@@ -5,7 +5,8 @@ import pytest
 
 from lit_distill.data import Records, Template
 from lit_distill.data.columns import ColumnMapping
-from lit_distill.data.tokenize import tokenize_records, tokenizer_content
+from lit_distill.data.encoding import tokenizer_content
+from lit_distill.data.tokenize import tokenize_records
 
 GOOD = {"instruction": "name a colour", "output": "red"}
 
