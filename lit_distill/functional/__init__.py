@@ -9,9 +9,6 @@ from lit_distill.functional.calibration import (
 )
 from lit_distill.functional.distributions import entropy
 from lit_distill.functional.divergences import (
-    adaptive_kl,
-    entropy_gate,
-    entropy_gated_kl,
     forward_kl,
     jensen_shannon,
     reverse_kl,
@@ -58,6 +55,7 @@ from lit_distill.functional.top_k_kl import (
     top_k_overlap,
     top_k_reverse_kl,
 )
+from lit_distill.functional.weighted_kl import adaptive_kl, entropy_gate, entropy_gated_kl
 
 __all__ = [
     "CalibrationBins",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from lit_distill.functional import divergences
+from lit_distill.functional import adaptive_kl, divergences
 from lit_distill.objectives.base import LossTerm, Objective, sum_over_tokens
 
 if TYPE_CHECKING:
@@ -211,5 +211,5 @@ class AdaptiveKL(Divergence):
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
         """Per-token adaptive KL."""
         return sum_over_tokens(
-            divergences.adaptive_kl(student_logits, teacher_logits, self.head_mass, temperature=self.temperature)
+            adaptive_kl(student_logits, teacher_logits, self.head_mass, temperature=self.temperature)
         )
