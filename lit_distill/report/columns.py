@@ -44,12 +44,13 @@ class Column:
 
 
 def columns_of(reports: Sequence[Report]) -> tuple[list[Column], list[str]]:
-    """Teachers before students, the untrained before the trained, and notes on what was left out.
+    """Teachers before students, the untrained before the trained, else names in the order given; and notes on what was left out.
 
     Reports of the same name, settings and test that differ in their seed are one column.
     """
     groups, notes = _groups(reports)
-    groups.sort(key=lambda group: group[0]["checkpoint"] is not None)
+    names = [report["run"].get("name") for report in reports]
+    groups.sort(key=lambda group: (group[0]["checkpoint"] is not None, names.index(group[0]["run"].get("name"))))
     students = [Column("student", tuple(group), metrics=_metrics(group, "student")) for group in groups]
     labelled = _told_apart(_labelled(students), groups, lambda report: test_settings(report) | method_settings(report))
     return _teachers(reports) + [replace(column, style=index) for index, column in enumerate(labelled, start=1)], notes

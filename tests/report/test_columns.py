@@ -55,6 +55,15 @@ def test_runs_that_differ_in_a_setting_are_columns_of_their_own() -> None:
     assert "settings differ" in page
 
 
+def test_students_stand_in_the_order_in_which_they_were_given() -> None:
+    reports = [report_of("late"), report_of("early")]
+    reports[0]["run"]["date"], reports[1]["run"]["date"] = "2026-01-02T00:00:00", "2026-01-01T00:00:00"
+    assert [column.label for column in columns_of(reports)[0] if column.model == "student"] == [
+        "late, step 100",
+        "early, step 100",
+    ]
+
+
 def test_the_same_run_tested_twice_counts_once_and_is_told() -> None:
     old, new = report_of(perplexity=9.0), report_of(perplexity=3.0)
     old["run"] |= {"date": "2020-01-01T00:00:00", "folder": "runs/kd/version_0"}

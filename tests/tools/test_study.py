@@ -34,11 +34,11 @@ def written(folder: Path, **values) -> Path:
     return file
 
 
-def report(folder: Path, **metrics: float) -> None:
+def report(folder: Path, student: str, **metrics: float) -> None:
     from lit_distill.report.record import make_report, write_report
 
     folder.mkdir(parents=True)
-    write_report(make_report(folder, metrics, {}, "small"), folder)
+    write_report(make_report(folder, metrics, {}, student), folder)
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def calls(part, monkeypatch):
         found.append((command, given))
         folder = Path(given["--trainer.default_root_dir"]) / given["--run_name"]
         if command == "test":
-            report(folder / "version_1", rouge_l=10.0 * int(given["--seed_everything"]))
+            student = given.get("--model.student", "lit_distill/assets/student")
+            report(folder / "version_1", student, rouge_l=10.0 * int(given["--seed_everything"]))
         elif given["--run_name"] in ("small", "large"):
             (folder / "version_0" / "export" / "best").mkdir(parents=True)
         return given["--run_name"] != "bad" or command != "fit"
@@ -98,6 +99,9 @@ def test_a_method_begins_with_the_student_of_the_start_that_it_names(tool, calls
         folder = tmp_path / "runs" / "seed_2" / name / "version_0" / "export" / "best"
         assert json.loads(found[f"from_{name}"]["--model.student"]) == {"path": str(folder)}
     assert found["other"]["--data.template"] == "{prompt}"
+    page = (tmp_path / "runs" / "compare.html").read_text()
+    assert "{small}" in page
+    assert str(tmp_path / "runs" / "seed_2" / "small" / "version_0" / "export") not in page
     assert "from_bad, seed 2: bad, with which it begins, has exported no student" in capsys.readouterr().out
 
 

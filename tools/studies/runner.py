@@ -115,7 +115,7 @@ class Runner:
         own = {"seed_everything": seed, "run_name": name, "trainer.default_root_dir": str(root)}
         own |= {"trainer.enable_progress_bar": False, **(QUICK if self.quick else {})}
         configs = [word for file in files for word in ("--config", str(CHECKOUT / file))]
-        starts = {start: self._start_of(start, seed) for start in starts_in(given)}
+        starts = {start: self.start_of(start, seed) for start in starts_in(given)}
         if failed := [start for start, folder in starts.items() if not folder]:
             self.failed.append(f"{name}, seed {seed}: {failed[0]}, with which it begins, has exported no student")
             return None
@@ -163,7 +163,7 @@ class Runner:
             environment = {**os.environ, **threads}
             return not subprocess.run(line, stdout=file, stderr=file, env=environment, check=False).returncode  # noqa: S603 - own command
 
-    def _start_of(self, name: str, seed: int) -> str:
+    def start_of(self, name: str, seed: int) -> str:
         """The folder of the student that a start has exported; empty if it has failed, or was run with other settings."""
         exports = [] if (name, seed) in self.stale else self._versions(name, seed, "export")
         names = [exports[-1] / name for name in (self.study.checkpoint, "last")] if exports else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from lit_distill.report.curves import mean_curve
 from lit_distill.report.figures import draw_curves, make_figure
 from lit_distill.report.metrics import metric_of
 from lit_distill.report.page import render_page
-from lit_distill.report.record import find_reports
+from lit_distill.report.record import Report
 from studies.runner import Runner
 
 if TYPE_CHECKING:
@@ -90,6 +90,17 @@ def draw(runner: Runner, methods: Sequence[str], seeds: Sequence[int], file: Pat
     make_figure(panels, width=720, height=height).savefig(file)
 
 
+def _reports_of(runner: Runner, methods: Sequence[str], seed: int) -> Iterator[Report]:
+    """The reports of a seed; the students of its starts are called as in the study, so that all seeds of a method are one column."""
+    starts = runner.study.starts_of(methods)
+    for name in [*starts, *methods]:
+        if (report := runner.report(name, seed)) is not None:
+            text = json.dumps(report)
+            for start in starts:
+                text = text.replace(json.dumps(runner.start_of(start, seed))[1:-1] or start, f"{{{start}}}")
+            yield json.loads(text)
+
+
 def write_results(runner: Runner, methods: Sequence[str], seeds: Sequence[int]) -> None:
     """Print the table, and write it with the results, the curves and the page."""
     study = runner.study
@@ -106,10 +117,6 @@ def write_results(runner: Runner, methods: Sequence[str], seeds: Sequence[int]) 
     )
     if study.curves:
         draw(runner, methods, seeds, runner.folder / "curves.png")
-    tested = [place for seed in seeds for name in methods if (place := runner.folder / f"seed_{seed}" / name).is_dir()]
-    reports = [
-        report for place in tested if any(place.glob("*/report.json")) for report in find_reports(place, "study")
-    ]
-    if reports:
+    if reports := [report for seed in seeds for report in _reports_of(runner, methods, seed)]:
         write_text(runner.folder / "compare.html", render_page(reports))
         print(f"Page: {runner.folder / 'compare.html'}")
