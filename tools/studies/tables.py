@@ -91,7 +91,7 @@ def draw(runner: Runner, methods: Sequence[str], seeds: Sequence[int], file: Pat
 
 
 def _reports_of(runner: Runner, methods: Sequence[str], seed: int) -> Iterator[Report]:
-    """The reports of a seed; the students of its starts are called as in the study, so that all seeds of a method are one column."""
+    """The reports of a seed. Students of starts are called as in the study, so that all seeds of a method are one column."""
     starts = runner.study.starts_of(methods)
     for name in [*starts, *methods]:
         if (report := runner.report(name, seed)) is not None:
