@@ -75,7 +75,31 @@ class ForwardKL(Divergence):
         return sum_over_tokens(divergences.forward_kl(student_logits, teacher_logits, self.temperature))
 
 
-class ReverseKL(Divergence):
+class ImportanceWeighted(Divergence):
+    """A divergence that may serve as MiniLLM's Single term on rollouts of a mixture.
+
+    Args:
+        weight: factor in the loss.
+        temperature: divides the models' logits, > 0.
+        importance_weighted: multiply each token by the importance weight that corrects for the teacher's share in the sampler.
+    """
+
+    def __init__(self, weight: float = 1.0, temperature: float = 1.0, importance_weighted: bool = False) -> None:
+        super().__init__(weight, temperature)
+        self.importance_weighted = importance_weighted
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The signals of ``forward``, and the importance weights only if they are used."""
+        return super().needs if self.importance_weighted else super().needs - {"single_step_weights"}
+
+    @staticmethod
+    def weighted_sum(values: Tensor, weights: Tensor | None) -> LossTerm:
+        """The sum of ``values`` ``[N]`` times ``weights`` ``[N]``; logs the mean without weights, if there are some."""
+        return sum_over_tokens(values) if weights is None else sum_over_tokens(values * weights, unweighted=values)
+
+
+class ReverseKL(ImportanceWeighted):
     """KL(student ‖ teacher): the student avoids tokens that the teacher finds improbable. On rollouts: MiniLLM's Single term.
 
     Args:
@@ -85,23 +109,12 @@ class ReverseKL(Divergence):
             (paper: yes, reference code: no).
     """
 
-    def __init__(self, weight: float = 1.0, temperature: float = 1.0, importance_weighted: bool = False) -> None:
-        super().__init__(weight, temperature)
-        self.importance_weighted = importance_weighted
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The logits of both models, and the importance weights if they are used."""
-        return super().needs if self.importance_weighted else super().needs - {"single_step_weights"}
-
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, single_step_weights: Tensor | None = None
     ) -> LossTerm:
         """Per-token KL(q ‖ p), importance-weighted if configured."""
         values = divergences.reverse_kl(student_logits, teacher_logits, self.temperature)
-        if single_step_weights is None:
-            return sum_over_tokens(values)
-        return sum_over_tokens(values * single_step_weights, unweighted=values)
+        return self.weighted_sum(values, single_step_weights)
 
 
 class JensenShannon(Divergence):

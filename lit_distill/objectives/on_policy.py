@@ -21,7 +21,7 @@ from lit_distill.functional import (
     top_k_reverse_kl,
 )
 from lit_distill.objectives.base import LossTerm, sum_over_tokens
-from lit_distill.objectives.divergences import Divergence
+from lit_distill.objectives.divergences import Divergence, ImportanceWeighted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,7 +126,7 @@ class EntropyGatedKL(Divergence):
         )
 
 
-class ExtrapolatedReverseKL(Divergence):
+class ExtrapolatedReverseKL(ImportanceWeighted):
     """KL(q ‖ p^λ ref^(1−λ)/Z): reverse KL to a target that lies beyond the teacher p, as seen from the reference.
 
     Args:
@@ -134,20 +134,30 @@ class ExtrapolatedReverseKL(Divergence):
         temperature: divides the logits of all three models, > 0.
         scale: λ, > 0. Above 1 it goes beyond the teacher; 1 is `ReverseKL`; 1/(1+b) pulls towards the reference as `ReverseKL` with
             a `ReferenceKL` of weight b does.
+        importance_weighted: as MiniLLM's Single term: multiply each token by the importance weight that corrects for the teacher's
+            share in the sampler.
 
     Source: G-OPD, https://arxiv.org/abs/2602.12125, which uses 1.25 and found 1.5 unstable.
     """
 
-    def __init__(self, weight: float = 1.0, temperature: float = 1.0, scale: float = 1.25) -> None:
-        super().__init__(weight, temperature)
+    def __init__(
+        self, weight: float = 1.0, temperature: float = 1.0, scale: float = 1.25, importance_weighted: bool = False
+    ) -> None:
+        super().__init__(weight, temperature, importance_weighted)
         self.scale = scale
         self(*torch.zeros(3, 1, 2))  # the function rejects invalid settings
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, reference_logits: Tensor) -> LossTerm:
-        """Per-token KL to the extrapolated target."""
-        return sum_over_tokens(
-            extrapolated_reverse_kl(student_logits, teacher_logits, reference_logits, self.scale, self.temperature)
-        )
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        reference_logits: Tensor,
+        single_step_weights: Tensor | None = None,
+    ) -> LossTerm:
+        """Per-token KL to the extrapolated target, importance-weighted if configured."""
+        given = student_logits, teacher_logits, reference_logits
+        values = extrapolated_reverse_kl(*given, self.scale, self.temperature)
+        return self.weighted_sum(values, single_step_weights)
 
 
 class SampledReverseKL(Divergence):

@@ -160,12 +160,15 @@ def test_a_score_of_the_response_is_a_reward_of_the_whole_response(models, alpha
     assert error(exact_gradient(*models), exact) > 0.1
 
 
-@pytest.mark.parametrize("extrapolation", [0.5, 1.25, 2.0])
-def test_the_extrapolated_reward_has_the_gradient_of_its_exact_objective(models, make_model, extrapolation) -> None:
+@pytest.mark.parametrize(("extrapolation", "alpha"), [(0.5, 0.0), (1.25, 0.0), (2.0, 0.0), (0.5, 0.4), (1.25, 0.4)])
+def test_the_extrapolated_reward_has_the_gradient_of_its_exact_objective(
+    models, make_model, extrapolation: float, alpha: float
+) -> None:
     reference = FrozenTeacher(CausalLM(make_model("llama", 1, seed=9, vocab_size=3)))
-    objectives = {"long": PolicyGradient(clip_range=None), "single": ExtrapolatedReverseKL(scale=extrapolation)}
-    scoring = AdvantageConfig(length_normalize=False, extrapolation=extrapolation)
-    ours = mean_gradient(models, objectives, 0.0, scoring, reference=reference)
+    single = ExtrapolatedReverseKL(scale=extrapolation, importance_weighted=alpha > 0)
+    objectives = {"long": PolicyGradient(clip_range=None), "single": single}
+    scoring = AdvantageConfig(length_normalize=False, extrapolation=extrapolation, importance_weight="exact")
+    ours = mean_gradient(models, objectives, alpha, scoring, reference=reference)
     exact = exact_gradient(*models, reference=reference, extrapolation=extrapolation)
-    assert error(ours, exact) < 1e-6
+    assert error(ours, exact) < 2e-6
     assert error(exact_gradient(*models), exact) > 0.05
