@@ -257,6 +257,7 @@ class DistillationModule(L.LightningModule):
                 self.generator.check(self.student_spec, self.teacher_spec, sharded=sharding_of(self) is not None)
             validation.check_lengths(self, stage)
             validation.check_tokens(self)
+            validation.check_references(self, stage)
         if stage == "fit":
             # Only now: with manual optimisation from the start, Lightning would reject trainer.gradient_clip_val.
             self.automatic_optimization = False

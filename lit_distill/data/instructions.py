@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,6 +142,12 @@ class InstructionData(LightningDataModule):
     def validates_references(self) -> bool:
         """Whether `setup` found a validation item with references, which responses are compared with."""
         return self.has_validation and any(map(len, self._datasets["validation"][0].rows["references"]))
+
+    def references(self, split: str) -> Iterator[tuple[str, list[str]]]:
+        """Id and accepted responses of every item that `setup` found in a split; none if there is no such split."""
+        if self.num_items(split):
+            rows = self._datasets[split][0].rows
+            yield from zip(rows["id"], rows["references"], strict=True)
 
     def num_items(self, split: str) -> int:
         """Number of items that `setup` found in "train", "validation", "test" or "predict"."""

@@ -31,6 +31,16 @@ class Checker(ABC):
             ValueError: if a reference cannot be read; the message begins with the name of the class.
         """
 
+    def check(self, references: Sequence[str]) -> None:  # noqa: B027 - most checkers read any text
+        """Called for every item before a run begins, so that a reference that cannot be read does not end it later.
+
+        Args:
+            references: the accepted texts, at least one.
+
+        Raises:
+            ValueError: if one cannot be read; the message begins with the name of the class.
+        """
+
 
 class ExactMatch(Checker):
     """Correct if the text is one of the references, apart from case, ASCII punctuation and extra white space; see `exact_match`."""
@@ -59,9 +69,15 @@ class NumberMatch(Checker):
 
     def __call__(self, response: str, references: Sequence[str]) -> float:
         """See `Checker`."""
-        wanted = _read(self, references, final_number, "has no number at its end, or one that is only a part of a term")
         answer = final_number(response)
-        return float(answer is not None and any(self._equal(answer, number) for number in wanted))
+        return float(any(answer is not None and self._equal(answer, number) for number in self._numbers(references)))
+
+    def check(self, references: Sequence[str]) -> None:
+        """See `Checker`."""
+        self._numbers(references)
+
+    def _numbers(self, references: Sequence[str]) -> list[Number]:
+        return _read(self, references, final_number, "has no number at its end, or one that is only a part of a term")
 
     def _equal(self, answer: Number, wanted: Number) -> bool:
         differ = answer.percent != wanted.percent
@@ -87,11 +103,30 @@ class ChoiceMatch(Checker):
 
     def __call__(self, response: str, references: Sequence[str]) -> float:
         """See `Checker`."""
-        wanted = _read(self, references, self._choice, f"chooses none of the letters {self.choices}")
-        return float(self._choice(response) in wanted)
+        return float(self._choice(response) in self._choices(references))
+
+    def check(self, references: Sequence[str]) -> None:
+        """See `Checker`."""
+        self._choices(references)
+
+    def _choices(self, references: Sequence[str]) -> list[str]:
+        return _read(self, references, self._choice, f"chooses none of the letters {self.choices}")
 
     def _choice(self, text: str) -> str | None:
         return final_choice(text, self.choices)
+
+
+def check_item(checker: Checker, references: Sequence[str], item: str) -> None:
+    """Refuse references of an item that the checker cannot read.
+
+    Raises:
+        ArgumentError: of the checker, naming the item.
+    """
+    with arguments_of(checker):
+        try:
+            checker.check(references)
+        except ValueError as error:
+            raise ValueError(f"{error}{_of_item(item)}") from error
 
 
 def score_of(checker: Checker, response: str, references: Sequence[str], item: str | None = None) -> float:
@@ -106,7 +141,7 @@ def score_of(checker: Checker, response: str, references: Sequence[str], item: s
     Raises:
         ArgumentError: of the checker, if it cannot read a reference, or its score is not a number in [0, 1].
     """
-    of_item = "" if item is None else f" This is the item {item!r}: correct or remove it, or choose another checker."
+    of_item = "" if item is None else _of_item(item)
     with arguments_of(checker):
         try:
             returned: object = checker(response, references)
@@ -118,6 +153,10 @@ def score_of(checker: Checker, response: str, references: Sequence[str], item: s
                 f"references {list(references)}.{of_item}"
             )
     return float(returned)
+
+
+def _of_item(item: str) -> str:
+    return f" This is the item {item!r}: correct or remove it, or choose another checker."
 
 
 def _read(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lit_distill.evaluation.checkers import Checker, score_of
+from lit_distill.evaluation.checkers import Checker, check_item, score_of
 from lit_distill.sources import Answer, Reward
 from lit_distill.types import ArgumentError
 
@@ -29,9 +29,18 @@ class CheckerReward(Reward):
         """
         for answer in answers:
             if not answer.references:
-                raise ArgumentError(
-                    self,
-                    f"checker: the item {answer.id!r} has no reference to check the response against. Give data with responses or "
-                    "references, or a reward that needs none.",
-                )
+                raise self._no_reference(answer.id)
         return [score_of(self.checker, answer.response, answer.references, answer.id) for answer in answers]
+
+    def check(self, item: str, references: Sequence[str]) -> None:
+        """See `Reward`; every item must have a reference that the checker can read."""
+        if not references:
+            raise self._no_reference(item)
+        check_item(self.checker, references, item)
+
+    def _no_reference(self, item: str) -> ArgumentError:
+        return ArgumentError(
+            self,
+            f"checker: the item {item!r} has no reference to check the response against. Give data with responses or references, "
+            "or a reward that needs none.",
+        )

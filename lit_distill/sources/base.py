@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lit_distill.generation import Generator, SamplingParams
     from lit_distill.models import CausalLM
     from lit_distill.objectives import Objective
+    from lit_distill.sources.rewards import Reward
     from lit_distill.teachers import LoadedTeacher
     from lit_distill.types import Batch, Pairs, Prompts, Responses
 
@@ -100,6 +102,8 @@ class Source(ABC):
     """Whether its texts know the record that they belong to."""
     mixes_teacher = False
     """Whether the teacher samples some of the tokens of a response, which only the project's own decoder can do."""
+    rewards: Mapping[str, Reward] = MappingProxyType({})
+    """Rewards of whole responses, by name."""
     reads_prompts = True
     """Whether the source needs the prompts of a batch, padded on the left for decoding."""
 

@@ -55,6 +55,17 @@ class Reward(ABC):
     def __call__(self, answers: Sequence[Answer]) -> Sequence[float]:
         """One finite score for each response; called on every rank with its own responses, which may be none."""
 
+    def check(self, item: str, references: Sequence[str]) -> None:  # noqa: B027 - most rewards read no references
+        """Called for every training item before a run begins, so that one that cannot be scored does not end it later.
+
+        Args:
+            item: its id.
+            references: the accepted responses; empty if the data has none.
+
+        Raises:
+            ValueError: naming the item.
+        """
+
 
 def scores_of(
     rewards: Mapping[str, Reward], batch: Batch, responses: Responses, texts: Sequence[str], finished: Sequence[bool]

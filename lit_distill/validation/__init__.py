@@ -6,6 +6,7 @@ from lit_distill.validation.command import check_seed, check_trainer_options, ch
 from lit_distill.validation.context_length import check_lengths, check_tokens
 from lit_distill.validation.fit import check_fit, check_strategy, check_trainer
 from lit_distill.validation.monitors import logged_metrics
+from lit_distill.validation.references import check_references
 from lit_distill.validation.run_length import has_validation
 from lit_distill.validation.values import check_finite, check_same_model
 
@@ -15,6 +16,7 @@ __all__ = [
     "check_fit",
     "check_lengths",
     "check_names",
+    "check_references",
     "check_same_model",
     "check_seed",
     "check_strategy",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_input.conftest import refused
+from bad_input.conftest import mixed, refused
 
 GOOD = {"instruction": "Say it.", "output": "It."}
 LINE = json.dumps(GOOD).encode() + b"\n"
@@ -124,6 +124,23 @@ def test_wrong_arguments_of_the_data_are_named(refusal, tmp_path, kind: str) -> 
     arguments, words = WRONG[kind]
     message = refusal(instructions(**arguments))
     assert re.search(words, message, re.DOTALL), message
+
+
+REWARDED = mixed(rewards={"right": {"class_path": "CheckerReward", "init_args": {"checker": "NumberMatch"}}})
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"),
+    [
+        ({"generation.checker": "NumberMatch"}, "generation.checker"),
+        ({"on_policy": {"max_prompts": 2, "checker": "NumberMatch"}}, "on_policy.checker"),
+        (REWARDED, "model.source.init_args.rewards.right.init_args.checker"),
+    ],
+)
+def test_a_reference_that_a_checker_cannot_read_is_found_before_anything_loads(refusal, tmp_path, keys, key) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'{"id": "x1", "instruction": "Say it.", "output": "no idea"}\n' * 40)
+    message = refusal({**instructions(validation_size=4, batch_size=8), **keys})
+    assert re.search(rf"{re.escape(key)}: NumberMatch: the reference 'no idea' has no number .* the item 'x1'", message)
 
 
 COMMANDS: dict[str, tuple[list[str], str]] = {

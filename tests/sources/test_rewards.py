@@ -144,3 +144,6 @@ def test_a_checker_is_a_reward_and_names_the_item_that_it_cannot_read(pair, tmp_
         reward([Answer("c", "", "5", ("no idea",), {}, True)])
     with pytest.raises(ArgumentError, match=r"checker: the item 'd' has no reference"):
         reward([Answer("d", "", "5", (), {}, True)])
+    for references, words in (["no idea"], r"no number .* the item 'e'"), ([], r"the item 'e' has no reference"):
+        with pytest.raises(ArgumentError, match=words):
+            reward.check("e", references)

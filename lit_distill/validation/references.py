@@ -1,0 +1,37 @@
+"""Checks, before anything loads, that rewards and checkers can read the references of the data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lit_distill.evaluation.checkers import check_item
+from lit_distill.validation.context_length import SPLITS
+
+if TYPE_CHECKING:
+    from lit_distill.validation.run import DistillationRun
+
+
+def check_references(run: DistillationRun, stage: str) -> None:
+    """Refuse references that a reward of the source, or the checker of a callback, cannot read.
+
+    Args:
+        run: the run; nothing is checked if its data module has no method ``references``.
+        stage: fit, validate, test or predict.
+
+    Raises:
+        ArgumentError: of the checker, naming the item.
+    """
+    data: Any = run.trainer.datamodule
+    if stage == "predict" or not hasattr(data, "references"):
+        return
+    if stage == "fit" and run.source.rewards:
+        for item, references in data.references("train"):
+            for reward in run.source.rewards.values():
+                reward.check(item, references)
+    for callback in run.trainer.callbacks:
+        checker = getattr(callback, "checker", None)
+        if checker is None or not callback.max_prompts or (stage == "fit" and callback.every_n_validations is None):
+            continue
+        for item, references in data.references(SPLITS[stage][-1]):
+            if references:
+                check_item(checker, references, item)
