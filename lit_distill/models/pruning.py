@@ -12,6 +12,8 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+PRUNED_FROM = "pruned_from_layers"
+"""Attribute of a pruned model's config: the number of layers that it had at first."""
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_num", "layer_number")
 """Names of the attribute with a module's layer index, which is its index in the KV cache."""
 
@@ -91,6 +93,8 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
         if isinstance(value, list | tuple) and len(value) == total and _is_per_layer(attribute):
             setattr(config, attribute, type(value)(value[layer] for layer in layers))
     config.num_hidden_layers = len(kept)
+    if len(kept) < total:
+        setattr(config, PRUNED_FROM, getattr(config, PRUNED_FROM, total))
     _check_rebuilds(model, kept, layers)
 
 

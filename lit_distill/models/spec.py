@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_distill.models.checks import check_causal, check_finite, check_report
 from lit_distill.models.dropout import disable_dropout
 from lit_distill.models.location import ModelLocation, check_folder, resolve_location, wrap_load_errors
 from lit_distill.models.lora import LoraSpec
 from lit_distill.models.precision import auto_dtype
-from lit_distill.models.pruning import keep_layers, resolve_layers
+from lit_distill.models.pruning import PRUNED_FROM, keep_layers, resolve_layers
 from lit_distill.models.quantization import quantization_config
 from lit_distill.models.tying import accept_untied, separate
 
@@ -147,8 +148,7 @@ def load_model(spec: ModelSpec, key: str, dtype: torch.dtype | None = None) -> P
         ValueError: if it cannot be loaded, is not causal, lacks weights, or has NaN or infinite weights.
     """
     config = load_config(spec, key)
-    total = config.get_text_config(decoder=True).num_hidden_layers
-    layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
+    layers = _kept_layers(spec, config, key)
     dtype = _chosen_dtype(spec) or dtype
     shapes_only = torch.get_default_device().type == "meta"
     if shapes_only or spec.from_scratch:
@@ -197,12 +197,28 @@ def open_model(
         names = stored.match(model)
     if names is None:
         return load_model(spec, key, dtype), None
-    total = config.get_text_config(decoder=True).num_hidden_layers
-    layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
+    layers = _kept_layers(spec, config, key)
     if (generation_config := _generation_config(spec, key)) is not None:
         model.generation_config = generation_config
     model = _prune_and_configure(model, layers, spec, key)
     return model, {name: names[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def _kept_layers(spec: ModelSpec, config: PreTrainedConfig, key: str) -> list[int] | None:
+    """The layers to keep, or None for all; says so, and warns if the model has lost layers before."""
+    config = config.get_text_config(decoder=True)
+    total = config.num_hidden_layers
+    layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
+    if layers is None:
+        return None
+    rank_zero_info(f"{key}: {len(layers)} of {total} layers are kept.")
+    if before := getattr(config, PRUNED_FROM, None):
+        name = "keep_layers" if spec.drop_layers is None else "drop_layers"
+        rank_zero_warn(
+            f"{key}.{name}: {spec.path} has lost layers before: it has {total} of {before}, and now keeps {len(layers)}. If it is "
+            f"the student of an earlier run, set {key}.{name}: null."
+        )
+    return layers
 
 
 def safetensors_reader(spec: ModelSpec, key: str) -> SafetensorsReader:

@@ -69,6 +69,18 @@ def test_keep_layers_and_drop_layers_prune_the_loaded_model(folder, ids):
         load_model(ModelSpec(str(folder), keep_layers=9), KEY)
 
 
+def test_a_model_that_has_lost_layers_loses_more_only_with_a_warning(folder, tmp_path):
+    load_model(ModelSpec(str(folder), drop_layers=[1]), KEY).save_pretrained(tmp_path)
+    load_model(ModelSpec(str(tmp_path)), KEY)  # which is no reason to warn
+    with pytest.warns(
+        UserWarning, match=rf"{KEY}\.drop_layers: .* has 3 of 4, and now keeps 2\. .* set {KEY}\.drop_layers"
+    ):
+        twice = load_model(ModelSpec(str(tmp_path), drop_layers=[1]), KEY)
+    twice.save_pretrained(tmp_path / "twice")
+    with pytest.warns(UserWarning, match=rf"{KEY}\.keep_layers: .* has 2 of 4"):
+        load_model(ModelSpec(str(tmp_path / "twice"), keep_layers=1), KEY)
+
+
 def test_from_scratch_draws_weights_from_the_global_seed(folder):
     (folder / "model.safetensors").unlink()
     spec, drawn = ModelSpec(str(folder), from_scratch=True), []
