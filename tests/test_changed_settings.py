@@ -15,6 +15,7 @@ from soft_stops import BATCHES, STOPS, Run, data, learner, same
 from lit_distill.models import ModelSpec
 from lit_distill.objectives import ForwardKL, NextToken, PolicyGradient
 from lit_distill.optim import WarmupCosine
+from lit_distill.resume.changes import check_changes
 from lit_distill.sources import DatasetResponses, ReplayRollouts, Reward, TargetFilter, TeacherMixedRollouts
 
 
@@ -152,6 +153,18 @@ def test_another_source_reward_or_choice_of_tokens_takes_effect_and_is_named(pai
     now = {"targets": TargetFilter(first_tokens=3)}
     Run(learner(pair, lambda: mixed("short"), objectives, **now), tmp_path, ckpt_path=first.last, max_steps=4)
     source, targets = said
+    said.clear()
+    reset = {"reset_optimizer": True}
+    Run(
+        learner(pair, lambda: mixed("brief"), objectives),
+        tmp_path / "reset",
+        None,
+        first.last,
+        checkpoint=reset,
+        max_steps=4,
+    )
+    assert said[0].startswith("model.source: TeacherMixedRollouts in the checkpoint, ")
+    assert "a new optimiser" in said[-1]
     assert source == (
         "model.source: TeacherMixedRollouts in the checkpoint, TeacherMixedRollouts with rewards short: Brief from now on."
     )
@@ -298,6 +311,15 @@ def test_the_command_line_refuses_before_anything_loads(pair, tmp_path, monkeypa
     assert log.read_text() == before
     with pytest.raises(AssertionError, match="loaded"):
         run("fit", "--config", written, "--ckpt_path", "last", *other, "--checkpoint.reset_optimizer", "true")
+
+
+def test_other_layers_of_the_same_model_are_refused_by_their_key() -> None:
+    settings = {"optimizer": None, "lr_scheduler": None, "data": None, "teacher": None, "reference": None}
+    then, now = ({"path": "m", "revision": None, "layers": [None, drop], "content": "c"} for drop in ([1], [2]))
+    with pytest.raises(
+        ValueError, match=r"model\.student\.keep_layers, drop_layers: \[None, \[2\]\], but the checkpoint's"
+    ):
+        check_changes({**settings, "student": then}, {**settings, "student": now}, False)
 
 
 def test_specs_of_one_path_are_told_apart_by_their_layers(pair) -> None:

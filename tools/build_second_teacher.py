@@ -149,7 +149,9 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.monotonic()
     exact_match = build(given.folder, given.seed, given.quick, given.whole_numbers)
     print(f"tokenizer  {given.folder / 'tokenizer'}")
-    print(f"teacher    {given.folder / 'teacher'}     --model.teacher.path {given.folder / 'teacher'}")
+    print(
+        f"teacher    {given.folder / 'teacher'}     --model.teacher.init_args.teacher.path {given.folder / 'teacher'}"
+    )
     print(f"exact match of the teacher on held-out tasks: {exact_match:.1f} % ({time.monotonic() - start:.0f} s)")
 
 

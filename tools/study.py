@@ -59,21 +59,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study = Study.read(options.study)
     except ValueError as error:
         parser.error(str(error))
-    methods, seeds = options.only or list(study.methods), options.seeds or list(study.seeds)
+    methods = list(dict.fromkeys(options.only or study.methods))
+    seeds = list(dict.fromkeys(options.seeds or study.seeds))
     if unknown := sorted(set(methods) - set(study.methods)):
         parser.error(f"--only: {', '.join(unknown)}; the study has {', '.join(study.methods)}")
+    if study.tune is not None and study.tune.seed in seeds:
+        parser.error(f"--seeds: {study.tune.seed} is that of the study's tune. Give another one.")
     runner = Runner(study, options.quick)
     try:
-        if options.table:
-            runner.read_all(methods, seeds)
-        else:
+        if not options.table:
             runner.run_all(methods, seeds, options.jobs)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here.")
         return 130
-    write_results(runner, methods, seeds)
+    everything = list(study.methods), list(dict.fromkeys([*study.seeds, *seeds]))
+    runner.read_all(*everything)
+    write_results(runner, *everything)
     for line in runner.failed:
         print(f"failed: {line}")
     return 1 if runner.failed else 0

@@ -11,7 +11,7 @@ from typing import TypeVar
 from lit_distill.evaluation.final_choice import final_choice
 from lit_distill.evaluation.final_number import Number, final_number
 from lit_distill.evaluation.ngrams import exact_match
-from lit_distill.types import arguments_of
+from lit_distill.types import arguments_of, every_error_of
 
 Answer = TypeVar("Answer")
 
@@ -122,11 +122,8 @@ def check_item(checker: Checker, references: Sequence[str], item: str) -> None:
     Raises:
         ArgumentError: of the checker, naming the item.
     """
-    with arguments_of(checker):
-        try:
-            checker.check(references)
-        except ValueError as error:
-            raise ValueError(f"{error}{_of_item(item)}") from error
+    with every_error_of(checker, _of_item(item)):
+        checker.check(references)
 
 
 def score_of(checker: Checker, response: str, references: Sequence[str], item: str | None = None) -> float:

@@ -211,8 +211,10 @@ def _kept_layers(spec: ModelSpec, config: PreTrainedConfig, key: str) -> list[in
     layers = resolve_layers(total, spec.keep_layers, spec.drop_layers, key)
     if layers is None:
         return None
+    key = key if key.startswith("model.") else f"model.{key}"
     rank_zero_info(f"{key}: {len(layers)} of {total} layers are kept.")
-    if before := getattr(config, PRUNED_FROM, None):
+    before = getattr(config, PRUNED_FROM, None)
+    if before and len(layers) < total:
         name = "keep_layers" if spec.drop_layers is None else "drop_layers"
         rank_zero_warn(
             f"{key}.{name}: {spec.path} has lost layers before: it has {total} of {before}, and now keeps {len(layers)}. If it is "

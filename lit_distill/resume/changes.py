@@ -75,6 +75,11 @@ def check_changes(then: Settings, now: Settings, fresh_optimizer: bool) -> None:
     """
     for role in ("student", "teacher", "reference"):
         before, here = then.get(role), now[role]  # older checkpoints know no reference
+        if before and here and before.get("layers") != here.get("layers"):
+            raise ValueError(
+                f"model.{role}.keep_layers, drop_layers: {here['layers']}, but the checkpoint's {role} has {before['layers']}. To "
+                f"resume, give those; for other layers, start {NEW_RUN}."
+            )
         if before and here and not is_same_model(before, here):
             raise ValueError(
                 f"model.{role}.path: {here['path']} is another model than the checkpoint's {role}, {before['path']}. To resume, "

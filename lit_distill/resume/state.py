@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_distill.distributed.stored import without_tensors
 from lit_distill.models.record import check_same_adapters, student_metadata
 from lit_distill.resume.changes import (
+    Change,
     apply_changes,
     changes,
     changes_of_loss,
@@ -98,6 +99,8 @@ def _load_optimizer(run: ResumableRun, checkpoint: dict[str, Any], then: dict[st
     resets = _resets_optimizer(run.trainer, then, now)
     if then:
         check_changes(then, now, resets)
+    for change in changes_of_loss(then, now):
+        _say(change)
     if resets:
         run.optimizer_since = checkpoint["global_step"]
         reset_optimizer_state(checkpoint, run, steps)
@@ -112,10 +115,14 @@ def _load_optimizer(run: ResumableRun, checkpoint: dict[str, Any], then: dict[st
         check_state(checkpoint["optimizer_states"][0]["param_groups"], run)
         return
     differences = list(changes(then, now))
-    for change in (*changes_of_loss(then, now), *differences):
-        rank_zero_info(f"{change.key}: {change.before} in the checkpoint, {change.now} from now on.")
+    for change in differences:
+        _say(change)
     if differences:
         apply_changes(checkpoint, run, steps)
+
+
+def _say(change: Change) -> None:
+    rank_zero_info(f"{change.key}: {change.before} in the checkpoint, {change.now} from now on.")
 
 
 def _load_phase(run: ResumableRun, checkpoint: dict[str, Any]) -> None:

@@ -1,6 +1,12 @@
 """Data passed between data module, sources, models and objectives, and the errors of their arguments."""
 
-from lit_distill.types.arguments import ArgumentError, arguments_of, begins_with_argument, check_sizes
+from lit_distill.types.arguments import (
+    ArgumentError,
+    arguments_of,
+    begins_with_argument,
+    check_sizes,
+    every_error_of,
+)
 from lit_distill.types.batch import Batch, Prompts
 from lit_distill.types.rollouts import Responses, Trajectories, join_prompts, join_responses
 from lit_distill.types.sequences import Item, Pairs, Sequences, TensorRecord
@@ -18,6 +24,7 @@ __all__ = [
     "arguments_of",
     "begins_with_argument",
     "check_sizes",
+    "every_error_of",
     "join_prompts",
     "join_responses",
 ]

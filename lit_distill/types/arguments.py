@@ -34,6 +34,19 @@ def arguments_of(owner: object) -> Iterator[None]:
         raise ArgumentError(owner, str(error)) from error
 
 
+@contextmanager
+def every_error_of(owner: object, end: str = "") -> Iterator[None]:
+    """Turn any ValueError into an `ArgumentError` whose message begins with the class of ``owner`` and has ``end`` behind it."""
+    name = type(owner).__name__
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except ValueError as error:
+        said = str(error).rstrip(".")
+        raise ArgumentError(owner, f"{said if said.startswith(name) else f'{name}: {said}'}.{end}") from error
+
+
 def begins_with_argument(message: str, kind: type) -> bool:
     """Whether the first word of a message is an argument of a class, or of one of its base classes."""
     word = re.match(r"\w*", message)

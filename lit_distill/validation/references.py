@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lit_distill.evaluation.checkers import check_item
+from lit_distill.types import every_error_of
 from lit_distill.validation.context_length import SPLITS
 
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ def check_references(run: DistillationRun, stage: str) -> None:
     if stage == "fit" and run.source.rewards:
         for item, references in data.references("train"):
             for reward in run.source.rewards.values():
-                reward.check(item, references)
+                with every_error_of(reward):
+                    reward.check(item, references)
     for callback in run.trainer.callbacks:
         checker = getattr(callback, "checker", None)
-        if checker is None or not callback.max_prompts or (stage == "fit" and callback.every_n_validations is None):
+        is_due = stage != "fit" or getattr(callback, "every_n_validations", None) is not None
+        if checker is None or not is_due or not getattr(callback, "max_prompts", 0):
             continue
         for item, references in data.references(SPLITS[stage][-1]):
             if references:

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 from bad_input.conftest import mixed, refused
+from lightning.pytorch import Callback
+
+from lit_distill.evaluation import Checker
+from lit_distill.sources import Reward
 
 GOOD = {"instruction": "Say it.", "output": "It."}
 LINE = json.dumps(GOOD).encode() + b"\n"
@@ -124,6 +128,52 @@ def test_wrong_arguments_of_the_data_are_named(refusal, tmp_path, kind: str) -> 
     arguments, words = WRONG[kind]
     message = refusal(instructions(**arguments))
     assert re.search(words, message, re.DOTALL), message
+
+
+class Strict(Checker):
+    """Reads no reference."""
+
+    def __call__(self, response: str, references: Any) -> float:
+        return 1.0
+
+    def check(self, references: Any) -> None:
+        raise ValueError("needs an x")
+
+
+class Picky(Reward):
+    """Scores no item."""
+
+    def __call__(self, answers: Any) -> list[float]:
+        return [0.0 for _ in answers]
+
+    def check(self, item: str, references: Any) -> None:
+        raise ValueError(f"cannot score {item}.")
+
+
+class Watcher(Callback):
+    """Has a checker, and nothing else of the project's callbacks."""
+
+    checker = Strict()
+
+
+OWN = "bad_input.test_wrong_files"
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"generation.checker": f"{OWN}.Strict"}, "generation.checker: Strict: needs an x. This is the item 'x1'"),
+        (mixed(rewards={"p": f"{OWN}.Picky"}), "model.source.init_args.rewards.p: Picky: cannot score x1."),
+        ({"trainer.callbacks": [f"{OWN}.Watcher"]}, "models were loaded"),
+    ],
+)
+def test_checks_of_the_users_own_have_their_key(refusal, tmp_path, keys, words) -> None:
+    (tmp_path / "data.jsonl").write_bytes(b'{"id": "x1", "instruction": "Say it.", "output": "7"}\n' * 40)
+    if words == "models were loaded":
+        with pytest.raises(AssertionError, match=words):
+            refusal({**instructions(validation_size=4, batch_size=8), **keys})
+    else:
+        assert words in refusal({**instructions(validation_size=4, batch_size=8), **keys})
 
 
 REWARDED = mixed(rewards={"right": {"class_path": "CheckerReward", "init_args": {"checker": "NumberMatch"}}})

@@ -72,6 +72,7 @@ def test_keep_layers_and_drop_layers_prune_the_loaded_model(folder, ids):
 def test_a_model_that_has_lost_layers_loses_more_only_with_a_warning(folder, tmp_path):
     load_model(ModelSpec(str(folder), drop_layers=[1]), KEY).save_pretrained(tmp_path)
     load_model(ModelSpec(str(tmp_path)), KEY)  # which is no reason to warn
+    load_model(ModelSpec(str(tmp_path), keep_layers=3), KEY)  # nor is this
     with pytest.warns(
         UserWarning, match=rf"{KEY}\.drop_layers: .* has 3 of 4, and now keeps 2\. .* set {KEY}\.drop_layers"
     ):

@@ -28,9 +28,9 @@ def part(monkeypatch):
     return lambda name: importlib.import_module(f"studies.{name}")
 
 
-def written(folder: Path, **values) -> Path:
-    file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump({"folder": str(folder / "runs"), "methods": {"a": {}, "b": {}}, **values}))
+def written(place: Path, **values) -> Path:
+    file = place / "study.yaml"
+    file.write_text(yaml.safe_dump({"folder": str(place / "runs"), "methods": {"a": {}, "b": {}}, **values}))
     return file
 
 
@@ -103,6 +103,26 @@ def test_a_method_begins_with_the_student_of_the_start_that_it_names(tool, calls
     assert "{small}" in page
     assert str(tmp_path / "runs" / "seed_2" / "small" / "version_0" / "export") not in page
     assert "from_bad, seed 2: bad, with which it begins, has exported no student" in capsys.readouterr().out
+
+
+def test_what_a_start_or_a_trial_was_made_with_counts_for_what_follows_from_it(tool, calls, tmp_path, capsys) -> None:
+    methods = {"a": {"arguments": {"model.student.path": "{small}"}}, "b": {}}
+    given = {"seeds": [1], "metrics": ["rouge_l"], "methods": methods}
+    assert tool.main([str(written(tmp_path, starts={"small": {"arguments": {"lr": 1}}}, **given))]) == 0
+    capsys.readouterr()
+    assert tool.main([str(written(tmp_path, starts={"small": {"arguments": {"lr": 2}}}, **given)), "--table"]) == 1
+    said = capsys.readouterr().out
+    assert all(f"failed: {name}, seed 1: was run with other settings" in said for name in ("small", "a"))
+    assert "| b | 10 |" in said
+    assert "failed: b" not in said
+
+
+def test_a_part_of_a_study_keeps_the_rest_in_its_table(tool, calls, tmp_path, capsys) -> None:
+    file = str(written(tmp_path, seeds=[1, 3], metrics=["rouge_l"]))
+    assert tool.main([file]) == 0
+    whole = (tmp_path / "runs" / "results.json").read_text()
+    assert tool.main([file, "--only", "a", "a", "--seeds", "1", "1"]) == 0
+    assert (tmp_path / "runs" / "results.json").read_text() == whole
 
 
 def test_the_table_of_what_is_finished_runs_nothing(tool, calls, tmp_path, capsys) -> None:
@@ -184,8 +204,15 @@ def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys)
         ({"methods": {"a": {"config": "x"}}}, "methods.a: expected keys out of configs, arguments, tune; got config"),
         ({"starts": {"a": {}}}, "methods: a is one of starts too"),
         ({"starts": []}, "starts: expected starts by name"),
+        ({"starts": {"my-start": {}}}, "starts.my-start: a name has letters, digits and underscores only"),
+        ({"folder": None}, "folder: expected a path, got None"),
+        ({"arguments": ["a"]}, "arguments: expected a mapping, got ['a']"),
+        ({"methods": {"a": {"configs": "x.yaml"}}}, "methods.a.configs: expected a list, got 'x.yaml'"),
+        ({"metrics": "rouge_l"}, "metrics: expected a list, got 'rouge_l'"),
+        ({"seeds": ["one"]}, "seeds: expected a list of different numbers"),
+        ({"arguments": {"model.student.path": "{a}"}}, "arguments: a start cannot begin with itself"),
         ({"configs": ["configs/quickstrat.yaml"]}, "configs: there is no file"),
-        ({"seeds": 3}, "seeds: expected a list of different numbers, got 3"),
+        ({"seeds": 3}, "seeds: expected a list, got 3"),
         ({"seeds": [1, 1]}, "seeds: expected a list of different numbers"),
         ({"tune": {"arguments": {"lr": [1]}, "metric": "m", "mode": "maximum"}}, "tune.mode: expected max or min"),
         (

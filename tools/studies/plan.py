@@ -15,6 +15,12 @@ T = TypeVar("T")
 CHECKOUT = Path(__file__).parents[2]
 
 
+def _check_type(given: Any, kind: Any, expected: str, *keys: str) -> None:
+    for key in keys:
+        if not isinstance(value := getattr(given, key), kind):
+            raise ValueError(f"{key}: expected {expected}, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class Method:
     """What a run gets beside what every run gets."""
@@ -22,6 +28,10 @@ class Method:
     configs: Sequence[str] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tune: Mapping[str, Sequence[Any]] | str = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_type(self, Mapping, "a mapping", "arguments")
+        _check_type(self, list | tuple, "a list", "configs")
 
 
 @dataclass(frozen=True)
@@ -72,13 +82,19 @@ class Study:
     def __post_init__(self) -> None:
         if both := sorted(self.starts.keys() & self.methods.keys()):
             raise ValueError(f"methods: {both[0]} is one of starts too. Give it another name.")
+        _check_type(self, Mapping, "a mapping", "arguments")
+        _check_type(self, list | tuple, "a list", "configs", "seeds", "metrics", "training_metrics", "curves")
+        if wrong := [name for name in self.starts if not re.fullmatch(r"\w+", name)]:
+            raise ValueError(f"starts.{wrong[0]}: a name has letters, digits and underscores only.")
+        if starts_in(self.arguments):
+            raise ValueError("arguments: a start cannot begin with itself. Give its name in the arguments of methods.")
         for name, method in self.methods.items():
             if unknown := sorted(set(starts_in(method.arguments)) - self.starts.keys()):
                 given = ", ".join(self.starts) or "none"
                 raise ValueError(f"methods.{name}.arguments: {{{unknown[0]}}} is none of starts; there are {given}.")
         if self.checkpoint not in ("best", "last"):
             raise ValueError(f"checkpoint: expected best or last, got {self.checkpoint!r}.")
-        if not isinstance(self.seeds, list | tuple) or len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(type(one) is int for one in self.seeds):
             raise ValueError(f"seeds: expected a list of different numbers, got {self.seeds}.")
         runs = [*self.starts.values(), *self.methods.values()]
         files = [*self.configs, *(file for method in runs for file in method.configs)]
@@ -121,9 +137,15 @@ class Study:
                 values["test"] = _read(Method, values["test"], "test")
             if "tune" in values:
                 values["tune"] = _read(Tuning, values["tune"], "tune", {"arguments", "metric"})
-            return cls(**{**values, "folder": Path(values["folder"])})
+            return cls(**{**values, "folder": _folder(values["folder"])})
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{file}: {error}") from error
+
+
+def _folder(given: Any) -> Path:
+    if not isinstance(given, str):
+        raise ValueError(f"folder: expected a path, got {given!r}.")
+    return Path(given)
 
 
 def starts_in(arguments: Mapping[str, Any]) -> list[str]:

@@ -86,6 +86,8 @@ class Runner:
     def choose(self, methods: Sequence[str], tuning: Tuning) -> None:
         """Choose each method's best settings, of those that were tried."""
         for name, tried in self._trials(methods, tuning).items():
+            for number, settings in enumerate(tried):
+                self._is_trained(f"{name}.{number}", self.study.methods[name], tuning.seed, settings)
             courses = [self.course(f"{name}.{number}", tuning.seed, tuning.metric) for number in range(len(tried))]
             choice = max if tuning.mode == "max" else min
             best = tuning.best([choice(value for _, value in course) if course else None for course in courses])
@@ -138,15 +140,19 @@ class Runner:
         """All that decides what a run gives, beside its seed."""
         files = {file: (CHECKOUT / file).read_text(encoding="utf-8") for file in [*self.study.configs, *method.configs]}
         given = {**self.study.arguments, **method.arguments, **chosen}
-        settings: list[Any] = json.loads(json.dumps([files, given, self.study.test.arguments, self.study.checkpoint]))
-        return settings
+        settings = [files, given, self.study.test.arguments, self.study.checkpoint]
+        if starts := starts_in(given):
+            settings.append({name: self._settings(self.study.starts[name], {}) for name in starts})
+        plain: list[Any] = json.loads(json.dumps(settings))
+        return plain
 
     def _is_trained(self, name: str, method: Method, seed: int, chosen: Mapping[str, Any]) -> bool:
         """Whether a run has trained; one that did so with other settings is said to be stale."""
         written = self.folder / f"seed_{seed}" / f"{name}.json"
         if not written.is_file():
             return False
-        if json.loads(written.read_text(encoding="utf-8"))["settings"] != self._settings(method, chosen):
+        is_stale = json.loads(written.read_text(encoding="utf-8"))["settings"] != self._settings(method, chosen)
+        if is_stale and (name, seed) not in self.stale:
             self.stale.add((name, seed))
             self.failed.append(
                 f"{name}, seed {seed}: was run with other settings; "
@@ -203,7 +209,9 @@ class Runner:
         return course[-1][1] if course else None
 
     def course(self, name: str, seed: int, metric: str) -> list[tuple[float, float]]:
-        """Steps and values of a metric in the training of a run."""
+        """Steps and values of a metric in the training of a run; none if it has not finished, or had other settings."""
+        if (name, seed) in self.stale or not (self.folder / f"seed_{seed}" / f"{name}.json").is_file():
+            return []
         curves = [read_curves(file, [metric]).get(metric) for file in self._versions(name, seed, "metrics.csv")]
         last = next((curve for curve in reversed(curves) if curve), {"steps": [], "values": []})
         return list(zip(last["steps"], last["values"], strict=True))

@@ -54,7 +54,9 @@ def markdown(results: Mapping[str, Mapping[str, Sequence[float]]], chosen: Mappi
     columns = list(dict.fromkeys(metric for values in results.values() for metric, found in values.items() if found))
     shown = {column: metric_of(column) for column in columns}
     tuned = list(dict.fromkeys(key for values in chosen.values() for key in values))
-    heads = [*(metric.head for metric in shown.values()), *(key.rpartition(".")[2] for key in tuned)]
+    said = [metric.head for metric in shown.values()]
+    named = [f"{head} ({name})" if said.count(head) > 1 else head for name, head in zip(columns, said, strict=True)]
+    heads = [*named, *(key.rpartition(".")[2] for key in tuned)]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     for name, values in results.items():
         scaled = [[value * metric.scale for value in values.get(column, ())] for column, metric in shown.items()]
@@ -97,7 +99,8 @@ def _reports_of(runner: Runner, methods: Sequence[str], seed: int) -> Iterator[R
         if (report := runner.report(name, seed)) is not None:
             text = json.dumps(report)
             for start in starts:
-                text = text.replace(json.dumps(runner.start_of(start, seed))[1:-1] or start, f"{{{start}}}")
+                if folder := runner.start_of(start, seed):
+                    text = text.replace(json.dumps(folder)[1:-1], f"{{{start}}}")
             yield json.loads(text)
 
 
