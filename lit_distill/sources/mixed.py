@@ -123,7 +123,7 @@ class TeacherMixedRollouts(Source):
     def description(self) -> str:
         """With its rewards."""
         rewards = ", ".join(f"{name}: {type(reward).__name__}" for name, reward in self.rewards.items())
-        return f"{type(self).__name__}{f' with rewards {rewards}' if rewards else ''}"
+        return f"{super().description} with rewards {rewards}" if rewards else super().description
 
     def check(self, objectives: Mapping[str, Objective]) -> None:
         """Reject objectives whose temperature or extrapolation differs from that of the rollouts."""

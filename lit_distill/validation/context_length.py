@@ -71,6 +71,12 @@ def check_tokens(run: DistillationRun) -> None:
             check(shared_ids(run.tokenizer, load_tokenizer(spec, key)))
 
 
+def answers_prompts(callback: Any, stage: str) -> bool:
+    """Whether a callback lets models answer prompts in a stage, as those with ``max_prompts`` do unless they are off."""
+    is_due = stage != "fit" or getattr(callback, "every_n_validations", None) is not None
+    return is_due and bool(getattr(callback, "max_prompts", 0))
+
+
 def _items(run: DistillationRun, data: Any, stage: str) -> Iterator[LengthRequirement]:
     for split in SPLITS[stage]:
         yield LengthRequirement("data.init_args.max_length", data.longest(split)[1], f"the split {split} has an item")
@@ -87,8 +93,7 @@ def _generated(run: DistillationRun, data: Any, stage: str) -> Iterator[LengthRe
         generators.append(("model.prediction", run.prediction, "predict"))
     else:
         for callback in run.trainer.callbacks:
-            generates = getattr(callback, "max_prompts", 0) and (stage != "fit" or callback.every_n_validations)
-            if generates and hasattr(callback, "sampling"):
+            if answers_prompts(callback, stage) and hasattr(callback, "sampling"):
                 name = type(callback).__name__
                 generators.append((KEYS.get(name, name), callback.sampling, SPLITS[stage][-1]))
     for key, sampling, split in generators:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_distill.evaluation.checkers import check_item
 from lit_distill.types import every_error_of
-from lit_distill.validation.context_length import SPLITS
+from lit_distill.validation.context_length import SPLITS, answers_prompts
 
 if TYPE_CHECKING:
     from lit_distill.validation.run import DistillationRun
@@ -32,8 +32,7 @@ def check_references(run: DistillationRun, stage: str) -> None:
                     reward.check(item, references)
     for callback in run.trainer.callbacks:
         checker = getattr(callback, "checker", None)
-        is_due = stage != "fit" or getattr(callback, "every_n_validations", None) is not None
-        if checker is None or not is_due or not getattr(callback, "max_prompts", 0):
+        if checker is None or not answers_prompts(callback, stage):
             continue
         for item, references in data.references(SPLITS[stage][-1]):
             if references:

@@ -122,6 +122,10 @@ class Study:
         named = {name for method in methods for name in starts_in(self.methods[method].arguments)}
         return [name for name in self.starts if name in named]
 
+    def with_starts(self, methods: Collection[str]) -> list[str]:
+        """Some methods, and before them the starts that they begin with."""
+        return [*self.starts_of(methods), *methods]
+
     @classmethod
     def read(cls, file: Path) -> Study:
         """Read a study.

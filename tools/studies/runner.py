@@ -56,7 +56,7 @@ class Runner:
         if self.study.tune is not None and not self.quick:
             self.choose(methods, self.study.tune)
         runs = {**self.study.starts, **self.study.methods}
-        for name in [*self.study.starts_of(methods), *methods]:
+        for name in self.study.with_starts(methods):
             for seed in seeds:
                 self._is_trained(name, runs[name], seed, self.chosen.get(name, {}))
 
@@ -111,8 +111,7 @@ class Runner:
 
     def _train(self, name: str, method: Method, seed: int, chosen: Mapping[str, Any]) -> list[str] | None:
         """Train once, unless that is done, and return the arguments of the command line; None if it failed."""
-        files = [*self.study.configs, *method.configs]
-        given = {**self.study.arguments, **method.arguments, **chosen}
+        files, given = self._made_of(method, chosen)
         root = self.folder / f"seed_{seed}"
         own = {"seed_everything": seed, "run_name": name, "trainer.default_root_dir": str(root)}
         own |= {"trainer.enable_progress_bar": False, **(QUICK if self.quick else {})}
@@ -133,14 +132,23 @@ class Runner:
             self.failed.append(f"{name}, seed {seed}: {root / name}.log: {_last_line(root / f'{name}.log')}")
             return None
         record = {"settings": self._settings(method, chosen), "seconds": None if is_resumed else seconds}
-        write_text(root / f"{name}.json", json.dumps(record) + "\n")
+        write_text(self._record_file(name, seed), json.dumps(record) + "\n")
         return words
+
+    def _made_of(self, method: Method, chosen: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        """Config files and arguments of a run."""
+        given = {**self.study.arguments, **method.arguments, **chosen}
+        return [*self.study.configs, *method.configs], given
+
+    def _record_file(self, name: str, seed: int) -> Path:
+        """What is written once a run has trained: its settings and its time."""
+        return self.folder / f"seed_{seed}" / f"{name}.json"
 
     def _settings(self, method: Method, chosen: Mapping[str, Any]) -> list[Any]:
         """All that decides what a run gives, beside its seed."""
-        files = {file: (CHECKOUT / file).read_text(encoding="utf-8") for file in [*self.study.configs, *method.configs]}
-        given = {**self.study.arguments, **method.arguments, **chosen}
-        settings = [files, given, self.study.test.arguments, self.study.checkpoint]
+        files, given = self._made_of(method, chosen)
+        texts = {file: (CHECKOUT / file).read_text(encoding="utf-8") for file in files}
+        settings = [texts, given, self.study.test.arguments, self.study.checkpoint]
         if starts := starts_in(given):
             settings.append({name: self._settings(self.study.starts[name], {}) for name in starts})
         plain: list[Any] = json.loads(json.dumps(settings))
@@ -148,7 +156,7 @@ class Runner:
 
     def _is_trained(self, name: str, method: Method, seed: int, chosen: Mapping[str, Any]) -> bool:
         """Whether a run has trained; one that did so with other settings is said to be stale."""
-        written = self.folder / f"seed_{seed}" / f"{name}.json"
+        written = self._record_file(name, seed)
         if not written.is_file():
             return False
         is_stale = json.loads(written.read_text(encoding="utf-8"))["settings"] != self._settings(method, chosen)
@@ -189,7 +197,7 @@ class Runner:
 
     def seconds(self, name: str, seed: int) -> float | None:
         """How long a run trained, with its start and its validations; None if it was interrupted."""
-        written = self.folder / f"seed_{seed}" / f"{name}.json"
+        written = self._record_file(name, seed)
         record = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
         seconds: float | None = None if (name, seed) in self.stale else record.get("seconds")
         return seconds
@@ -210,7 +218,7 @@ class Runner:
 
     def course(self, name: str, seed: int, metric: str) -> list[tuple[float, float]]:
         """Steps and values of a metric in the training of a run; none if it has not finished, or had other settings."""
-        if (name, seed) in self.stale or not (self.folder / f"seed_{seed}" / f"{name}.json").is_file():
+        if (name, seed) in self.stale or not self._record_file(name, seed).is_file():
             return []
         curves = [read_curves(file, [metric]).get(metric) for file in self._versions(name, seed, "metrics.csv")]
         last = next((curve for curve in reversed(curves) if curve), {"steps": [], "values": []})

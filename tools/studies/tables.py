@@ -35,9 +35,8 @@ def interval(values: Sequence[float]) -> str:
 def summarize(runner: Runner, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
     """The values over the seeds of every metric of every method, as far as they are known."""
     study = runner.study
-    names = [*study.starts_of(methods), *methods]
     found: dict[str, dict[str, list[float]]] = {}
-    for name in names:
+    for name in study.with_starts(methods):
         reports = [report for seed in seeds if (report := runner.report(name, seed)) is not None]
         tested = {m: [r["metrics"][m] for r in reports if r["metrics"].get(m) is not None] for m in study.metrics}
         trained = {
@@ -95,7 +94,7 @@ def draw(runner: Runner, methods: Sequence[str], seeds: Sequence[int], file: Pat
 def _reports_of(runner: Runner, methods: Sequence[str], seed: int) -> Iterator[Report]:
     """The reports of a seed. Students of starts are called as in the study, so that all seeds of a method are one column."""
     starts = runner.study.starts_of(methods)
-    for name in [*starts, *methods]:
+    for name in runner.study.with_starts(methods):
         if (report := runner.report(name, seed)) is not None:
             text = json.dumps(report)
             for start in starts:
