@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +172,7 @@ class CacheRun(L.LightningModule):
         with arguments_of(module):
             size = self.teacher_config.open(opening, "teacher") or rows
             settings = self._settings(size, data)
-            check_folder(self.folder, settings, unknown=OF_WEIGHTS)
+            self._on_rank_zero(lambda: check_folder(self.folder, settings, unknown=OF_WEIGHTS))
             teacher = self.teacher_config.load(size, None)
         head = None
         if self.options.form == "hidden":
@@ -219,17 +219,21 @@ class CacheRun(L.LightningModule):
             f"Teacher cache {self.folder}: {settings.data}, at most {tokens} tokens of {each:.0f} bytes: "
             f"{tokens * each / 2**20:.1f} MiB."
         )
-        self.settings = settings
-        problem: Exception | None = None
+        self.settings = self._on_rank_zero(lambda: self._started(settings, head, tokens * each)) or settings
+        self.progress = Progress(-(-items // data_ranks(self.trainer).number))
+
+    def _on_rank_zero(self, action: Callable[[], CacheSettings | None]) -> CacheSettings | None:
+        """What rank 0 finds in the folder, where others would find a file half written; every rank raises its error."""
+        found, problem = None, None
         if self.trainer.is_global_zero:
             try:
-                self.settings = self._started(settings, head, tokens * each)
+                found = action()
             except (ValueError, OSError) as error:
                 problem = error
-        problem = self.trainer.strategy.broadcast(problem)
+        found, problem = self.trainer.strategy.broadcast((found, problem))
         if problem is not None:
             raise problem
-        self.progress = Progress(-(-items // data_ranks(self.trainer).number))
+        return found
 
     def _started(self, settings: CacheSettings, head: LMHead | None, num_bytes: float) -> CacheSettings:
         if not acquire_lock(self.folder / LOCK_FILE):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_distill.files import LOCK_FILE
+from lit_distill.files import LOCK_FILE, temporary_path
 from lit_distill.functional import bits_for, draw, pack_bits, top_k
 from lit_distill.models.identity import is_same_model
 from lit_distill.models.lm_head import LMHead, chunk_rows_for
@@ -255,7 +255,8 @@ def check_folder(folder: Path, settings: CacheSettings, unknown: Collection[str]
     Raises:
         ValueError: beginning with ``path``.
     """
-    others = {file.name for file in folder.iterdir()} - {LOCK_FILE} if folder.is_dir() else set()
+    left = {LOCK_FILE, temporary_path(folder / SETTINGS).name}  # by a run that was killed as it began
+    others = {file.name for file in folder.iterdir()} - left if folder.is_dir() else set()
     if others and not (folder / SETTINGS).is_file():
         raise ValueError(
             f"path: {folder} has other files in it, such as {min(others)}. Give an empty folder, or one that does not exist."

@@ -38,11 +38,12 @@ from processes import exit_status
 from torch import Tensor
 
 from lit_distill.cli.trainer import DistillTrainer
+from lit_distill.files import temporary_path
 from lit_distill.models import LoraSpec, ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, NextToken
 from lit_distill.teachers import FrozenTeacher, RoutedTeachers, StudentTeacher
-from lit_distill.teachers.store import CacheSettings, Shards
+from lit_distill.teachers.store import SETTINGS, CacheSettings, Shards
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +275,12 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(sharp, tmp_path) ->
         live(sharp), tmp_path / "mine", r"^path: .*mine has other files in it, such as thesis.txt. Give an empty folder"
     )
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_run_left_that_was_killed_as_it_began_is_no_other_file(sharp, tmp_path) -> None:
+    (tmp_path / "c").mkdir()
+    temporary_path(tmp_path / "c" / SETTINGS).write_text("{")
+    assert num_texts(cache(live(sharp), tmp_path / "c")) == 58
 
 
 @pytest.mark.parametrize("below", [False, True])

@@ -13,10 +13,14 @@ from lit_distill.teachers.store import CacheSettings
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
+import os
 import sys
+import time
 sys.path += sys.argv[1].split(":")
 import torch
 from caches import QUIET, from_cache, live, small_data
+from lit_distill import files
+from lit_distill.cli.caching import CacheRun
 from lit_distill.cli.trainer import DistillTrainer
 from lit_distill.distributed import FSDP2Strategy, gathered
 
@@ -27,6 +31,14 @@ def trainer(**settings):
     chosen = FSDP2Strategy(tensor_parallel_size=together) if strategy.startswith("fsdp2") else strategy
     return DistillTrainer(**QUIET, devices=int(devices), strategy=chosen, **settings)
 
+if what == "late":
+    what = "hidden"
+    if os.environ["LOCAL_RANK"] == "0":
+        commit = files.commit
+        files.commit = lambda *paths: (time.sleep(4), commit(*paths))  # an unfinished file lies in the folder meanwhile
+    else:
+        settings = CacheRun._settings
+        CacheRun._settings = lambda *given: (time.sleep(2), settings(*given))[1]
 if what in ("hidden", "topk", "sampled"):
     trainer().cache(live((student, teacher)), small_data(num_train=45), path=folder, form=what, splits=("train", "validation"))
 else:
@@ -69,6 +81,11 @@ def test_two_ranks_write_what_one_writes(ranks, sharp, tmp_path, strategy, form)
     assert {file.name for file in two.iterdir()} == {file.name for file in one.iterdir()}
     writers = {file.name.split("-")[0] for file in (two / "shards").iterdir()}
     assert writers == ({"0"} if "tensor" in strategy else {"0", "1"})
+
+
+def test_a_rank_that_is_late_finds_a_cache_half_begun(ranks, sharp, tmp_path) -> None:
+    ranks(tmp_path / "c", "ddp", 2, "late", tmp_path / "out")
+    assert num_texts(tmp_path / "c") == 55
 
 
 def test_one_rank_goes_on_where_two_stopped(ranks, sharp, tmp_path) -> None:
