@@ -31,6 +31,7 @@ A study is a YAML file:
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ from pathlib import Path
 from studies.plan import Study
 from studies.runner import Runner
 from studies.tables import stored_table, write_results
+
+STOPPED = "Stopped. The same command goes on from here."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.")
+        print(STOPPED)
         return 130
     everything = list(study.methods), list(dict.fromkeys([*study.seeds, *seeds]))
     runner.read_all(*everything)
@@ -83,4 +86,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,34 @@ def test_an_interruption_says_how_to_go_on(tool, part, tmp_path, monkeypatch, ca
     monkeypatch.setattr(part("runner").Runner, "run_all", interrupted)
     assert tool.main([str(written(tmp_path))]) == 130
     assert "The same command goes on" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_runs_and_begins_no_other(part, tmp_path) -> None:
+    runner, asked = part("runner").Runner(part("plan").Study.read(written(tmp_path, seeds=[1]))), []
+
+    class Process:
+        def terminate(self) -> None:
+            asked.append(self)
+
+    def run(name, *_) -> None:
+        asked.append(name)
+        runner._processes.add(Process())
+        sys.exit("SIGTERM")
+
+    runner.run = run
+    with pytest.raises(SystemExit):
+        runner.run_all(["a", "b"], [1], jobs=1)
+    assert asked[0] == "a"
+    assert isinstance(asked[-1], Process)
+    assert not runner._call(tmp_path / "log", "fit", [])
+    assert runner.failed == []
+
+
+def test_a_column_that_the_test_does_not_have_is_told_at_once(tool, calls, tmp_path, capsys) -> None:
+    tool.main([str(written(tmp_path, seeds=[1, 2], metrics=["rouge_l", "exact_mach"]))])
+    said = capsys.readouterr().out
+    assert said.count("metrics: the test of a has no exact_mach; it has rouge_l.") == 1
+    assert said.index("metrics: the test") < said.index("| a |")
 
 
 def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys) -> None:

@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,13 @@ class Runner:
         """Runs that were done with other settings; they are in no table."""
         self.chosen: dict[str, dict[str, Any]] = {}
         """The best settings of `tune`, by method."""
+        self._told: set[str] = set()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._is_stopped = False
 
     def run_all(self, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
         """Train and test each method with each seed, ``jobs`` runs at a time; one that fails does not end the others."""
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(jobs) as pool, self._stopped_with(pool):
             tuning = None if self.quick else self.study.tune
             started = [*seeds, *([tuning.seed] if tuning else [])]
             begun = [(name, seed) for seed in started for name in self.study.starts_of(methods)]
@@ -50,6 +54,19 @@ class Runner:
                 self.choose(methods, tuning)
             each = [(name, seed) for seed in seeds for name in methods if name in self.chosen or not tuning]
             list(pool.map(lambda pair: self.run(pair[0], self.study.methods[pair[0]], pair[1]), each))
+
+    @contextmanager
+    def _stopped_with(self, pool: ThreadPoolExecutor) -> Iterator[None]:
+        """Inside, an error or a signal ends the runs that are under way, and those that have not begun stay undone."""
+        try:
+            yield
+        except BaseException as error:
+            self._is_stopped = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, KeyboardInterrupt):  # which the terminal sends to all of them
+                for process in list(self._processes):
+                    process.terminate()  # it saves its checkpoint, with which the same command goes on
+            raise
 
     def read_all(self, methods: Sequence[str], seeds: Sequence[int]) -> None:
         """Run nothing; what is finished counts."""
@@ -106,8 +123,18 @@ class Runner:
         checkpoint = "last" if self.quick else self.study.checkpoint
         test = {**self.study.test.arguments, **(QUICK if self.quick else {})}
         log = self.folder / f"seed_{seed}" / f"{name}.log"
-        if not self._call(log, "test", [*words, *words_of(test, {}), "--ckpt_path", checkpoint]):
+        if self._call(log, "test", [*words, *words_of(test, {}), "--ckpt_path", checkpoint]):
+            self._check_metrics(name, seed)
+        elif not self._is_stopped:
             self.failed.append(f"{name}, seed {seed}, test: {log}: {_last_line(log)}")
+
+    def _check_metrics(self, name: str, seed: int) -> None:
+        """Tell at once which columns the first test has no value for: hours later is too late."""
+        found = (self.report(name, seed) or {}).get("metrics", {})
+        missing = [metric for metric in self.study.metrics if metric not in found and metric not in self._told]
+        self._told.update(self.study.metrics)
+        for metric in missing:
+            print(f"metrics: the test of {name} has no {metric}; it has {', '.join(sorted(found))}.", flush=True)
 
     def _train(self, name: str, method: Method, seed: int, chosen: Mapping[str, Any]) -> list[str] | None:
         """Train once, unless that is done, and return the arguments of the command line; None if it failed."""
@@ -126,6 +153,8 @@ class Runner:
         root.mkdir(parents=True, exist_ok=True)
         is_resumed, began = (root / name).exists(), time.monotonic()
         done = self._call(root / f"{name}.log", "fit", [*words, "--ckpt_path", "last"])
+        if self._is_stopped and not done:
+            return None
         seconds = time.monotonic() - began
         print(f"{name}, seed {seed}: {'trained' if done else 'failed'} in {seconds:.0f} s", flush=True)
         if not done:
@@ -174,8 +203,14 @@ class Runner:
         line = [sys.executable, "-m", "lit_distill", command, *words]
         with log.open("a", encoding="utf-8") as file:
             print("$", *line, file=file, flush=True)
-            environment = {**os.environ, **threads}
-            return not subprocess.run(line, stdout=file, stderr=file, env=environment, check=False).returncode  # noqa: S603 - own command
+            if self._is_stopped:
+                return False
+            process = subprocess.Popen(line, stdout=file, stderr=file, env={**os.environ, **threads})  # noqa: S603 - own command
+            self._processes.add(process)
+            try:
+                return not process.wait()
+            finally:
+                self._processes.discard(process)
 
     def start_of(self, name: str, seed: int) -> str:
         """The folder of the student that a start has exported; empty if it has failed, or was run with other settings."""
