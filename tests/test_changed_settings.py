@@ -56,6 +56,15 @@ class Rates(Callback):
         return [groups[0]["lr"] for groups in self.groups]
 
 
+@pytest.mark.parametrize(("steps", "told"), [(3, True), (2, True), (4, False)])
+def test_a_run_with_no_step_left_says_so(pair, tmp_path, said, steps, told) -> None:
+    first = Run(learner(pair), tmp_path, max_steps=3)
+    second = Run(learner(pair), tmp_path, ckpt_path=first.last, max_steps=steps)
+    words = f"trainer.max_steps: {steps}, and the checkpoint has 3 steps already. Nothing is left to train"
+    assert any(line.startswith(words) for line in said) is told
+    assert torch.equal(first.end()["weights"], second.end()["weights"]) is told
+
+
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     lines: list[str] = []

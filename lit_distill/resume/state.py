@@ -85,6 +85,11 @@ def load_run(run: ResumableRun, checkpoint: dict[str, Any]) -> None:
     if run.trainer.state.fn == "fit":
         _load_optimizer(run, checkpoint, then)
         _load_phase(run, checkpoint)
+        done, most = checkpoint["global_step"], run.trainer.max_steps
+        if 0 <= most <= done:
+            rank_zero_info(
+                f"trainer.max_steps: {most}, and the checkpoint has {done} steps already. Nothing is left to train; set it higher to go on."
+            )
 
 
 def scheduled_steps(run: ResumableRun) -> int:
