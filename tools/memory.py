@@ -2,6 +2,7 @@ r"""Memory per GPU with `--trainer.strategy fsdp2`: computed for real model pair
 
 python tools/memory.py
 python tools/memory.py --together 8
+python tools/memory.py --reference
 python tools/memory.py --measure
 python tools/memory.py --cache 10_000_000
 
@@ -19,6 +20,11 @@ next block while one runs; the teacher's R stays gathered for its head. So in a 
 During rollouts the whole student is gathered once, and the teacher one block at a time:
 
     c·P_s + t·(R_t + 2·max(B_t, E_t))
+
+``--reference`` adds a second frozen model (``model.reference``) of the student's shape: t·P_s / N to the shards, and t·R_s in the
+backward pass. It runs after the teacher, whose R stays gathered:
+
+    t·(R_t + R_s + 2·max(B_s, E_s))
 
 With tensor parallelism over M ranks (``tensor_parallel_size``), each rank gathers 1/M of a block. So B, and the blocks of P_s in
 the last line, are divided by M, and so are the activations and caches of a block; the shards do not change. If a single rank
@@ -56,7 +62,7 @@ from lit_distill.models import CausalLM
 from lit_distill.models.fsdp import apply_fsdp, blocks_of
 from lit_distill.models.spec import build_on_meta
 from lit_distill.models.tensor_parallel import apply_tensor_parallel
-from lit_distill.objectives import ForwardKL
+from lit_distill.objectives import ExtrapolatedReverseKL, ForwardKL
 from lit_distill.teachers import FrozenTeacher
 from lit_distill.teachers.writing import CacheOptions
 from lit_distill.types import Sequences
@@ -107,15 +113,19 @@ class Groups:
         return replace(self, total=ends + (self.total - ends) // together, block=self.block // together)
 
 
-def shards(student: Groups, teacher: Groups, ranks: int, t: int) -> float:
+def shards(student: Groups, teacher: Groups, ranks: int, t: int, reference: bool = False) -> float:
     """Bytes that a rank always holds."""
-    return (16 * student.total + t * teacher.total) / ranks
+    return ((16 + t * reference) * student.total + t * teacher.total) / ranks
 
 
-def learning(student: Groups, teacher: Groups, c: int, t: int) -> int:
+def learning(student: Groups, teacher: Groups, c: int, t: int, reference: bool = False) -> int:
     """Maximum of gathered bytes during a training step."""
-    backward = c * (2 * student.rest + max(3 * student.block, 2 * student.embeddings)) + t * teacher.rest
-    return max(backward, t * (teacher.rest + 2 * max(teacher.block, teacher.embeddings)))
+    heads = t * (teacher.rest + reference * student.rest)
+    backward = c * (2 * student.rest + max(3 * student.block, 2 * student.embeddings)) + heads
+    forwards = [t * (teacher.rest + 2 * max(teacher.block, teacher.embeddings))]
+    if reference:
+        forwards.append(heads + 2 * t * max(student.block, student.embeddings))
+    return max(backward, *forwards)
 
 
 def rollouts(student: Groups, teacher: Groups, c: int, t: int) -> int:
@@ -123,7 +133,7 @@ def rollouts(student: Groups, teacher: Groups, c: int, t: int) -> int:
     return c * student.total + t * (teacher.rest + 2 * max(teacher.block, teacher.embeddings))
 
 
-def on_paper(name: str, ranks: int, texts: int, length: int, together: int = 1) -> None:
+def on_paper(name: str, ranks: int, texts: int, length: int, together: int = 1, reference: bool = False) -> None:
     """Print the computed memory for a pair: bfloat16, with float32 for the trained parameters."""
     shapes = PAIRS[name]
     sizes = [Groups.of(config) for config in shapes]
@@ -131,7 +141,9 @@ def on_paper(name: str, ranks: int, texts: int, length: int, together: int = 1) 
     p, q = shapes
     tokens = texts * length
     learn = (
-        learning(student, teacher, 2, 2) + 4 * student.rest + 4 * max(student.rest, student.block, student.embeddings)
+        learning(student, teacher, 2, 2, reference)
+        + 4 * student.rest
+        + 4 * max(student.rest, student.block, student.embeddings)
     )
     inside = (12 * q.hidden_size + 4 * q.intermediate_size) // together
     activations = 2 * tokens * (q.hidden_size * q.num_hidden_layers + inside) + 1 * GB
@@ -148,10 +160,13 @@ def on_paper(name: str, ranks: int, texts: int, length: int, together: int = 1) 
     )
     write = rollouts(student, teacher, 2, 2) + caches + 2 * tokens * p.hidden_size
     teacher, student = sizes
-    fixed = shards(student, teacher, ranks, 2)
+    fixed = shards(student, teacher, ranks, 2, reference)
+    second = f", reference {2 * student.total / ranks / GB:.1f}" if reference else ""
     how = f", tensor parallel over {together}" if together > 1 else ""
     print(f"{name}, {ranks} GPUs{how}, {texts} sequences of {length} tokens per forward pass, in GB per GPU:")
-    print(f"  shards: student {16 * student.total / ranks / GB:.1f}, teacher {2 * teacher.total / ranks / GB:.1f}")
+    print(
+        f"  shards: student {16 * student.total / ranks / GB:.1f}, teacher {2 * teacher.total / ranks / GB:.1f}{second}"
+    )
     print(f"  learning: {fixed / GB:.1f} + gathered and reduced {learn / GB:.1f} + activations {activations / GB:.1f}"
           f" = {(fixed + learn + activations) / GB:.1f}")  # fmt: skip
     print(
@@ -197,39 +212,44 @@ class Gathered(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measure(rank: int, ranks: int, together: int, meeting: str) -> None:
-    """Do a training step of a small pair on one rank; rank 0 prints the memory it held."""
+def measure(rank: int, ranks: int, together: int, reference: bool, meeting: str) -> None:
+    """Do a training step of small models on one rank; rank 0 prints the memory it held."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (ranks // together, together), mesh_dim_names=("data", "tensor"))
     plan = Sharding(mesh["data"], None, False, False, True, False)
-    student, teacher = (CausalLM(AutoModelForCausalLM.from_config(config)) for config in (STUDENT, TEACHER))
+    shapes = (STUDENT, TEACHER, *[STUDENT] * reference)
+    student, *frozen = (CausalLM(AutoModelForCausalLM.from_config(config)) for config in shapes)
     if together > 1:
         plan = replace(plan, tensor_mesh=mesh["tensor"], world_mesh=mesh._flatten("world"))
-        apply_tensor_parallel(student.model, mesh["tensor"], "model.student")
-        apply_tensor_parallel(teacher.model, mesh["tensor"], "model.teacher")
+        for model, key in zip((student, *frozen), ("model.student", "model.teacher", "model.reference"), strict=False):
+            apply_tensor_parallel(model.model, mesh["tensor"], key)
     apply_fsdp(student, student.model, plan, frozen=False)
-    apply_fsdp(teacher.requires_grad_(False), teacher.model, plan, frozen=True)
+    for model in frozen:
+        apply_fsdp(model.requires_grad_(False), model.model, plan, frozen=True)
     optimizer = torch.optim.AdamW(student.parameters())
     ids = torch.randint(0, STUDENT.vocab_size, (2, 32))
     targets = torch.ones_like(ids, dtype=torch.bool)
     targets[:, 0] = False
     text = Sequences(ids, torch.ones_like(ids), targets)
-    loss = ObjectiveEvaluator({"kd": ForwardKL()}, student, FrozenTeacher(teacher), "model.objectives")
-    with Gathered(student, teacher) as watch:
+    objective = ExtrapolatedReverseKL() if reference else ForwardKL()
+    teacher, second = FrozenTeacher(frozen[0]), FrozenTeacher(frozen[1]) if reference else None
+    loss = ObjectiveEvaluator({"kd": objective}, student, teacher, "model.objectives", reference=second)
+    with Gathered(student, *frozen) as watch:
         loss(text, {"kd": 1.0})[0].backward()
     optimizer.step()
-    for part in teacher.modules():
+    for part in (part for model in frozen for part in model.modules()):
         if reshard := getattr(part, "reshard", None):
             reshard()
     parameters = list(student.parameters())
     states = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    held = [*parameters, *(p.grad for p in parameters), *states, *teacher.parameters()]
+    held = [*parameters, *(p.grad for p in parameters), *states, *(p for model in frozen for p in model.parameters())]
     mine = num_bytes(held)
     if rank == 0:
         sizes = Groups.of(STUDENT), Groups.of(TEACHER)
-        expected = shards(*sizes, ranks, 4), learning(*(size.among(together) for size in sizes), 4, 4)
+        split = [size.among(together) for size in sizes]
+        expected = shards(*sizes, ranks, 4, reference), learning(*split, 4, 4, reference)
         how = ", tensor parallel" if together > 1 else ""
         print(f"{ranks} rank(s){how}: shards {mine / 1e6:.1f} MB (formula {expected[0] / 1e6:.1f}), gathered at most "
               f"{watch.peak / 1e6:.1f} MB (formula {expected[1] / 1e6:.1f}), together {(mine + watch.peak) / 1e6:.1f} MB "
@@ -252,6 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--together", type=int, default=1, help="GPUs of one tensor-parallel group in the computed table"
     )
+    parser.add_argument("--reference", action="store_true", help="with model.reference, of the student's shape")
     parser.add_argument("--texts", type=int, default=8, help="sequences per forward pass")
     parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--cache", type=int, metavar="TOKENS", help="targets of a teacher cache whose size to print")
@@ -262,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if given.measure is None:
         for name in PAIRS:
-            on_paper(name, given.ranks, given.texts, given.length, given.together)
+            on_paper(name, given.ranks, given.texts, given.length, given.together, given.reference)
         return
     for ranks in given.measure or (1, 2):
         for together in {1, ranks}:
@@ -270,8 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
                 start = (
                     "fork" if sys.platform == "linux" else "spawn"
                 )  # forked processes need not import everything again
-                meeting = (ranks, together, f"{folder}/meeting")
-                torch.multiprocessing.start_processes(measure, meeting, nprocs=ranks, start_method=start)
+                settings = (ranks, together, given.reference, f"{folder}/meeting")
+                torch.multiprocessing.start_processes(measure, settings, nprocs=ranks, start_method=start)
 
 
 if __name__ == "__main__":

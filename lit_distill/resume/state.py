@@ -88,7 +88,8 @@ def load_run(run: ResumableRun, checkpoint: dict[str, Any]) -> None:
         done, most = checkpoint["global_step"], run.trainer.max_steps
         if 0 <= most <= done:
             rank_zero_info(
-                f"trainer.max_steps: {most}, and the checkpoint has {done} steps already. Nothing is left to train; set it higher to go on."
+                f"trainer.max_steps: {most}, and the checkpoint has {done} steps already. Nothing is left to train; set it higher "
+                "to go on."
             )
 
 

@@ -38,6 +38,13 @@ def test_the_paper_calculation_knows_the_published_sizes(capsys) -> None:
     totals = [float(total) for total in re.findall(r"= (\d+\.\d)", capsys.readouterr().out)]
     assert len(totals) == 4
     assert max(totals) < 80
+    tool.main(["--reference"])
+    with_reference = [float(total) for total in re.findall(r"= (\d+\.\d)", capsys.readouterr().out)]
+    a_reference = 2 * 8.030 / 8  # GB of shards of one more model of 8B on 8 GPUs
+    assert with_reference[3] - totals[3] == pytest.approx(a_reference, abs=0.06)
+    assert with_reference[2] - totals[2] == pytest.approx(
+        a_reference + 2 * 128256 * 4096 / 1e9, abs=0.06
+    )  # and its head
 
 
 def test_the_size_of_a_cache_is_counted_from_its_bits(capsys) -> None:
