@@ -104,7 +104,7 @@ def resolve_dtype(spec: ModelSpec, key: str, device_type: str, trained: bool = F
     if spec.dtype != "auto":
         return spec
     dtype = "float32" if trained else str(auto_dtype(device_type)).removeprefix("torch.")
-    rank_zero_info(f"{key}.dtype: auto is {dtype} on this {device_type}.")
+    rank_zero_info(f"model.{key}.dtype: auto is {dtype} on this {device_type}.")
     return replace(spec, dtype=dtype)  # type: ignore[arg-type]
 
 

@@ -60,6 +60,7 @@ KNOWN = {
     "on_policy_reverse_kl": Metric("KL(student ‖ teacher) on own samples", SAMPLED, "nats/token", "lower"),
     "on_policy_student_entropy": Metric("entropy of the student", SAMPLED, "nats/token"),
     "on_policy_teacher_entropy": Metric("entropy of the teacher", SAMPLED, "nats/token"),
+    "reward": Metric("reward of rollouts", SAMPLED, "nats/token", "higher"),
     "accuracy": Metric("accuracy", CONFIDENCE, "%", "higher", 1, 100),
     "ece": Metric("ECE, equal widths", CONFIDENCE, "", "lower"),
     "adaptive_ece": Metric("ECE, equal masses", CONFIDENCE, "", "lower"),

@@ -77,7 +77,9 @@ def test_last_is_the_state_at_the_end_even_where_the_best_is_earlier(pair, tmp_p
 @pytest.mark.parametrize(
     ("monitor", "mode"),
     [
-        *dict.fromkeys(("val/exact_match", "val/pass_at_8", "val/answer_accuracy", "val/sst2/accuracy"), "max").items(),
+        *dict.fromkeys(
+            ("val/exact_match", "val/pass_at_8", "val/answer_accuracy", "val/sst2/accuracy", "rollout/reward"), "max"
+        ).items(),
         *dict.fromkeys(("val/loss", "val/reverse_kl", "val/sampled_unfinished", "val/my_score"), "min").items(),
     ],
 )
