@@ -55,10 +55,10 @@ class Tuning:
         grid = {**self.arguments, **method.tune}
         return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
-    def best(self, values: Sequence[float | None]) -> int | None:
-        """The position of the best value; None if there is none."""
+    def best(self, courses: Sequence[Sequence[float]]) -> int | None:
+        """The position of the course that reaches the best value, the first of equal ones; None if none has a value."""
         sign = -1 if self.mode == "max" else 1
-        found = [(sign * value, position) for position, value in enumerate(values) if value is not None]
+        found = [(min(sign * value for value in course), place) for place, course in enumerate(courses) if course]
         return min(found)[1] if found else None
 
 

@@ -106,8 +106,7 @@ class Runner:
             for number, settings in enumerate(tried):
                 self._is_trained(f"{name}.{number}", self.study.methods[name], tuning.seed, settings)
             courses = [self.course(f"{name}.{number}", tuning.seed, tuning.metric) for number in range(len(tried))]
-            choice = max if tuning.mode == "max" else min
-            best = tuning.best([choice(value for _, value in course) if course else None for course in courses])
+            best = tuning.best([[value for _, value in course] for course in courses])
             if best is not None:
                 self.chosen[name] = tried[best]
         for name in methods:
