@@ -170,7 +170,7 @@ def test_another_source_reward_or_choice_of_tokens_takes_effect_and_is_named(pai
         None,
         first.last,
         checkpoint=reset,
-        max_steps=4,
+        max_steps=6,
     )
     assert said[0].startswith("model.source: TeacherMixedRollouts in the checkpoint, ")
     assert "a new optimiser" in said[-1]
