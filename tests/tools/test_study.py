@@ -191,23 +191,23 @@ def test_an_interruption_says_how_to_go_on(tool, part, tmp_path, monkeypatch, ca
 
 
 def test_a_signal_ends_the_runs_and_begins_no_other(part, tmp_path) -> None:
-    runner, asked = part("runner").Runner(part("plan").Study.read(written(tmp_path, seeds=[1]))), []
+    runner, ended = part("runner").Runner(part("plan").Study.read(written(tmp_path, seeds=[1]))), []
 
     class Process:
         def terminate(self) -> None:
-            asked.append(self)
+            ended.append(self)
 
-    def run(name, *_) -> None:
-        asked.append(name)
-        runner._processes.add(Process())
+    under_way = Process()
+
+    def run(*_) -> None:
+        runner._processes.add(under_way)
         sys.exit("SIGTERM")
 
     runner.run = run
     with pytest.raises(SystemExit):
         runner.run_all(["a", "b"], [1], jobs=1)
-    assert asked[0] == "a"
-    assert isinstance(asked[-1], Process)
-    assert not runner._call(tmp_path / "log", "fit", [])
+    assert ended == [under_way]
+    assert not runner._call(tmp_path / "log", "fit", [])  # nothing begins
     assert runner.failed == []
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from lit_distill.files import write_text
@@ -41,6 +42,8 @@ class Runner:
         self._told: set[str] = set()
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._is_stopped = False
+        self._lock = Lock()
+        """Held where a process begins, so that none begins once the study is stopped."""
 
     def run_all(self, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
         """Train and test each method with each seed, ``jobs`` runs at a time; one that fails does not end the others."""
@@ -61,7 +64,8 @@ class Runner:
         try:
             yield
         except BaseException as error:
-            self._is_stopped = True
+            with self._lock:
+                self._is_stopped = True
             pool.shutdown(wait=False, cancel_futures=True)
             if not isinstance(error, KeyboardInterrupt):  # which the terminal sends to all of them
                 for process in list(self._processes):
@@ -202,10 +206,11 @@ class Runner:
         line = [sys.executable, "-m", "lit_distill", command, *words]
         with log.open("a", encoding="utf-8") as file:
             print("$", *line, file=file, flush=True)
-            if self._is_stopped:
-                return False
-            process = subprocess.Popen(line, stdout=file, stderr=file, env={**os.environ, **threads})  # noqa: S603 - own command
-            self._processes.add(process)
+            with self._lock:
+                if self._is_stopped:
+                    return False
+                process = subprocess.Popen(line, stdout=file, stderr=file, env={**os.environ, **threads})  # noqa: S603 - own command
+                self._processes.add(process)
             try:
                 return not process.wait()
             finally:
