@@ -212,7 +212,7 @@ def test_a_signal_ends_the_runs_and_begins_no_other(part, tmp_path) -> None:
 
 
 def test_a_column_that_the_test_does_not_have_is_told_at_once(tool, calls, tmp_path, capsys) -> None:
-    tool.main([str(written(tmp_path, seeds=[1, 2], metrics=["rouge_l", "exact_mach"]))])
+    tool.main([str(written(tmp_path, seeds=[1, 2], metrics=["rouge_l", "exact_mach"])), "--jobs", "1"])
     said = capsys.readouterr().out
     assert said.count("metrics: the test of a has no exact_mach; it has rouge_l.") == 1
     assert said.index("metrics: the test") < said.index("| a |")

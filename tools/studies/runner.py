@@ -43,7 +43,7 @@ class Runner:
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._is_stopped = False
         self._lock = Lock()
-        """Held where a process begins, so that none begins once the study is stopped."""
+        """Held where a process begins, so that none begins once the study is stopped, and where something is told once."""
 
     def run_all(self, methods: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
         """Train and test each method with each seed, ``jobs`` runs at a time; one that fails does not end the others."""
@@ -134,8 +134,9 @@ class Runner:
     def _check_metrics(self, name: str, seed: int) -> None:
         """Tell at once which columns the first test has no value for: hours later is too late."""
         found = (self.report(name, seed) or {}).get("metrics", {})
-        missing = [metric for metric in self.study.metrics if metric not in found and metric not in self._told]
-        self._told.update(self.study.metrics)
+        with self._lock:
+            missing = [metric for metric in self.study.metrics if metric not in found and metric not in self._told]
+            self._told.update(self.study.metrics)
         for metric in missing:
             print(f"metrics: the test of {name} has no {metric}; it has {', '.join(sorted(found))}.", flush=True)
 
