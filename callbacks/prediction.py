@@ -32,6 +32,7 @@ class PredictionWriter(Callback):
 
     def __init__(self) -> None:
         self._file: IO[str] | None = None
+        self._weights: set[str] = set()  # of the responses that are in the file
 
     def setup(self, trainer: Trainer, pl_module: DistillationModule, stage: str) -> None:
         """Lock the file, and read which items are done, before any weights load."""
@@ -52,29 +53,27 @@ class PredictionWriter(Callback):
         if path.exists():
             with arguments_of(pl_module.prediction):
                 records = _read(path)
-            other = {record["model"] for record in records} - {pl_module.prediction.model}
-            if other:
-                raise ArgumentError(
-                    pl_module.prediction,
-                    f"path: {path} contains responses of the {other.pop()}, but model is {pl_module.prediction.model}. "
-                    "Give another path, or remove the file.",
-                )
-            now = pl_module.prediction.sampling_settings()
-            if otherwise := [record["decoding"] for record in records if record["decoding"] not in (None, now)]:
-                changed = [name for name in now if otherwise[0].get(name) != now[name]]
-                raise ArgumentError(
-                    pl_module.prediction,
-                    f"path: {path} contains responses with {_listed(otherwise[0], changed)}, but now "
-                    f"{_listed(now, changed)} is set. Give another path, or the same settings.",
-                )
-            pl_module.predicted_ids = frozenset(record["id"] for record in records)
-            if pl_module.predicted_ids:
+            _check_same_model(path, records, pl_module)
+            self._weights = {record["weights"] for record in records} - {None}
+            pl_module.predicted = {record["id"]: record["prompt"] for record in records}
+            if pl_module.predicted:
                 rank_zero_info(
-                    f"{path}: {len(pl_module.predicted_ids)} items are already done and are not generated again."
+                    f"{path}: {len(pl_module.predicted)} items are already done and are not generated again."
                 )
         trainer.strategy.barrier("predictions")  # all ranks have read and checked the file
         if trainer.is_global_zero:
             _drop_incomplete_line(path)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Refuse a file with responses of other weights, now that it is known which the Trainer has loaded."""
+        if self._weights - {pl_module.weights_of_prediction()}:
+            given = pl_module.prediction
+            from_checkpoint = " and ckpt_path" if given.model == "student" else ""
+            raise ArgumentError(
+                given,
+                f"path: {given.path} contains responses of another {given.model}: its weights are not those of "
+                f"model.{given.model}.path{from_checkpoint}. Give another path, or remove the file.",
+            )
 
     def on_predict_batch_end(
         self,
@@ -113,6 +112,26 @@ class PredictionWriter(Callback):
         self.teardown(trainer, pl_module, "")
 
 
+def _check_same_model(path: Path, records: Sequence[dict[str, Any]], module: DistillationModule) -> None:
+    """Refuse to go on with what the other model has written, or the same with other settings."""
+    given = module.prediction
+    other = {record["model"] for record in records} - {given.model}
+    if other:
+        raise ArgumentError(
+            given,
+            f"path: {path} contains responses of the {other.pop()}, but model is {given.model}. "
+            "Give another path, or remove the file.",
+        )
+    now = given.sampling_settings()
+    if otherwise := [record["decoding"] for record in records if record["decoding"] not in (None, now)]:
+        changed = [name for name in now if otherwise[0].get(name) != now[name]]
+        raise ArgumentError(
+            given,
+            f"path: {path} contains responses with {_listed(otherwise[0], changed)}, but now "
+            f"{_listed(now, changed)} is set. Give another path, or the same settings.",
+        )
+
+
 def _listed(settings: dict[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {settings.get(name)}" for name in names)
 
@@ -126,7 +145,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
                     break
                 record = json.loads(line)
                 model = record["model"] if "model" in record else record["speaker"]  # the key until version 0.1
-                known = {"id": record["id"], "model": model, "decoding": record.get("decoding")}
+                known = {"id": record["id"], "model": model}
+                known |= {key: record.get(key) for key in ("decoding", "prompt", "weights")}
                 if line.endswith(b"\n"):
                     records.append(known)
     except (ValueError, KeyError, TypeError) as error:  # not JSON in UTF-8, or other records

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import islice, repeat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import lightning as L
@@ -28,6 +29,7 @@ from lit_distill.generation import Engine, Generator, Prediction, SamplingParams
 from lit_distill.generation.decoder import Decoder, ProgressHook
 from lit_distill.losses import ObjectiveEvaluator, global_counts
 from lit_distill.models import CausalLM, ModelSpec, load_tokenizer, stop_token_ids, validate_specs
+from lit_distill.models.identity import weights_digest
 from lit_distill.models.precision import avoid_cudnn_attention, keep_freed_memory
 from lit_distill.models.roles import device_and_precision, resolve_dtype, warn_of_emulation
 from lit_distill.models.routers import note_on_routers
@@ -150,7 +152,9 @@ class DistillationModule(L.LightningModule):
         self.guard = NonFiniteGradientGuard(on_nonfinite)
         self.hooks = CallbackHooks()
         self.decoding_progress: ProgressHook | None = None  # for progress bars, see `Decoder`
-        self.predicted_ids: frozenset[str] = frozenset()  # ids that an earlier, interrupted `predict` has written
+        self.predicted: Mapping[
+            str, str | None
+        ] = {}  # prompts by id that an earlier, interrupted `predict` has written
         self.teacher: LoadedTeacher | None = None
         self.reference: LoadedTeacher | None = None
         self.unfinished: UnfinishedPhase | None = None
@@ -472,10 +476,13 @@ class DistillationModule(L.LightningModule):
     ) -> Responses:
         """Generate with student or teacher; each response depends on ``seed`` and the id of its item alone."""
         if model not in self.generators:
-            raise ArgumentError(
-                self, f"prediction.model: the run has no {model} that can generate. Set model.teacher.path."
-            )
+            raise self._cannot_generate(model)
         return self.generators[model].generate(prompts, ids, sampling, seed)
+
+    def _cannot_generate(self, model: str) -> ArgumentError:
+        return ArgumentError(
+            self, f"prediction.model: the run has no {model} that can generate. Set model.teacher.path."
+        )
 
     def response_texts(self, responses: Responses) -> list[str]:
         """The responses as strings, without special tokens."""
@@ -485,13 +492,40 @@ class DistillationModule(L.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One record per item, except those that an earlier run has written; see `prediction_records`."""
         assert batch.prompts is not None
-        if not max_over_ranks(self, not self.predicted_ids.issuperset(batch.ids)):
+        self._check_predicted(batch)
+        if not max_over_ranks(self, not self.predicted.keys() >= set(batch.ids)):
             return []
         settings = self.prediction
         responses = self.generate(batch.prompts, batch.ids, settings, settings.seed, settings.model)
         texts = self.response_texts(responses)
-        records = prediction_records(batch, responses, texts, self.stop_ids, settings, self.tokenizer)
-        return [record for record in records if record["id"] not in self.predicted_ids]
+        records = prediction_records(
+            batch, responses, texts, self.stop_ids, settings, self.tokenizer, self._prediction_weights
+        )
+        return [record for record in records if record["id"] not in self.predicted]
+
+    def _check_predicted(self, batch: Batch) -> None:
+        """Refuse to go on with a file that has answers to other prompts."""
+        prompts = zip(batch.ids, batch.prompt_texts, strict=True)
+        changed = [item for item, prompt in prompts if self.predicted.get(item) not in (None, prompt)]
+        if max_over_ranks(self, len(changed)):
+            raise ArgumentError(
+                self.prediction,
+                f"path: {self.prediction.path} has answers to other prompts, such as of {', '.join(changed[:1]) or 'an item'}: "
+                "the data or data.init_args.template have changed. Give another path, or remove the file.",
+            )
+
+    def weights_of_prediction(self) -> str:
+        """A digest of the weights that `predict` generates with: of the model, or of the checkpoint that replaces them."""
+        name = self.prediction.model
+        checkpoint = self.trainer.ckpt_path if name == "student" else None
+        if name not in self.model_specs:
+            raise self._cannot_generate(name)
+        with arguments_of(self):
+            return weights_digest(self.model_specs[name], name, Path(checkpoint) if checkpoint else None)
+
+    def on_predict_start(self) -> None:
+        """Know the model before its first record."""
+        self._prediction_weights = self.weights_of_prediction()
 
     def teardown(self, stage: str) -> None:
         """Close what the teacher holds open."""

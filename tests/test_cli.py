@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,33 @@ def test_what_one_model_said_is_not_continued_by_the_other(pair, tmp_path) -> No
     predict(config, "--model.prediction.model", "teacher")
     with pytest.raises(ValueError, match=r"model\.prediction\.path: .* contains responses of the teacher"):
         predict(config, "--model.prediction.model", "student")
+
+
+def test_what_other_weights_said_or_to_other_prompts_is_not_continued(pair, tmp_path) -> None:
+    config = write(tiny_config(pair), tmp_path / "tiny.yaml")
+    run(
+        "fit",
+        "--config",
+        config,
+        "--trainer.max_steps",
+        1,
+        "--trainer.limit_val_batches",
+        0,
+        "--checkpoint.monitor",
+        "null",
+    )
+    first = predict(config)
+    moved = shutil.copytree(pair[0], tmp_path / "moved")
+    assert predict(config, "--model.student.path", moved) == first  # the same weights
+    other = r"model\.prediction\.path: predictions.jsonl contains responses of another student: .*\.path and ckpt_path"
+    with pytest.raises(ValueError, match=other):
+        predict(config, "--model.student.path", pair[1])
+    with pytest.raises(ValueError, match=other):
+        predict(config, "--ckpt_path", "last")
+    prompts = r"model\.prediction\.path: predictions.jsonl has answers to other prompts, such as of .*data\.init_args\.template"
+    with pytest.raises(ValueError, match=prompts):
+        predict(config, "--data.init_args.task_seed", 5)
+    assert predict(config) == first
 
 
 def test_greedy_and_sampled_responses_are_not_mixed_in_one_file(pair, tmp_path) -> None:

@@ -39,7 +39,7 @@ def metric_names(objectives: Mapping[str, Objective], teacher: Teacher | None) -
     """The names of `TokenMetrics.metrics`, available before any weights are loaded."""
     quality = AgreementTerms if compares(teacher) else PerplexityTerms
     trained = measurable(objectives, teacher is not None)
-    names = [name for name in (*quality.metric_names, *trained) if not name.endswith("nll")]
+    names = dict.fromkeys([*trained, *(name for name in quality.metric_names if not name.endswith("nll"))])
     compared = ["teacher_perplexity"] if compares(teacher) else []
     return [*names, "perplexity", *compared, *(["loss"] if trained else [])]
 
@@ -71,7 +71,7 @@ class TokenMetrics(nn.Module):
         quality = AgreementTerms() if self.compared else PerplexityTerms()
         evaluated: dict[str, Objective] = {QUALITY: quality, **self.trained}
         self.evaluator = ObjectiveEvaluator(evaluated, student, teacher, "model.objectives", chunk_rows, reference)
-        self.means = TermMeanMetric((*quality.metric_names, *self.trained))
+        self.means = TermMeanMetric((*quality.metric_names, *map(_of_objective, self.trained)))
 
     def attach(self, name: str, objective: Objective) -> None:
         """Evaluate ``objective`` on the same rows too, so that no model runs twice; its term does not change any metric.
@@ -87,26 +87,35 @@ class TokenMetrics(nn.Module):
         for text in texts:
             _, terms = self.evaluator(text, dict.fromkeys(self.evaluator.objectives, 1.0))
             quality = terms[QUALITY]
-            totals = {**quality.metrics, **{name: terms[name].total for name in self.trained}}
-            counts = {name: terms[name].count if name in self.trained else quality.count for name in totals}
+            trained = {_of_objective(name): terms[name] for name in self.trained}
+            totals = {**quality.metrics, **{name: term.total for name, term in trained.items()}}
+            counts = {name: trained[name].count if name in trained else quality.count for name in totals}
             self.means.update(totals, counts)
 
     def metrics(self) -> dict[str, Tensor]:
-        """The metrics by name, ``[]`` each; empty if there were no tokens. NaN and infinity are not replaced."""
+        """The metrics by name, ``[]`` each; empty if there were no tokens. NaN and infinity are not replaced.
+
+        A metric of the models goes before an objective of the same name: ``forward_kl`` is never that of another temperature.
+        """
         if not self.means.update_called:  # equal on all ranks: the data have no responses
             return {}
         means = dict(self.means.compute())  # a copy: torchmetrics keeps the original
         if not means.pop("count"):
             return {}
-        metrics = {name: mean for name, mean in means.items() if not name.endswith("nll")}
+        trained = {name: means.pop(_of_objective(name)) for name in self.trained}
+        metrics = {**trained, **{name: mean for name, mean in means.items() if not name.endswith("nll")}}
         metrics["perplexity"] = means["nll"].exp()
         if "teacher_nll" in means:
             metrics["teacher_perplexity"] = means["teacher_nll"].exp()
         if self.trained:
-            losses = [objective.weight * means[name] for name, objective in self.trained.items()]
+            losses = [objective.weight * trained[name] for name, objective in self.trained.items()]
             metrics["loss"] = torch.stack(losses).sum()
         return metrics
 
     def reset(self) -> None:
         """Reset the metrics."""
         self.means.reset()
+
+
+def _of_objective(name: str) -> str:
+    return f".{name}"

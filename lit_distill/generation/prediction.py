@@ -23,9 +23,9 @@ class Prediction(SamplingParams):
     model: Literal["student", "teacher"] = "student"
     """The model that generates."""
     path: str = "predictions.jsonl"
-    """JSONL file with id, model, prompt (as given to the model), response, finished (whether it ended with a stop token), decoding
-    (sampling parameters), references, and the tokenizer settings to get the same ids again. If the file exists, records are
-    appended."""
+    """JSONL file with id, model, weights (a digest of them), prompt (as given to the model), response, finished (whether it ended
+    with a stop token), decoding (sampling parameters), references, and the tokenizer settings to get the same ids again. If the
+    file exists, records are appended."""
     logprobs: bool = False
     """Also write the tokens and their log-probabilities (at the temperature, or 1 if greedy; before truncation)."""
     seed: int = 0
@@ -52,8 +52,9 @@ def prediction_records(
     stop_ids: Sequence[int],
     settings: Prediction,
     tokenizer: PreTrainedTokenizerBase,
+    weights: str,
 ) -> list[dict[str, Any]]:
-    """One record per item: id, model, prompt, response, finished, decoding, references; tokens and log-probabilities on request.
+    """One record per item: id, model, weights, prompt, response, finished, decoding, references; on request tokens and logprobs.
 
     ``add_special_tokens`` (whether the tokenizer put BOS before the prompt) and ``stop_token`` (which token ended the response)
     are stored so that training on the records uses the same ids.
@@ -65,6 +66,7 @@ def prediction_records(
         stop_ids: the tokens that end a response.
         settings: which model generated, and whether to add tokens and log-probabilities.
         tokenizer: of the prompts and responses.
+        weights: a digest of the model's weights.
     """
     assert batch.prompts is not None
     prompt_rows = zip(batch.prompts.input_ids.tolist(), batch.prompts.attention_mask.tolist(), strict=True)
@@ -74,6 +76,7 @@ def prediction_records(
         {
             "id": item,
             "model": settings.model,
+            "weights": weights,
             "prompt": prompt,
             "add_special_tokens": adds_special_tokens(tokenizer, prompt, prompt_ids),
             "response": text,

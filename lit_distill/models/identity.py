@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,22 @@ def identity_of(spec: ModelSpec, key: str) -> dict[str, Any]:
     return {"path": spec.path, "revision": spec.revision, "layers": layers, "content": content}
 
 
+def weights_digest(spec: ModelSpec, key: str, checkpoint: Path | None = None) -> str:
+    """32 hexadecimal digits that identify the weights of ``spec``, or those that a checkpoint puts in their place.
+
+    Args:
+        spec: the model.
+        key: its YAML key, for messages.
+        checkpoint: a file, or the folder of a sharded checkpoint, whose weights replace those of the model.
+    """
+    one = identity_of(spec, key)
+    parts = [one["layers"], one["content"] or [one["path"], one["revision"]]]
+    if checkpoint is not None:
+        files = sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]
+        parts.append(_digest(file for file in files if file.is_file()))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
 def is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two identities are the same model: by the weights if both have a digest of them, else by path and revision."""
     if one["layers"] != other["layers"]:
@@ -40,8 +58,12 @@ def is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 @lru_cache(maxsize=8)
 def _content(folder: str, gguf_file: str | None) -> str | None:
-    """Digest of the weight files: of their sizes and of samples spread evenly over each."""
     files = [Path(folder) / gguf_file] if gguf_file else sorted(Path(folder).glob("*.safetensors"))
+    return _digest(files) if files else None
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Digest of files: of their sizes and of samples spread evenly over each."""
     code = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -50,4 +72,4 @@ def _content(folder: str, gguf_file: str | None) -> str | None:
             for index in range(SAMPLES):
                 opened.seek(max(0, (size - SAMPLE) * index // (SAMPLES - 1)))
                 code.update(opened.read(SAMPLE))
-    return code.hexdigest()[:32] if files else None
+    return code.hexdigest()[:32]

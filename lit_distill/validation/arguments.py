@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from torch import nn
+
+METRICS = (
+    r"loss|learning_rate|skipped_steps|step|epoch|(teacher_)?perplexity|top1_agreement|rouge_l|exact_match|answer_accuracy|response_length"
+    r"|unfinished|((distinct|repetition|pass_at|mean_at|ex_acc_err)_\d+)|sampled_length|sampled_unfinished|top_k_overlap|on_policy_\w+"
+    r"|accuracy|(adaptive_)?ece|brier|mass|judge_\w+|\w*nll"
+)
+"""What the package itself logs under ``train/`` and ``val/``. An objective may be called ``forward_kl`` or ``reverse_kl``."""
 
 
 def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> None:
@@ -24,4 +32,10 @@ def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> 
             raise ValueError(
                 f"{key}: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and not the name "
                 "of a method of dictionaries, such as `keys`."
+            )
+        if re.fullmatch(METRICS, name):
+            key = "objectives" if name in names else "corpus_objectives"
+            raise ValueError(
+                f"{key}: {name!r} is the name of a metric, which would be mixed up with the objective's value. Give it another "
+                "name, such as `kd`."
             )

@@ -166,6 +166,10 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         r"ReduceLROnPlateau",
     ),
     "a name with a dot": ({"model.objectives": {"a.b": "NextToken"}}, r"model\.objectives: 'a\.b' cannot be a name"),
+    "a name of a metric": (
+        {"model.objectives": {"rouge_l": "NextToken"}},
+        r"model\.objectives: 'rouge_l' is the name of a metric",
+    ),
     "a name of a dictionary": (
         {"model.objectives": {"keys": "NextToken"}},
         r"model\.objectives: 'keys' cannot be a name",

@@ -82,7 +82,7 @@ def test_what_predict_wrote_is_read_as_the_same_ids(
     ids = torch.tensor([[*red, end]] * 2 + [red + red[:1]])  # the last one was cut off
     responses = Responses(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(ids.shape))
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
-    records = prediction_records(batch, responses, texts, (tokenizer.eos_token_id, end), Prediction(), tokenizer)
+    records = prediction_records(batch, responses, texts, (tokenizer.eos_token_id, end), Prediction(), tokenizer, "0")
     assert [record["finished"] for record in records] == [True, True, False]
     answered = rows_of(
         write_jsonl(records, "answers.jsonl"),

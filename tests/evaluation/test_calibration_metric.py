@@ -11,7 +11,7 @@ from tiny import ragged_text
 
 from lit_distill.evaluation.calibration import CalibrationMetric, PairConfidence, StudentConfidence, collect
 from lit_distill.evaluation.token_metrics import TokenMetrics
-from lit_distill.objectives import NextToken
+from lit_distill.objectives import ForwardKL, NextToken
 
 
 def shares(count: int, parts: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[slice]]:
@@ -102,6 +102,20 @@ def test_no_body_runs_twice(student, text) -> None:
     with torch.no_grad():
         token_metrics.update([text])
     assert len(calls) == 1
+
+
+def test_an_objective_that_is_called_as_a_metric_changes_neither_it_nor_the_loss(student, teacher, text) -> None:
+    found = {}
+    for name in ("kd", "forward_kl"):
+        objectives = {name: ForwardKL(weight=2.0, temperature=3.0)}
+        token_metrics = TokenMetrics(objectives, student, teacher)
+        with torch.no_grad():
+            token_metrics.update([text])
+        found[name] = token_metrics.metrics()
+    apart = found["kd"].pop("kd")
+    assert found["forward_kl"] == found["kd"]
+    assert found["kd"]["loss"] == 2 * apart
+    assert float(apart) != pytest.approx(float(found["kd"]["forward_kl"]), rel=0.01)
 
 
 def test_an_objective_may_be_called_as_the_quality_of_the_text_is(student, text) -> None:

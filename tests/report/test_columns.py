@@ -8,9 +8,17 @@ import pytest
 from reports import report_of
 
 from lit_distill.report.columns import columns_of, split_model
-from lit_distill.report.metrics import metric_of, number
+from lit_distill.report.metrics import KNOWN, metric_of, number
 from lit_distill.report.page import render_page, text_card
 from lit_distill.report.table import rows_of
+from lit_distill.validation.arguments import check_names
+
+
+@pytest.mark.parametrize("base", [name for name in KNOWN if name not in ("forward_kl", "reverse_kl", "reward")])
+def test_no_objective_is_called_as_a_metric(base) -> None:
+    name = f"{base}_4" if "{}" in KNOWN[base].label else base
+    with pytest.raises(ValueError, match=f"^objectives: '{name}' is the name of a metric"):
+        check_names([name], [])
 
 
 def test_seeds_of_one_configuration_are_a_column_with_mean_and_deviation() -> None:
