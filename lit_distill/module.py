@@ -160,6 +160,7 @@ class DistillationModule(L.LightningModule):
         self.unfinished: UnfinishedPhase | None = None
         self.optimizer_since = 0  # optimiser steps done before this optimiser was created
         self._loaded_steps = 0
+        self._empty: set[str] = set()  # objectives of which it was said that they counted nothing
         frozen = self.teacher_config, self.frozen_configs.get("reference")
         check_signals(self.source, objectives, corpus_objectives or {}, *frozen, targets)
         if reference is not None and not uses_reference(self.source, self.all_objectives.values()):
@@ -412,8 +413,20 @@ class DistillationModule(L.LightningModule):
             absent = [f"train/{name}" for name in terms if "/" in name and bool(means[name].isnan())]
             metrics = {name: value for name, value in metrics.items() if name not in absent}
             self.guard.check(self.trainer, metrics["train/loss"])
+            self._warn_of_nothing(counts)
         self.log_step_metrics(metrics, write=due and every > 0)
         self.hooks.call_after_step(self, {**means, "loss": metrics["train/loss"]})
+
+    def _warn_of_nothing(self, counts: Mapping[str, Tensor]) -> None:
+        """Say once which objectives have counted no item of a step, and so have taught nothing there."""
+        for name in counts.keys() - self._empty:
+            if not counts[name]:
+                self._empty.add(name)
+                key = "objectives" if name in self.objectives else "corpus_objectives"
+                rank_zero_warn(
+                    f"model.{key}.{name}: it counted no item in step {self.global_step}, so it taught nothing there. If that is "
+                    "not meant, look at what it leaves out."
+                )
 
     def log_step_metrics(self, metrics: Mapping[str, Tensor], write: bool = True) -> None:
         """Log training metrics for callbacks and, if ``write``, to the loggers at this optimiser step; equal on all ranks.

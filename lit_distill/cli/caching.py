@@ -115,6 +115,7 @@ class CacheRun(L.LightningModule):
         if teacher is None:
             raise ValueError("teacher: there is none to cache. Set model.teacher.path.")
         _check_teacher(teacher)
+        _check_known(teacher, options)
         if options.form == "hidden" and not isinstance(_behind_prompts(teacher), LocalTeacher):
             raise ArgumentError(
                 self,
@@ -306,6 +307,25 @@ def _check_teacher(teacher: Teacher) -> None:
         reason = "tail: renormalize leaves out" if teacher.accuracy == "truncated" else "a cache of form sampled lacks"
         raise ValueError(
             f"teacher: {reason} most tokens, so it cannot be cached. Set tail: spread, or model.teacher.path."
+        )
+
+
+def _check_known(teacher: Teacher, options: CacheOptions) -> None:
+    """Refuse to store more of a teacher than it knows.
+
+    Raises:
+        ValueError: with the argument.
+    """
+    known = teacher.known_tokens
+    if known is None:
+        return
+    if options.form == "sampled":
+        raise ValueError(
+            f"form: sampled draws from all tokens, but the teacher knows the probabilities of {known} of them. Choose form: topk."
+        )
+    if options.form == "topk" and options.top_k > known:
+        raise ValueError(
+            f"top_k: {options.top_k}, but the teacher knows the probabilities of {known} tokens. Give {known} or fewer."
         )
 
 

@@ -64,6 +64,11 @@ class Objective(nn.Module):
         return frozenset(inspect.signature(self.forward).parameters)
 
     @property
+    def teacher_tokens(self) -> int:
+        """How many of the teacher's most probable tokens have to be known by their probability; 0 if any number will do."""
+        return 0
+
+    @property
     def accepts_teacher(self) -> frozenset[Accuracy]:
         """How exact the teacher's logits have to be.
 

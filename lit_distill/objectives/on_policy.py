@@ -40,6 +40,11 @@ class _TopK(Divergence):
         self.support = support
         self.check_settings()
 
+    @property
+    def teacher_tokens(self) -> int:
+        """The support, if it is the teacher's."""
+        return self.top_k if self.support == "teacher" else 0
+
     def _term(self, divergence: Callable[..., Tensor], student_logits: Tensor, teacher_logits: Tensor) -> LossTerm:
         size = min(self.top_k, student_logits.shape[-1])
         given = (student_logits, teacher_logits, size, self.support, self.temperature)

@@ -138,6 +138,11 @@ def check_teacher(source: Source, teacher: Teacher, objectives: Mapping[str, Map
                 )
             if objective.needs & TEACHER_SIGNALS and teacher.accuracy not in objective.accepts_teacher:
                 raise ValueError(f"{key}.{name}: {type(objective).__name__} {REFUSALS[teacher.accuracy]}")
+            if teacher.known_tokens is not None and objective.teacher_tokens > teacher.known_tokens:
+                raise ValueError(
+                    f"{key}.{name}: {type(objective).__name__} takes the teacher's {objective.teacher_tokens} most probable "
+                    f"tokens, but {kind} knows {teacher.known_tokens}. Set its top_k to that or less."
+                )
 
 
 def check_reference(source: Source, reference: Teacher) -> None:

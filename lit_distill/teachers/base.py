@@ -166,6 +166,12 @@ class Teacher(ABC):
         return self.answers_all and self.accuracy in ("exact", "spread")
 
     @property
+    def known_tokens(self) -> int | None:
+        """Number of tokens of each target whose probability it knows: its most probable ones; None: all."""
+        known = [number for part in self.parts.values() if (number := part.known_tokens) is not None]
+        return min(known, default=None)
+
+    @property
     def parts(self) -> Mapping[str, Teacher]:
         """The teachers that it consists of, by their key below its own."""
         return {}

@@ -91,6 +91,11 @@ class CachedTeacher(Teacher):
         return "spread" if self.tail == "spread" else "truncated"
 
     @property
+    def known_tokens(self) -> int | None:
+        """Those that were stored."""
+        return self.settings.top_k if self.settings.form == "topk" else None
+
+    @property
     def fields(self) -> frozenset[str]:
         """Those that the teacher saw when it was written; with others, a text is not found."""
         return frozenset(self.settings.fields)

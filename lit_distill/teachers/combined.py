@@ -231,6 +231,12 @@ class MixedTeachers(_Combined):
         self.weights = weights
 
     @property
+    def known_tokens(self) -> int | None:
+        """All, if one of them knows all."""
+        known = [number for teacher in self.teachers.values() if (number := teacher.known_tokens) is not None]
+        return min(known) if len(known) == len(self.teachers) else None
+
+    @property
     def accuracy(self) -> Accuracy:  # type: ignore[override]
         """Drawn if one of them is; truncated if all are, since others give every token a probability."""
         worst = self._worst()

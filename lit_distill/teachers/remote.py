@@ -81,6 +81,11 @@ class ServerTeacher(Teacher):
         """That of the tail."""
         return "spread" if self.tail == "spread" else "truncated"
 
+    @property
+    def known_tokens(self) -> int:
+        """Those that are asked for."""
+        return self.top_k
+
     def open(self, opening: Opening, key: str) -> int | None:
         """The student's tokens: the server does not say which it has."""
         self._ids = min(opening.student_rows, max(opening.tokenizer.get_vocab().values()) + 1)

@@ -42,7 +42,7 @@ from lit_distill.files import temporary_path
 from lit_distill.models import LoraSpec, ModelSpec
 from lit_distill.module import DistillationModule
 from lit_distill.objectives import ForwardKL, NextToken
-from lit_distill.teachers import FrozenTeacher, RoutedTeachers, StudentTeacher
+from lit_distill.teachers import FrozenTeacher, RoutedTeachers, ServerTeacher, StudentTeacher
 from lit_distill.teachers.store import SETTINGS, CacheSettings, Shards
 
 
@@ -239,6 +239,24 @@ def refused(module: DistillationModule, folder: Path, match: str, data: Any = No
 def test_a_run_without_a_teacher_is_refused(sharp, tmp_path) -> None:
     module = DistillationModule(ModelSpec(str(sharp[0])), {"ce": NextToken()})
     refused(module, tmp_path / "c", r"^teacher: there is none to cache. Set model.teacher.path")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"form": "topk"}, "^top_k: 64, but the teacher knows the probabilities of 16 tokens. Give 16 or fewer"),
+        (
+            {"form": "sampled"},
+            "^form: sampled draws from all tokens, but the teacher knows the probabilities of 16 of them",
+        ),
+    ],
+)
+def test_more_than_a_server_tells_is_not_stored(sharp, tmp_path, options, words) -> None:
+    served = ServerTeacher("http://localhost:9", top_k=16)
+    teacher = RoutedTeachers({"a": served, "b": ModelSpec(str(sharp[1]))}, default="a", column="which")
+    for one in (served, teacher):
+        module = DistillationModule(ModelSpec(str(sharp[0])), {"kd": ForwardKL()}, one)
+        refused(module, tmp_path / "c", words, **options)
 
 
 @pytest.mark.parametrize("routed", [False, True])

@@ -9,8 +9,10 @@ from logprob_server import LogprobServer
 
 from lit_distill.functional import top_k
 from lit_distill.losses import ObjectiveEvaluator
-from lit_distill.objectives import ForwardKL, ReverseKL
-from lit_distill.teachers import ServerTeacher
+from lit_distill.models import ModelSpec
+from lit_distill.module import DistillationModule
+from lit_distill.objectives import ForwardKL, ReverseKL, TopKReverseKL
+from lit_distill.teachers import MixedTeachers, ServerTeacher
 from lit_distill.teachers.sparse import TopKRows
 
 K = 6
@@ -41,6 +43,21 @@ def opened(server, **settings) -> ServerTeacher:
     made._ids = 41
     made.load(41, None)
     return made
+
+
+def test_an_objective_on_more_tokens_than_the_server_tells_is_refused() -> None:
+    def module(**settings) -> DistillationModule:
+        teacher = ServerTeacher("http://localhost:9", top_k=16)
+        mixed = MixedTeachers({"a": teacher, "b": ModelSpec("b")}, {"a": 0.5, "b": 0.5})
+        kl = {"kl": TopKReverseKL(**settings)}
+        DistillationModule(ModelSpec("none"), kl, mixed)  # the other knows all
+        return DistillationModule(ModelSpec("none"), kl, teacher)
+
+    module(top_k=16)
+    module(top_k=32, support="student")
+    words = "^objectives.kl: TopKReverseKL takes the teacher's 32 most probable tokens, but ServerTeacher knows 16. Set its top_k"
+    with pytest.raises(ValueError, match=words):
+        module(top_k=32)
 
 
 @pytest.mark.parametrize("api", ["vllm", "sglang"])
