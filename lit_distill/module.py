@@ -130,6 +130,8 @@ class DistillationModule(L.LightningModule):
         super().__init__()
         check_sizes(micro_batch_size=micro_batch_size, head_chunk_rows=head_chunk_rows)
         validation.check_names(objectives, corpus_objectives or {})
+        validation.check_constructed(objectives, "objectives")
+        validation.check_constructed(corpus_objectives or {}, "corpus_objectives")
         validate_specs(student, None)
         self.student_spec = student
         given = {"teacher": teacher, "reference": reference}

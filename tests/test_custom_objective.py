@@ -67,3 +67,15 @@ def test_an_objective_that_counts_nothing_is_named_once(pair, tmp_path) -> None:
     ) as said:
         trainer.fit(module, ProceduralData(num_train=48, num_validation=4, num_test=4, batch_size=8))
     assert len([one for one in said if "counted no item" in str(one.message)]) == 1
+
+
+def test_an_objective_that_forgets_its_base_class_is_named() -> None:
+    class Forgets(Objective):
+        def __init__(self) -> None:
+            self.threshold = 0.5
+
+        def forward(self, student_logits, labels) -> LossTerm: ...
+
+    words = r"^objectives\.own: the constructor of Forgets does not call super\(\)\.__init__\(weight\)"
+    with pytest.raises(ValueError, match=words):
+        DistillationModule(ModelSpec("none"), {"own": Forgets()})

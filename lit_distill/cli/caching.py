@@ -115,6 +115,7 @@ class CacheRun(L.LightningModule):
         if teacher is None:
             raise ValueError("teacher: there is none to cache. Set model.teacher.path.")
         _check_teacher(teacher)
+        _check_options(options)
         _check_known(teacher, options)
         if options.form == "hidden" and not isinstance(_behind_prompts(teacher), LocalTeacher):
             raise ArgumentError(
@@ -308,6 +309,21 @@ def _check_teacher(teacher: Teacher) -> None:
         raise ValueError(
             f"teacher: {reason} most tokens, so it cannot be cached. Set tail: spread, or model.teacher.path."
         )
+
+
+def _check_options(options: CacheOptions) -> None:
+    """Refuse an option of another form.
+
+    Raises:
+        ValueError: with the option.
+    """
+    default = CacheOptions()
+    for form, name in (("topk", "top_k"), ("sampled", "num_draws")):
+        given = getattr(options, name)
+        if options.form != form and given != getattr(default, name):
+            raise ValueError(
+                f"{name}: {given} belongs to form {form}, but form is {options.form}. Give form: {form}, or no {name}."
+            )
 
 
 def _check_known(teacher: Teacher, options: CacheOptions) -> None:

@@ -161,8 +161,12 @@ class CompletionsClient:
         answer = f"{self.url}{path} returned {error}"
         if error.status in {401, 403}:
             variable = self._server.key_variable
-            problem = f"the key in {variable} is not accepted" if self._server.key() else f"{variable} is not set"
-            return f"key_variable: {problem}. Set this environment variable to the server's key. {answer}"
+            problem = (
+                f"the key in {variable} is not accepted"
+                if self._server.key()
+                else f"it asks for a key, and {variable} is not set"
+            )
+            return f"url: {problem}. Set this environment variable to the server's key. {answer}"
         if error.status in {404, 405} or error.status < 400:
             return f"url: the address, api ({self.api}) or model ({self.model}) is wrong. {answer}"
         if _TOO_MANY_LOGPROBS.search(error.reason):

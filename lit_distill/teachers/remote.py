@@ -6,7 +6,9 @@ token by token (`logprob_protocols`); a server that scored other tokens, or shif
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -95,11 +97,10 @@ class ServerTeacher(Teacher):
         """Ask the server for its model.
 
         Raises:
-            ValueError: beginning with the argument, if it does not have the model.
-            ConnectionError: if it does not answer.
+            ValueError: beginning with the argument, if it does not answer or does not have the model.
         """
         self._vocabulary_size = vocabulary_size or self._ids
-        with arguments_of(self):
+        with self._named_errors():
             self._client = CompletionsClient(self.url, self.model, top_k=self.top_k, **self._settings)
             found = self._client.describe()
         note = "the rest is spread evenly over the others" if self.tail == "spread" else "the others are left out"
@@ -108,6 +109,15 @@ class ServerTeacher(Teacher):
             "student."
         )
         return self
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Name the argument in the error of a server that cannot be reached too."""
+        try:
+            with arguments_of(self):
+                yield
+        except ConnectionError as error:
+            raise ArgumentError(self, str(error)) from error
 
     def prefetch(self, sequences: Sequences) -> None:
         """Send the requests for the texts of a micro-batch."""
@@ -146,7 +156,7 @@ class ServerTeacher(Teacher):
     ) -> TopKRows:
         """Wait for the answers, and keep the rows of the targets."""
         try:
-            with arguments_of(self):
+            with self._named_errors():
                 scored = [answer.result()[place] for answer, place in answers]
         except BaseException:
             self.close()  # or the interpreter would wait for the other requests

@@ -66,7 +66,7 @@ class InferenceServer:
             raise ValueError(f"timeout: expected a number > 0, got {timeout}.")
         if retries < 0:
             raise ValueError(f"retries: expected 0 or more, got {retries}.")
-        address = _address(url)
+        address = _address(url, key_variable)
         self.url, self.key_variable, self._address = address.geturl(), key_variable, address
         self._timeout, self._retries, self._backoff_seconds = timeout, retries, backoff_seconds
         self.key()
@@ -82,7 +82,7 @@ class InferenceServer:
         key = os.environ.get(self.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ValueError(
-                f"key_variable: the environment variable {self.key_variable} is not a valid key: it contains control or "
+                f"url: the environment variable {self.key_variable} is not a valid key: it contains control or "
                 "non-ASCII characters."
             )
         return key
@@ -177,7 +177,7 @@ class InferenceServer:
             rank_zero_warn(f"{self.url} does not answer ({cause}). Trying up to {self._retries} times more.")
 
 
-def _address(url: str) -> SplitResult:
+def _address(url: str, key_variable: str) -> SplitResult:
     """The parts of an address, without ``/v1``."""
     try:
         address = urlsplit(url.rstrip("/").removesuffix("/v1").rstrip("/"))
@@ -185,7 +185,9 @@ def _address(url: str) -> SplitResult:
     except ValueError:  # of the port, or of brackets
         address, usable = SplitResult("", "", "", "", ""), False
     if "@" in url or "?" in url:
-        raise ValueError("url: contains credentials or a query. Put the key in an environment variable: key_variable.")
+        raise ValueError(
+            f"url: contains credentials or a query. Put the key in the environment variable {key_variable}."
+        )
     if not usable:
         raise ValueError(f"url: expected http://host:port or https://host, got {url!r}.")
     return address

@@ -1,6 +1,6 @@
 """Validation before weights load: command line, module arguments, run settings; then checks on loaded weights and losses."""
 
-from lit_distill.validation.arguments import check_names
+from lit_distill.validation.arguments import check_constructed, check_names
 from lit_distill.validation.callbacks import check_callback_classes
 from lit_distill.validation.command import check_seed, check_trainer_options, check_writable
 from lit_distill.validation.context_length import check_lengths, check_tokens
@@ -12,6 +12,7 @@ from lit_distill.validation.values import check_finite, check_same_model
 
 __all__ = [
     "check_callback_classes",
+    "check_constructed",
     "check_finite",
     "check_fit",
     "check_lengths",

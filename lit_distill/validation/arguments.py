@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -13,6 +13,20 @@ METRICS = (
     r"|accuracy|(adaptive_)?ece|brier|mass|judge_\w+|\w*nll"
 )
 """What the package itself logs under ``train/`` and ``val/``. An objective may be called ``forward_kl`` or ``reverse_kl``."""
+
+
+def check_constructed(objectives: Mapping[str, object], key: str) -> None:
+    """Refuse an objective whose constructor does not call that of its base class.
+
+    Raises:
+        ValueError: with the key.
+    """
+    for name, objective in objectives.items():
+        if "_modules" not in vars(objective) or not hasattr(objective, "weight"):
+            raise ValueError(
+                f"{key}.{name}: the constructor of {type(objective).__name__} does not call super().__init__(weight). Call it "
+                "first."
+            )
 
 
 def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> None:

@@ -259,6 +259,11 @@ def test_more_than_a_server_tells_is_not_stored(sharp, tmp_path, options, words)
         refused(module, tmp_path / "c", words, **options)
 
 
+@pytest.mark.parametrize(("name", "form"), [("top_k", "topk"), ("num_draws", "sampled")])
+def test_an_option_of_another_form_is_refused(sharp, tmp_path, name, form) -> None:
+    refused(live(sharp), tmp_path / "c", f"^{name}: 16 belongs to form {form}, but form is hidden", **{name: 16})
+
+
 @pytest.mark.parametrize("routed", [False, True])
 def test_a_teacher_that_shares_the_students_weights_is_refused(sharp, tmp_path, routed) -> None:
     student = ModelSpec(str(sharp[0]), lora=LoraSpec(r=2))

@@ -414,7 +414,7 @@ def test_a_missing_key_is_named_by_its_variable(client, server) -> None:
     server.key = SECRET
     said = message_of(ValueError, client(key_variable="OTHER_VARIABLE"))
     assert said.startswith(
-        "key_variable: OTHER_VARIABLE is not set. Set this environment variable to the server's key."
+        "url: it asks for a key, and OTHER_VARIABLE is not set. Set this environment variable to the server's key."
     )
 
 
@@ -423,7 +423,7 @@ def test_a_key_that_is_not_accepted_is_not_shown(client, server, monkeypatch) ->
     server.key = "another"
     monkeypatch.setenv(KEY_VARIABLE, SECRET)
     said = message_of(ValueError, client())
-    assert said.startswith(f"key_variable: the key in {KEY_VARIABLE} is not accepted.")
+    assert said.startswith(f"url: the key in {KEY_VARIABLE} is not accepted.")
     assert "Bearer ***" in said
 
 
@@ -444,7 +444,7 @@ def test_the_key_is_not_stored(client, monkeypatch) -> None:
 
 def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(client, monkeypatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, f"{SECRET}\nX-Other: header")
-    with pytest.raises(ValueError, match=f"key_variable: .* {KEY_VARIABLE} is not a valid key") as caught:
+    with pytest.raises(ValueError, match=f"url: .* {KEY_VARIABLE} is not a valid key") as caught:
         client()
     assert SECRET not in str(caught.value)
 

@@ -124,7 +124,10 @@ def test_a_server_teacher_trains_and_resumes_after_it_was_gone(pair, server) -> 
     whole = fit(pair, at(server))
     fit(pair, at(server), "--trainer.max_steps", "2")
     server.faults.down = 10**6
-    with pytest.raises(SystemExit, match=r"did not answer in 2 attempts .* resume the run with --ckpt_path last"):
+    with pytest.raises(
+        SystemExit,
+        match=r"model\.teacher\.init_args\.url: .* did not answer in 2 attempts .* resume the run with --ckpt_path last",
+    ):
         fit(pair, at(server), "--ckpt_path", "last")
     server.faults.down = 0
     rest = fit(pair, at(server), "--ckpt_path", "last")

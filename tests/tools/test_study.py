@@ -255,6 +255,10 @@ def test_a_run_that_fails_does_not_end_the_others(tool, calls, tmp_path, capsys)
             "a.tune: b is no method that is tuned",
         ),
         ({"tune": {"arguments": {}, "metric": "m", "seed": 1}}, "tune.seed: 1 is one of seeds"),
+        (
+            {"methods": {"a": {"arguments": {"seed_everything": 9}}}},
+            "methods.a.arguments: seed_everything is set by the study",
+        ),
         ({"checkpoint": "newest"}, "checkpoint: expected best or last, got 'newest'"),
         (
             {"methods": {"a": {"arguments": {"x": {"path": "{b}"}}}}, "starts": {"c": {}}},

@@ -13,6 +13,8 @@ import yaml
 
 T = TypeVar("T")
 CHECKOUT = Path(__file__).parents[2]
+OWN = {"seed_everything", "run_name", "trainer.default_root_dir"}
+"""Arguments that the study itself gives to each run."""
 
 
 def _check_type(given: Any, kind: Any, expected: str, *keys: str) -> None:
@@ -101,6 +103,15 @@ class Study:
         if missing := [file for file in files if not (CHECKOUT / file).is_file()]:
             raise ValueError(f"configs: there is no file {CHECKOUT / missing[0]}.")
         self._check_tuning()
+        self._check_own_arguments()
+
+    def _check_own_arguments(self) -> None:
+        every = {"arguments": self.arguments, "test.arguments": self.test.arguments}
+        every |= {f"starts.{name}.arguments": method.arguments for name, method in self.starts.items()}
+        every |= {f"methods.{name}.arguments": method.arguments for name, method in self.methods.items()}
+        for key, given in every.items():
+            if own := sorted(OWN & given.keys()):
+                raise ValueError(f"{key}: {own[0]} is set by the study, by its seeds, names and folder. Remove it.")
 
     def _check_tuning(self) -> None:
         if self.tune is None:
