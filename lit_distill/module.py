@@ -154,9 +154,7 @@ class DistillationModule(L.LightningModule):
         self.guard = NonFiniteGradientGuard(on_nonfinite)
         self.hooks = CallbackHooks()
         self.decoding_progress: ProgressHook | None = None  # for progress bars, see `Decoder`
-        self.predicted: Mapping[
-            str, str | None
-        ] = {}  # prompts by id that an earlier, interrupted `predict` has written
+        self.predicted: Mapping[str, str | None] = {}  # prompts by id, of what `predict` has written before
         self.teacher: LoadedTeacher | None = None
         self.reference: LoadedTeacher | None = None
         self.unfinished: UnfinishedPhase | None = None

@@ -37,13 +37,15 @@ def weights_digest(spec: ModelSpec, key: str, checkpoint: Path | None = None) ->
     Args:
         spec: the model.
         key: its YAML key, for messages.
-        checkpoint: a file, or the folder of a sharded checkpoint, whose weights replace those of the model.
+        checkpoint: a file, or the folder of a sharded checkpoint, whose weights replace those of the model; one that is not on
+            this machine is known by its address.
     """
     one = identity_of(spec, key)
     parts = [one["layers"], one["content"] or [one["path"], one["revision"]]]
     if checkpoint is not None:
         files = sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]
-        parts.append(_digest(file for file in files if file.is_file()))
+        found = [file for file in files if file.is_file()]
+        parts.append(_digest(found) if found else str(checkpoint))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
