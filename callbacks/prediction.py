@@ -66,7 +66,7 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Refuse a file with responses of other weights, now that it is known which the Trainer has loaded."""
-        if self._weights - {pl_module.weights_of_prediction()}:
+        if self._weights and self._weights != {pl_module.weights_of_prediction()}:
             given = pl_module.prediction
             from_checkpoint = " and ckpt_path" if given.model == "student" else ""
             raise ArgumentError(

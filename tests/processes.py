@@ -39,9 +39,7 @@ def run_on_ranks(script: Path, ranks: int, *arguments: object, timeout: float = 
         end = time.monotonic() + timeout
         while any(process.is_alive() for process, _ in started) and time.monotonic() < end:
             if any(process.exitcode for process, _ in started):
-                end = min(
-                    end, time.monotonic() + 2
-                )  # the others wait for it, or fail because of it: print what they say
+                end = min(end, time.monotonic() + 2)  # for the others, which fail because of it, to say so
             time.sleep(0.1)
         said = [
             f"rank {rank}: status {process.exitcode}\n{output.read_text()[-4000:]}"

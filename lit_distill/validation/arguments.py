@@ -41,14 +41,13 @@ def check_names(objectives: Iterable[str], corpus_objectives: Iterable[str]) -> 
     if both := sorted(set(names) & set(others)):
         raise ValueError(f"corpus_objectives: {both[0]!r} is also in model.objectives; give it another name.")
     for name in (*names, *others):
+        key = "objectives" if name in names else "corpus_objectives"
         if not name.isidentifier() or hasattr(nn.ModuleDict, name):
-            key = "objectives" if name in names else "corpus_objectives"
             raise ValueError(
                 f"{key}: {name!r} cannot be a name. Use letters, digits and _, such as `kd`, and not the name "
                 "of a method of dictionaries, such as `keys`."
             )
         if re.fullmatch(METRICS, name):
-            key = "objectives" if name in names else "corpus_objectives"
             raise ValueError(
                 f"{key}: {name!r} is the name of a metric, which would be mixed up with the objective's value. Give it another "
                 "name, such as `kd`."
