@@ -31,7 +31,7 @@ from lit_distill.losses import ObjectiveEvaluator, global_counts
 from lit_distill.models import CausalLM, ModelSpec, load_tokenizer, stop_token_ids, validate_specs
 from lit_distill.models.identity import weights_digest
 from lit_distill.models.precision import avoid_cudnn_attention, keep_freed_memory
-from lit_distill.models.roles import device_and_precision, resolve_dtype, warn_of_emulation
+from lit_distill.models.roles import check_graphs, device_and_precision, resolve_dtype, warn_of_emulation
 from lit_distill.models.routers import note_on_routers
 from lit_distill.objectives import LossTerm, Objective, add_terms, term_means
 from lit_distill.optim import NonFiniteGradientGuard, configure_optimizer, learning_rate
@@ -254,6 +254,8 @@ class DistillationModule(L.LightningModule):
         """Reject unsupported Trainer options and data settings, before any weights load."""
         with arguments_of(self):
             validation.check_strategy(self.trainer)
+            device_type, _ = device_and_precision(self)
+            check_graphs(self.model_specs, device_type, sharded=sharding_of(self) is not None)
             if self.targets is not None:
                 self.targets.check(self.tokenizer)
             if stage == "fit":

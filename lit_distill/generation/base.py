@@ -65,6 +65,11 @@ class DecodableModel(ForwardFunction, Protocol):
         ...
 
     @property
+    def cuda_graphs(self) -> bool:
+        """Whether the steps of decoding are captured as CUDA graphs."""
+        ...
+
+    @property
     def tensor_parallel_group(self) -> ProcessGroup | None:
         """The ranks that share each block by tensor parallelism, or None."""
         ...

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from lit_distill.generation.base import DecodableModel
 from lit_distill.generation.cached_decoder import CachedDecoder
-from lit_distill.generation.sampling import SamplingParams, row_uniforms, sample, token_logprobs
+from lit_distill.generation.decoding_batch import DecodingBatch
+from lit_distill.generation.sampling import SamplingParams, row_uniforms
 from lit_distill.types import Prompts, Responses
 
-COMPACT_EVERY = 8
-"""Steps between two checks for finished rows. Each check waits for the device."""
+LOOK_EVERY = {"cpu": 8}
+"""Steps between two looks for finished rows, by device type; the default is 16, since each look waits for the device."""
 
 ProgressHook = Callable[[int, int, int], None]
 """Called with (step, max_new_tokens, number of rows) before every step, and with step = max_new_tokens at the end. It must not
@@ -170,57 +171,42 @@ def _generate(
     Returns:
         Ids and mask ``[B, T]``, and the `CachedDecoder` of each model.
     """
-    if sampling.temperature > 0 and uniforms is None:
-        raise ValueError(
-            "uniforms: temperature > 0 needs one random number per row and step. Pass those of row_uniforms."
-        )
-    device, batch, steps = prompts.input_ids.device, len(prompts), sampling.max_new_tokens
-    ids = torch.zeros(batch, steps, dtype=torch.int64, device=device)
-    mask = torch.zeros(batch, steps, dtype=torch.bool, device=device)
-    active = torch.ones(batch, dtype=torch.bool, device=device)
-    numbers = torch.zeros(batch, steps, device=device) if uniforms is None else uniforms.to(device)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+    groups = [model.tensor_parallel_group for model in models if model.tensor_parallel_group is not None]
+    batch = DecodingBatch(prompts, sampling, stop_ids, uniforms, groups[0] if groups else None)
+    device, steps = batch.ids.device, sampling.max_new_tokens
+    look_every = LOOK_EVERY.get(device.type, 16)
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(model.generation_mode())
         collective = any(model.forward_is_collective for model in models)
-        groups = [model.tensor_parallel_group for model in models if model.tensor_parallel_group is not None]
         mixed = len(models) > 1
         decoders = [
-            CachedDecoder(
-                model, prompts, ids, sampling.temperature, measure_entropy=entropies, keep_hidden=mixed and index > 0
-            )
+            CachedDecoder(model, batch, measure_entropy=entropies, keep_hidden=mixed and index > 0)
             for index, model in enumerate(models)
         ]
         for step in range(steps):
             decoder = decoders[model_indices[step]]
             if on_step is not None:
                 on_step(step, steps, len(decoder.rows))
-            logits = decoder.next_logits(step)
-            rows = decoder.rows
-            tokens, logprobs = sample(logits, numbers[rows, step], sampling)
-            if groups:  # ranks that round a tie differently would continue with different tokens
-                torch.distributed.broadcast(tokens, group=groups[0], group_src=0)
-                logprobs = token_logprobs(logits, tokens)
-            decoder.append(step, logits, logprobs)
-            ids[rows, step] = tokens * active[rows]
-            mask[rows, step] = active[rows]
-            active[rows] &= ~torch.isin(tokens, stops)
-            if step - decoder.last_compaction >= COMPACT_EVERY:
-                decoder.drop_finished(active, step, at_least_one=collective)
-                if _max_over_ranks(active.sum(), collective) == 0:
+            decoder.advance(step)
+            if (step + 1) % look_every == 0:
+                batch.look()
+                if _max_over_ranks(len(batch.remaining), device, collective) == 0:
                     break
-        length = int(mask.sum(dim=-1).max()) if batch else 0
-        longest = _max_over_ranks(torch.tensor(length, device=device), collective)
+            decoder.drop_finished(at_least_one=collective)
+        length = int(batch.mask.sum(dim=-1).max()) if len(prompts) else 0
+        longest = _max_over_ranks(length, device, collective)
         for decoder in decoders:
             decoder.finish(longest)
     if on_step is not None:
         on_step(steps, steps, 0)
-    return ids[:, :length], mask[:, :length], decoders
+    return batch.ids[:, :length], batch.mask[:, :length], decoders
 
 
-def _max_over_ranks(count: Tensor, collective: bool) -> int:
-    """The largest ``[]`` count over all ranks if every forward pass needs all ranks, else the count of this rank."""
-    if collective:
-        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
-    return int(count)
+def _max_over_ranks(count: int, device: torch.device, collective: bool) -> int:
+    """The largest ``count`` of all ranks if every forward pass needs all ranks, else the count of this rank."""
+    if not collective:
+        return count
+    largest = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_distill.models.causal_lm import CausalLM, check_head
+from lit_distill.models.fixed_passes import check_fixed_passes
 from lit_distill.models.fsdp import apply_fsdp, reshard_root
 from lit_distill.models.lora import ADAPTER, LoraSpec, add_lora, fingerprint, restrict_state_dict_to_trainable
 from lit_distill.models.packing import check_packing
@@ -80,6 +81,9 @@ class ModelBuilder:
             restrict_state_dict_to_trainable(lm)
         if device.type != "meta":
             check_head(lm, self.key, device)
+            if self.spec.cuda_graphs:
+                lm.cuda_graphs = True
+                check_fixed_passes(lm, self.key, device)
             if padding_free:
                 check_packing(lm, self.key, device)
             reshard_root(lm)

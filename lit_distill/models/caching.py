@@ -27,7 +27,13 @@ causes a larger error."""
 class ForwardFunction(Protocol):
     """The forward pass of a student or a teacher, see `CausalLM.forward`."""
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states ``[B, S, H]``."""
         ...
 

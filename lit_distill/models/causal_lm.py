@@ -53,6 +53,8 @@ class CausalLM(nn.Module):
         """Result of `lora.fingerprint`, stored before the base weights are sharded; None if they are not."""
         self.caching: Caching | None = None
         """Set by `caching_of` at its first call."""
+        self.cuda_graphs = False
+        """Whether the steps of decoding are captured as CUDA graphs; see `FixedPasses`."""
         self.packs: Packs | None = None
         """How texts are packed for training, set by `check_packing`; None pads them."""
         taken = inspect.signature(model.base_model.forward).parameters
@@ -72,15 +74,16 @@ class CausalLM(nn.Module):
 
         Args:
             input_ids: ``[B, S]``, the tokens that are not in the cache yet.
-            attention_mask: ``[B, C + S]``, over cached and new tokens; padding on either side. None for packed rows.
+            attention_mask: ``[B, C + S]``, over cached and new tokens; padding on either side. None for packed rows. Or
+                ``[B, 1, S, C']``, of the cached tokens that each new one attends to, with ``position_ids``.
             cache: keys and values of the first C tokens, extended in place.
-            position_ids: ``[B, S]``, of packed rows only.
+            position_ids: ``[B, S]``; by default counted from the first token that is not padding.
 
         Returns:
             ``[B, S, H]`` in the body's dtype.
         """
         positions = {} if position_ids is None else {"position_ids": position_ids}
-        if attention_mask is not None and self.takes_positions:
+        if attention_mask is not None and self.takes_positions and position_ids is None:
             # counted from the first real token, so that left padding changes nothing
             counted = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
             positions["position_ids"] = counted[:, -input_ids.shape[1] :]

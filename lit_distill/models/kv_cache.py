@@ -52,13 +52,50 @@ class BufferedLayer(DynamicLayer):
         length = self.get_seq_length()
         self.key_buffer = self._rows(self.key_buffer, length, beam_idx)
         self.value_buffer = self._rows(self.value_buffer, length, beam_idx)
+        self.set_length(length)
+
+    def set_length(self, length: int) -> None:
+        """Take the first ``length`` columns of the buffers as written."""
+        assert self.key_buffer is not None
+        assert self.value_buffer is not None
         self.keys, self.values = self.key_buffer[..., :length, :], self.value_buffer[..., :length, :]
+
+    def clear_tail(self) -> None:
+        """Set the columns that are not written to 0, so that attention may read them under a mask."""
+        for buffer in (self.key_buffer, self.value_buffer):
+            assert buffer is not None
+            buffer[..., self.get_seq_length() :, :] = 0
 
     @staticmethod
     def _rows(buffer: Tensor, length: int, rows: Tensor) -> Tensor:
         kept = buffer.new_empty(len(rows), *buffer.shape[1:])
         torch.index_select(buffer[..., :length, :], 0, rows.to(buffer.device), out=kept[..., :length, :])
         return kept
+
+
+class FixedLayer(DynamicLayer):
+    """The buffers of a `BufferedLayer` for a pass in which no size depends on how much of them is written.
+
+    Args:
+        layer: its buffers are read and written.
+        columns: ``[S]`` where the S new tokens are written.
+        read: how many columns attention reads.
+    """
+
+    def __init__(self, layer: BufferedLayer, columns: Tensor, read: int) -> None:
+        super().__init__()
+        assert layer.key_buffer is not None
+        assert layer.value_buffer is not None
+        self.columns = columns
+        self.keys: Tensor = layer.key_buffer[..., :read, :]
+        self.values: Tensor = layer.value_buffer[..., :read, :]
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write ``[B, heads, S, D]`` at the columns; returns ``[B, heads, read, D]``."""
+        self.keys.index_copy_(-2, self.columns, key_states)
+        self.values.index_copy_(-2, self.columns, value_states)
+        return self.keys, self.values
 
 
 def new_cache(config: PreTrainedConfig, columns: int) -> Cache:

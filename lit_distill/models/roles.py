@@ -14,6 +14,8 @@ from lit_distill.models.quantization import quantization_config
 from lit_distill.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lit_distill.models.causal_lm import CausalLM
 
 INDEPENDENT_FIELDS = (
@@ -68,6 +70,13 @@ def _check_spec(spec: ModelSpec, key: str) -> None:
             raise ValueError(
                 f"{key}.from_scratch: random weights cannot be combined with {key}.{name}. Remove one of the two."
             )
+    if spec.cuda_graphs and key not in ("student", "teacher"):
+        raise ValueError(f"{key}.cuda_graphs: only student and teacher generate. Remove it.")
+    if spec.cuda_graphs and spec.attn_implementation not in (None, "sdpa"):
+        raise ValueError(
+            f"{key}.cuda_graphs: needs sdpa attention, but model.{key}.attn_implementation is {spec.attn_implementation}. Set it to "
+            "sdpa, or remove one of the two."
+        )
     if spec.quantization is not None:
         if spec.gguf_file is not None or spec.path.endswith(".gguf"):
             raise ValueError(
@@ -90,6 +99,27 @@ def _check_shared(student: ModelSpec, teacher: ModelSpec, key: str) -> None:
             raise ValueError(
                 f"{key}.{name}: with shared_with_student the teacher is the student's base, so expected {own!r}, not "
                 f"{given!r}. Set the same value as for model.student, or remove model.{key}.shared_with_student."
+            )
+
+
+def check_graphs(specs: Mapping[str, ModelSpec], device_type: str, sharded: bool) -> None:
+    """Refuse ``cuda_graphs`` on other devices, and of models that are sharded.
+
+    Args:
+        specs: the models of the run, by their YAML key below ``model``.
+        device_type: where they run.
+        sharded: whether the strategy shards them over the ranks.
+
+    Raises:
+        ValueError: naming the key, what was given and what to do.
+    """
+    for key in (key for key, spec in specs.items() if spec.cuda_graphs):
+        if device_type != "cuda":
+            raise ValueError(f"{key}.cuda_graphs: needs a CUDA device, but this run is on {device_type}. Remove it.")
+        if sharded:
+            raise ValueError(
+                f"{key}.cuda_graphs: needs whole models on each device, but trainer.strategy shards them. Set trainer.strategy: "
+                "ddp, or remove it."
             )
 
 

@@ -67,6 +67,9 @@ class ModelSpec:
     """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""
     compile: bool = False
     """Run the decoder through torch.compile."""
+    cuda_graphs: bool = False
+    """Generate with CUDA graphs: all kernels of a step start at once. For student and teacher on a CUDA device, not sharded, with
+    sdpa attention over the whole text."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model. Only for models whose code you have read."""
     gguf_file: str | None = None

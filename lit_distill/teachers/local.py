@@ -73,11 +73,17 @@ class FrozenTeacher:
             self.lm.to(device)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states ``[B, S, H]`` in the teacher's own dtype, not the trainer's precision; see `CausalLM.forward`."""
         self._move_to(input_ids.device)
         with torch.autocast(input_ids.device.type, enabled=False), self._frozen_mode(input_ids.device.type):
-            hidden: Tensor = self.lm(input_ids, attention_mask, cache)
+            hidden: Tensor = self.lm(input_ids, attention_mask, cache, position_ids)
         clear_forward_order(self.lm)
         return hidden
 
@@ -118,6 +124,11 @@ class FrozenTeacher:
     def tensor_parallel_group(self) -> ProcessGroup | None:
         """See `CausalLM`."""
         return self.lm.tensor_parallel_group
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """See `CausalLM`."""
+        return self.lm.cuda_graphs
 
     @property
     def forward_is_collective(self) -> bool:

@@ -37,7 +37,7 @@ def kind(request) -> str:
 @pytest.fixture
 def models(kind, monkeypatch) -> tuple[CausalLM, FrozenTeacher]:
     """A student, and a teacher that is another one; finished rows leave them soon."""
-    monkeypatch.setattr(loop, "COMPACT_EVERY", 2)
+    monkeypatch.setattr(loop, "LOOK_EVERY", {"cpu": 2})
     student, teacher = (CausalLM(tiny(kind, **KINDS[kind])) for _ in range(2))
     with torch.no_grad():
         for parameter in teacher.parameters():

@@ -84,7 +84,7 @@ except ValueError as error:
 prompts = torch.arange(12).view(4, 3) + 1
 share = slice(rank * 2, rank * 2 + 2)  # the rows of rank 1 end earlier
 uniforms = row_uniforms(3, [str(row) for row in range(4)], 24)[share]
-loop.COMPACT_EVERY = 2
+loop.LOOK_EVERY = {"cpu": 2}
 for name, gathers in {"gathered": True, "sharded": False}.items():
     speaker = load(cases["untied"], torch.float32, sharding=Sharding(mesh, **{**settings, "gather_student": gathers}))
     rows = Prompts(prompts[share], torch.ones_like(prompts[share]))

@@ -171,6 +171,8 @@ def counted(models: Mapping[str, CausalLM]) -> Iterator[Counts]:
         stack.enter_context(patch.object(LMHead, "project", own))
         for name, lm in models.items():
             work = counts.models[name]
+            stack.callback(setattr, lm, "cuda_graphs", lm.cuda_graphs)
+            lm.cuda_graphs = False  # a replay runs no Python, so it would not be seen
             handles = [
                 lm.model.base_model.register_forward_pre_hook(_count_tokens(work), with_kwargs=True),
                 lm.model.get_output_embeddings().register_forward_pre_hook(_count_rows(work)),

@@ -65,6 +65,7 @@ def causal_lm(bench: Bench, config: Any, seed: int, dtype: torch.dtype = torch.f
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     lm = CausalLM(model.eval(), config.vocab_size)
     caching_of(lm, bench.machine.device)  # tried once, outside of what is measured
+    lm.cuda_graphs = bench.machine.cuda
     return lm
 
 

@@ -46,8 +46,14 @@ class Rollouts:
                 entropies=False,
             )  # fmt: skip
 
+    def without_graphs(self) -> None:
+        """The same as `student_alone`, each step started from Python."""
+        graphs, self.pair.student.cuda_graphs = self.pair.student.cuda_graphs, False
+        self.student_alone()
+        self.pair.student.cuda_graphs = graphs
+
     def student_alone(self) -> None:
-        """The project's decoder, with the student alone."""
+        """The project's decoder, with the student alone; on CUDA by CUDA graphs."""
         with self.bench.machine.autocast(self.bench.precision):
             generate(self.pair.student, self.prompts, self.sampling, (), self.uniforms)
 
@@ -107,7 +113,7 @@ def cuda_rollouts(bench: Bench) -> Iterator[Result]:
     rows, columns, new_tokens = (4, 8, 16) if bench.quick else (64, 64, 256)
     pair = pair_of(bench)
     ways = Rollouts(bench, pair, random_prompts(bench, pair.vocabulary_size, rows, columns), new_tokens)
-    notes = {way: ways.work(way) for way in ("student_alone", "transformers", "mixed")}
+    notes = {way: ways.work(way) for way in ("student_alone", "without_graphs", "transformers", "mixed")}
     size = f"{rows} x {new_tokens} tokens"
     timed = {way: bench.clock(getattr(ways, way)) for way in notes}
     seconds = alternate(timed, bench.repeats, warm_up=False)
@@ -116,6 +122,7 @@ def cuda_rollouts(bench: Bench) -> Iterator[Result]:
         f"student alone, {size}, against transformers' generate", alone, seconds["transformers"], at_least(6),
         f"ours: {notes['student_alone']}. peer: {notes['transformers']}",
     )  # fmt: skip
+    yield compared(f"student alone, {size}, against itself without CUDA graphs", alone, seconds["without_graphs"])
     reading = new_tokens * _seconds_to_read(bench, pair)
     yield compared(
         f"student alone, {size}, against reading its weights once a token", alone, [reading] * len(alone), at_most(3)
