@@ -74,8 +74,8 @@ def _check_spec(spec: ModelSpec, key: str) -> None:
         raise ValueError(f"{key}.cuda_graphs: only student and teacher generate. Remove it.")
     if spec.cuda_graphs and spec.attn_implementation not in (None, "sdpa"):
         raise ValueError(
-            f"{key}.cuda_graphs: needs sdpa attention, but model.{key}.attn_implementation is {spec.attn_implementation}. Set it to "
-            "sdpa, or remove one of the two."
+            f"{key}.cuda_graphs: needs sdpa attention, but model.{key}.attn_implementation is {spec.attn_implementation}. Set it "
+            "to sdpa, or remove one of the two."
         )
     if spec.quantization is not None:
         if spec.gguf_file is not None or spec.path.endswith(".gguf"):
