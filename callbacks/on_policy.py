@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_distill.callbacks.prompt_evaluator import PromptEvaluator, Stage, generate_for_prompts
@@ -83,7 +83,7 @@ class OnPolicyEvaluator(PromptEvaluator):
         self._tokens = TermMeanMetric(OnPolicyTerms.metric_names)
         self._evaluator: ObjectiveEvaluator | None = None
         self._runaway = RunawayDetector()
-        self._told = False
+        self._told = self._told_of_teacher = False
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
         """Names of the metrics that a validation logs, if prompts have references; does not need the weights."""
@@ -101,6 +101,12 @@ class OnPolicyEvaluator(PromptEvaluator):
             terms = {TERMS: OnPolicyTerms(self.overlap_top_k)}
             models = pl_module.student, pl_module.teacher
             self._evaluator = ObjectiveEvaluator(terms, *models, "on_policy", pl_module.head_chunk_rows)
+        elif pl_module.teacher_config is not None and not self._told_of_teacher:
+            self._told_of_teacher = True
+            rank_zero_info(
+                f"on_policy: {', '.join(self._tokens.names)} are left out, since the teacher does not answer for all tokens of "
+                "generated texts."
+            )
 
     def on_batch(self, trainer: Trainer, pl_module: DistillationModule, batch: Batch) -> None:
         """Sample responses to every prompt, score them, and evaluate both models on them."""

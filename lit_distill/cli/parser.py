@@ -61,6 +61,9 @@ _MODEL = re.compile(
     r"(?:Expected a dot import path string|Unexpected import path format): (?P<path>\S*[/~\\]\S*)$",
     re.DOTALL | re.MULTILINE,
 )
+_DISABLED = re.compile(
+    r"Subclasses are disabled for ModelSpec, thus '(?P<name>[\w.]+)' is not accepted as class_path\..*"
+)
 _CLASS = re.compile(r"Expected a dot import path string: (?P<name>\w+)")
 
 
@@ -174,6 +177,7 @@ def readable(message: str, keys: Iterable[str] = ()) -> str:
     """
     text = "\n".join(line for line in message.splitlines() if not _NOISE.fullmatch(line))
     text = _CALLABLE.sub("", text)
+    text = _DISABLED.sub(r"Expected a local model, such as {path: ...}, got the class \g<name>.", text)
     if found := _INIT_ARGUMENT.search(text) or _CALLABLE_ARGUMENT.search(text):
         module, _, name = found["owner"].rpartition(".")
         accepted = list(inspect.signature(getattr(import_module(module), name)).parameters)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_distill.evaluation.quality import AgreementTerms, PerplexityTerms, TermMeanMetric
@@ -71,6 +72,7 @@ class TokenMetrics(nn.Module):
         quality = AgreementTerms() if self.compared else PerplexityTerms()
         evaluated: dict[str, Objective] = {QUALITY: quality, **self.trained}
         self.evaluator = ObjectiveEvaluator(evaluated, student, teacher, "model.objectives", chunk_rows, reference)
+        self._warned = False
         self.means = TermMeanMetric((*quality.metric_names, *map(_of_objective, self.trained)))
 
     def attach(self, name: str, objective: Objective) -> None:
@@ -107,6 +109,7 @@ class TokenMetrics(nn.Module):
         metrics["perplexity"] = means["nll"].exp()
         if "teacher_nll" in means:
             metrics["teacher_perplexity"] = means["teacher_nll"].exp()
+            self._warn_of_chance(float(metrics["teacher_perplexity"]))
         if self.trained:
             losses = [objective.weight * trained[name] for name, objective in self.trained.items()]
             metrics["loss"] = torch.stack(losses).sum()
@@ -115,6 +118,17 @@ class TokenMetrics(nn.Module):
     def reset(self) -> None:
         """Reset the metrics."""
         self.means.reset()
+
+    def _warn_of_chance(self, perplexity: float) -> None:
+        """Warn once of a teacher that predicts the texts far worse than chance: one with random weights is a little worse."""
+        vocabulary_size = self.evaluator.student.vocabulary_size
+        if perplexity > 10 * vocabulary_size and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"model.teacher: its perplexity on the held-out texts is {perplexity:.3g}, far worse than chance over the "
+                f"{vocabulary_size:,} tokens of the vocabulary, so it has nothing to teach. Its values may belong to other tokens: "
+                "check its tokenizer, the template of the texts and, of a server, its model."
+            )
 
 
 def _of_objective(name: str) -> str:

@@ -109,6 +109,8 @@ def describe_found(folder: Path) -> str:
     """Describe what the folder contains instead, and what to do."""
     if (folder / "adapter_config.json").is_file():
         return ", only an adapter. Merge it into its base model (peft: `merge_and_unload`) and save the result."
+    if (folder / "cache.json").is_file():
+        return f", but is a teacher cache. Give it as model.teacher: {{class_path: CachedTeacher, init_args: {{path: {folder}}}}}."
     if ggufs := sorted(file.name for file in folder.glob("*.gguf")):
         return f", but GGUF files: {', '.join(ggufs)}. Give the path of the file itself."
     pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in sorted(folder.glob(pattern))]

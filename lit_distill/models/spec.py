@@ -125,6 +125,8 @@ def load_tokenizer(spec: ModelSpec, key: str) -> PreTrainedTokenizerBase:
     own = spec.tokenizer is None
     name = f"{key}.path" if own else f"{key}.tokenizer"
     source = _location(spec, key) if own else resolve_location(str(spec.tokenizer), name)
+    if own:
+        check_folder(source, name, weights=False)
     with wrap_load_errors(name, source):
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=spec.trust_remote_code, **source.arguments()

@@ -120,6 +120,15 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a corpus row of one token": ({"data.init_args.corpus": {"length": 1}}, r"data\.init_args\.corpus\.length"),
     # contradictions
     "an objective without a teacher": ({"model.teacher": None}, r"model\.objectives\.kd: .* Set model\.teacher\.path"),
+    "another tokenizer on a server": (
+        {
+            "model.teacher": {
+                "class_path": "AlignedTeacher",
+                "init_args": {"teacher": {"class_path": "ServerTeacher", "init_args": {"url": "http://127.0.0.1:9"}}},
+            }
+        },
+        r"model\.teacher.*\n.*AlignedTeacher.*\n.*local model, such as \{path: \.\.\.\}, got the class ServerTeacher\.",
+    ),
     "a teacher who is to speak and is not": (
         {"model.teacher": None, "model.objectives": {"ce": "NextToken"}, **source("TeacherRollouts")},
         r"model\.source: .* Set model\.teacher\.path",

@@ -42,6 +42,16 @@ def pickles(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def a_cache(folder: Path) -> None:
+    emptied(folder)
+    (folder / "cache.json").write_text("{}")
+
+
 def cut_off(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -98,6 +108,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model\.(\w+)\.path: .*masked language model",
     ),
     "code of its own": (its_own_code, r"model\.(\w+)\.path: .*trust_remote_code"),
+    "nothing in it": (emptied, r"model\.(\w+)\.path: .*no config\.json\. Give a folder"),
+    "a teacher cache": (a_cache, r"model\.(\w+)\.path: .*is a teacher cache\. Give it as .*CachedTeacher"),
     "no tokenizer": (
         lambda folder: [file.unlink() for file in folder.glob("*token*")],
         r"model\.(\w+)\.path: .*tokenizer",

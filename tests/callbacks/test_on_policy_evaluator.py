@@ -221,6 +221,19 @@ def test_without_a_teacher_there_is_no_comparison(pair, tmp_path) -> None:
     assert set(found) == {"pass_at_1", "pass_at_4", "mean_at_4", "sampled_length", "sampled_unfinished"}
 
 
+def test_it_says_once_that_a_teacher_does_not_answer_for_generated_texts(pair, tmp_path, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lit_distill.callbacks.on_policy.rank_zero_info", said.append)
+    measured(tmp_path, learner_of(pair), OnPolicyEvaluator(2, **SETTINGS))
+    assert not said
+    monkeypatch.setattr("lit_distill.callbacks.on_policy._answers_student", lambda teacher: False)
+    evaluator = OnPolicyEvaluator(2, **SETTINGS)
+    for _ in range(2):
+        assert not set(measured(tmp_path, learner_of(pair), evaluator)) & set(COMPARED)
+    assert len(said) == 1
+    assert said[0].startswith("on_policy: top_k_overlap, on_policy_student_entropy")
+
+
 def teachers() -> dict[str, tuple[Any, bool]]:
     local = ModelSpec("nowhere")
     return {

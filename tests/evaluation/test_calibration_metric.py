@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -92,6 +93,19 @@ def test_a_listener_hears_every_target_once_and_changes_no_figure(student, teach
         assert ours.count == theirs.count == sum(int(text.target_mask.sum()) for text in texts)
         for figure, value in ours.metrics.items():
             torch.testing.assert_close(value, theirs.metrics[figure], rtol=0, atol=1e-5)
+
+
+def test_a_teacher_that_is_worse_than_chance_is_warned_of_once(student, teacher, text) -> None:
+    token_metrics = TokenMetrics({"ce": NextToken()}, student, teacher)
+    head = teacher.lm.model.lm_head.weight
+    for scale, times in ((1, 0), (1000, 1), (10, 0)):
+        with torch.no_grad(), warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            head.mul_(scale)
+            token_metrics.update([text])
+            token_metrics.metrics()
+            token_metrics.reset()
+        assert sum("worse than chance over the 41 tokens" in str(each.message) for each in seen) == times
 
 
 def test_no_body_runs_twice(student, text) -> None:
