@@ -52,7 +52,7 @@ def common_vocabulary_size(
             f"a vocabulary and only the tokenizer files differ, set model.student.tokenizer or model.{key}.tokenizer."
             + (f" {other}" if key == "teacher" else "")
         )
-    _check_special_tokens(student_tokenizer, teacher_tokenizer)
+    _check_special_tokens(student_tokenizer, teacher_tokenizer, key)
     for owner, tokens in (("student", student), (role, teacher)):
         extra = [f"{token_id} {tokens[token_id]!r}" for token_id in sorted(tokens) if token_id >= size]
         if extra:
@@ -100,21 +100,23 @@ def _quoted(tokens: dict[int, str], token_id: int) -> str:
     return repr(tokens[token_id]) if token_id in tokens else "no token"
 
 
-def _check_special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def _check_special_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, key: str) -> None:
     """Require the same EOS, or the student would never learn to stop. Other special tokens do not affect the loss: only warn."""
+    role = key.partition(".")[0]
     if student.eos_token_id != teacher.eos_token_id:
         raise ValueError(
-            f"The student's end-of-sequence token is {student.eos_token!r} ({student.eos_token_id}), the teacher's "
+            f"The student's end-of-sequence token is {student.eos_token!r} ({student.eos_token_id}), the {role}'s "
             f"{teacher.eos_token!r} ({teacher.eos_token_id}), as with a base and an instruct model. The student would "
-            "not learn to stop. Set model.student.tokenizer to the teacher's, or set model.teacher.path to the teacher's "
-            "other version. If the teacher really uses the student's token, set model.teacher.tokenizer to the student's."
+            f"not learn to stop. Set model.student.tokenizer to the {role}'s, or set model.{key}.path to the {role}'s "
+            f"other version. If the {role} really uses the student's token, set model.{key}.tokenizer to the student's."
         )
     for name in ("bos_token", "pad_token", "unk_token"):
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours is not None and theirs is not None and ours != theirs:
             log.warning(
-                "The student's %s is %r, the teacher's is %r. The student's is used; the loss is not affected.",
+                "The student's %s is %r, the %s's is %r. The student's is used; the loss is not affected.",
                 name,
                 ours,
+                role,
                 theirs,
             )

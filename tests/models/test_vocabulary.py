@@ -63,6 +63,8 @@ def test_different_ends_of_sequence_are_an_error_that_names_the_keys(make_tokeni
     teacher = make_tokenizer(TOKENS, eos="c")
     with pytest.raises(ValueError, match=r"'</s>' \(2\), the teacher's 'c' \(5\)[\s\S]*model\.student\.tokenizer"):
         common_vocabulary_size(make_tokenizer(TOKENS), teacher, 6, 6)
+    with pytest.raises(ValueError, match=r"the reference's 'c' \(5\)[\s\S]*set model\.reference\.tokenizer"):
+        common_vocabulary_size(make_tokenizer(TOKENS), teacher, 6, 6, "reference")
 
 
 def test_other_special_tokens_may_differ_with_a_warning(make_tokenizer, caplog):
