@@ -29,6 +29,7 @@ from lit_distill.generation import Engine, Generator, Prediction, SamplingParams
 from lit_distill.generation.decoder import Decoder, ProgressHook
 from lit_distill.losses import ObjectiveEvaluator, global_counts
 from lit_distill.models import CausalLM, ModelSpec, load_tokenizer, stop_token_ids, validate_specs
+from lit_distill.models.fixed_passes import check_fixed_passes
 from lit_distill.models.identity import weights_digest
 from lit_distill.models.precision import avoid_cudnn_attention, keep_freed_memory
 from lit_distill.models.roles import check_graphs, device_and_precision, resolve_dtype, warn_of_emulation
@@ -218,6 +219,9 @@ class DistillationModule(L.LightningModule):
             self.student_spec, self.frozen_configs, self.tokenizer, device_type, sharding_of(self), self.padding_free
         )
         self.teacher, self.reference = frozen.get("teacher"), frozen.get("reference")
+        if self.student.cuda_graphs:
+            with self.trainer.precision_plugin.val_step_context() if self._trainer else nullcontext():
+                check_fixed_passes(self.student, "student", self.student.model.device)
         warn_of_emulation(self.student, "student", device_type, precision)
         self.stop_ids = stop_token_ids(self.tokenizer, self.student.model.generation_config)
         teacher = self.local_teacher

@@ -57,6 +57,8 @@ class Recording(TorchDispatchMode):
         given = tensors((arguments, named))
         # what requires a gradient is a weight, or autocast's copy of one, which it keeps until the generation ends
         outside = [tensor for tensor in given if not tensor.requires_grad]
+        if name == "lift_fresh":  # a number in Python becomes a tensor; a kernel takes one of no dimension by value
+            outside = [tensor for tensor in outside if tensor.dim()]
         strangers = [tensor for tensor in outside if tensor.untyped_storage().data_ptr() not in self.known]
         if strangers:
             raise RuntimeError(f"{name} uses a tensor of {tuple(strangers[0].shape)} from outside that does not stay")

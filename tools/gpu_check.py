@@ -28,7 +28,7 @@ from gpu_checks.project import make_importable
 make_importable()
 
 import torch  # noqa: E402
-from gpu_checks import head, quickstarts, rollouts, speed, training  # noqa: E402
+from gpu_checks import graphs, head, quickstarts, rollouts, speed, training  # noqa: E402
 from gpu_checks.machine import Machine, describe, quiet  # noqa: E402
 from gpu_checks.table import Table  # noqa: E402
 
@@ -38,6 +38,7 @@ SUBJECTS = {
     "training": training.checks,
     "quickstarts": quickstarts.checks,
     "speed": speed.checks,
+    "graphs": graphs.checks,
 }
 
 

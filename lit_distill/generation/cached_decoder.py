@@ -13,11 +13,11 @@ from lit_distill.models.caching import caching_of, keep_rows, read_whole
 from lit_distill.models.fixed_passes import FixedPasses, padded_columns
 from lit_distill.models.kv_cache import new_cache
 from lit_distill.models.lm_head import chunk_rows_for
-from lit_distill.models.replay import CudaCapture
 
 if TYPE_CHECKING:
     from lit_distill.generation.base import DecodableModel
     from lit_distill.generation.decoding_batch import DecodingBatch
+    from lit_distill.models.replay import Capture
 
 LARGEST_REPLAY = 16
 """Most tokens of a captured pass. A model that has to catch up on more, or on its prompt, runs as usual."""
@@ -30,7 +30,7 @@ class CachedDecoder:
     its cache yet in one forward pass (a recurrent model: token by token). So it processes each token once, whichever model
     sampled it. A model without a working cache processes the whole sequence each time.
 
-    If the model has ``cuda_graphs``, the whole step (forward pass, head, sampling, records) is captured for 1, 2, 4, 8 and 16 new
+    With ``capture``, the whole step (forward pass, head, sampling, records) is captured for 1, 2, 4, 8 and 16 new
     tokens, and replayed from the second time on. A pass over a number in between reads some earlier tokens again.
 
     Args:
@@ -38,6 +38,7 @@ class CachedDecoder:
         batch: the responses; the tokens that this model samples are written into it.
         measure_entropy: record the entropy of the distribution of each response token.
         keep_hidden: record the hidden state that predicts each response token.
+        capture: makes steps replayable; None runs all of them.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class CachedDecoder:
         batch: DecodingBatch,
         measure_entropy: bool = False,
         keep_hidden: bool = False,
+        capture: Capture | None = None,
     ) -> None:
         self.model = model
         self.batch = batch
@@ -56,8 +58,8 @@ class CachedDecoder:
         response_mask = batch.prompts.attention_mask.new_ones(batch.ids.shape)
         self.mask = torch.cat([batch.prompts.attention_mask, response_mask], dim=-1)
         """[b, P + T] attention mask of the rows that are still decoded."""
-        self.capture = CudaCapture(batch.ids.device) if model.cuda_graphs else None
-        columns = padded_columns(self.mask.shape[1]) if self.capture else self.mask.shape[1]
+        self.capture = capture
+        columns = self.mask.shape[1] if capture is None else padded_columns(self.mask.shape[1])
         self.cache = new_cache(model.config, columns) if self.caching.works else None
         self.passes: FixedPasses | None = None
         """The captured passes of ``rows``; None before the first."""

@@ -20,6 +20,7 @@ from lit_distill.generation.base import DecodableModel
 from lit_distill.generation.cached_decoder import CachedDecoder
 from lit_distill.generation.decoding_batch import DecodingBatch
 from lit_distill.generation.sampling import SamplingParams, row_uniforms
+from lit_distill.models.replay import CudaCapture
 from lit_distill.types import Prompts, Responses
 
 LOOK_EVERY = {"cpu": 8}
@@ -180,8 +181,9 @@ def _generate(
             stack.enter_context(model.generation_mode())
         collective = any(model.forward_is_collective for model in models)
         mixed = len(models) > 1
+        capture = CudaCapture(device) if any(model.cuda_graphs for model in models) else None
         decoders = [
-            CachedDecoder(model, batch, measure_entropy=entropies, keep_hidden=mixed and index > 0)
+            CachedDecoder(model, batch, entropies, mixed and index > 0, capture if model.cuda_graphs else None)
             for index, model in enumerate(models)
         ]
         for step in range(steps):

@@ -77,12 +77,12 @@ class ModelBuilder:
         else:
             lm = CausalLM(self.model, vocabulary_size)
             device = self._apply_sharding(lm, sharding, frozen)
+        lm.cuda_graphs = self.spec.cuda_graphs
         if self.spec.lora is not None:
             restrict_state_dict_to_trainable(lm)
         if device.type != "meta":
             check_head(lm, self.key, device)
-            if self.spec.cuda_graphs:
-                lm.cuda_graphs = True
+            if frozen and lm.cuda_graphs:
                 check_fixed_passes(lm, self.key, device)
             if padding_free:
                 check_packing(lm, self.key, device)

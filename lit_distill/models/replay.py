@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
@@ -38,7 +39,10 @@ class Replays:
 
 
 class CudaCapture:
-    """Captures work as CUDA graphs that share their temporary memory; they must be replayed on one stream.
+    """Captures work as CUDA graphs that share their temporary memory. They are replayed on one stream, and end together.
+
+    PyTorch gives the memory of earlier graphs back only outside of a capture, and only if it is told to, or runs out of memory
+    (https://github.com/pytorch/pytorch/issues/159594). So the first capture does that.
 
     Args:
         device: a CUDA device.
@@ -47,7 +51,9 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: list[torch.cuda.CUDAGraph] = []  # a pool whose graphs have all gone takes no new one
+        # A pool whose graphs have all gone takes no new one, and a graph that goes may take a workspace of the others along
+        # (https://github.com/pytorch/pytorch/issues/193402).
+        self._graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, work: Work) -> Work:
         """See `Capture`.
@@ -55,10 +61,13 @@ class CudaCapture:
         Raises:
             RuntimeError: of CUDA, if the work waits for the device or otherwise cannot be captured.
         """
+        if not self._graphs:
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
+        self._graphs.append(graph)
         current, own = torch.cuda.current_stream(self.device), _capture_stream(self.device)
         own.wait_stream(current)
-        with torch.cuda.stream(own):
+        with torch.cuda.stream(own), _without_collection():
             # other threads go on: that of the data loader pins memory, which a stricter mode forbids in the whole process
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -68,9 +77,20 @@ class CudaCapture:
                     graph.capture_end()
                 raise
             graph.capture_end()
-        self._graphs.append(graph)
         current.wait_stream(own)
         return graph.replay
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Without Python's garbage collection: the end of an older graph would break a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @cache

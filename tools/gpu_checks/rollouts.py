@@ -10,11 +10,10 @@ from torch import Tensor
 
 from gpu_checks.machine import Machine
 from gpu_checks.runs import ASSETS
-from gpu_checks.table import Row, below, holds, skipped
+from gpu_checks.table import Row, below, holds
 from lit_distill.data import ProceduralData
 from lit_distill.generation import Decoder
 from lit_distill.models import CausalLM, ModelSpec, load_tokenizer, stop_token_ids
-from lit_distill.models.fixed_passes import check_fixed_passes
 from lit_distill.sources import RolloutContext, TeacherMixedRollouts
 from lit_distill.teachers import FrozenTeacher, LocalTeacher, load_models
 from lit_distill.types import Batch, Trajectories
@@ -24,12 +23,8 @@ LIMITS = {"32-true": (1e-4, 1e-3), "bf16-mixed": (1e-2, 0.3)}
 
 
 def checks(machine: Machine) -> list[tuple[str, Callable[[], Iterable[Row]]]]:
-    """One check per precision, without and with CUDA graphs."""
-    return [
-        (f"mixed rollouts{', graphs' * graphs}", partial(mixed, machine, precision, graphs))
-        for precision in LIMITS
-        for graphs in (False, True)
-    ]
+    """One check per precision."""
+    return [("mixed rollouts", partial(mixed, machine, precision)) for precision in LIMITS]
 
 
 def pair_on(machine: Machine, precision: str) -> tuple[CausalLM, FrozenTeacher, tuple[int, ...]]:
@@ -53,16 +48,10 @@ def batch_on(machine: Machine, size: int) -> Batch:
 
 
 @torch.no_grad()
-def mixed(machine: Machine, precision: str, graphs: bool) -> Iterator[Row]:
+def mixed(machine: Machine, precision: str, graphs: bool = False) -> Iterator[Row]:
     """Check the recorded log-probabilities of both models, and the teacher's computed from its kept hidden states."""
-    if graphs and not machine.cuda:
-        yield skipped(f"{precision}: decoding by CUDA graphs", "needs CUDA")
-        return
     student, teacher, stops = pair_on(machine, precision)
-    if graphs:
-        for role, lm in (("student", student), ("teacher", teacher.lm)):
-            check_fixed_passes(lm, role, machine.device)
-            lm.cuda_graphs = True
+    student.cuda_graphs = teacher.lm.cuda_graphs = graphs
     source = TeacherMixedRollouts(alpha=0.4, max_new_tokens=64 if machine.cuda else 24, mini_batch_size=1, seed=1)
     batch = batch_on(machine, 64 if machine.cuda else 8)
     generators = {"student": Decoder(student, stops, teacher)}

@@ -81,18 +81,24 @@ def device(machine: Machine, peak: list[float]) -> Iterator[Row]:
 
 def speed(machine: Machine, peak: list[float]) -> Iterator[Row]:
     """Measure KD steps and decoding of one pair."""
-    if machine.cuda and torch.cuda.get_device_properties(machine.device).total_memory < NEEDED:
-        yield skipped("0.5B student and 7B teacher", f"the device has less than {NEEDED / GIB:.0f} GiB")
-        small = pair_on(machine, "bf16-mixed")
-        pair = Pair("embedded pair", small[0], small[1], 8, 128, 16, 64)
-    elif machine.cuda:
-        pair = Pair("7B to 0.5B", *_random_pair(machine), 8, 512, 16, 64)
-    else:
-        small = pair_on(machine, "32-true")
-        pair = Pair("embedded pair", small[0], small[1], 8, 64, 4, 16)
+    pair, note = a_pair(machine)
+    if note is not None:
+        yield note
     yield from _kd(machine, pair, peak)
     machine.clear()
-    yield from _decoding(machine, pair)
+    yield from decoding(machine, pair)
+
+
+def a_pair(machine: Machine) -> tuple[Pair, Row | None]:
+    """Models of the sizes that the device holds, and a row that says so if it is too small for those of Qwen2.5."""
+    if machine.cuda and torch.cuda.get_device_properties(machine.device).total_memory < NEEDED:
+        small = pair_on(machine, "bf16-mixed")
+        note = skipped("0.5B student and 7B teacher", f"the device has less than {NEEDED / GIB:.0f} GiB")
+        return Pair("embedded pair", small[0], small[1], 8, 128, 16, 64), note
+    if machine.cuda:
+        return Pair("7B to 0.5B", *_random_pair(machine), 8, 512, 16, 64), None
+    small = pair_on(machine, "32-true")
+    return Pair("embedded pair", small[0], small[1], 8, 64, 4, 16), None
 
 
 def _random_pair(machine: Machine) -> tuple[CausalLM, FrozenTeacher]:
@@ -167,8 +173,9 @@ def _kd(machine: Machine, pair: Pair, peak: list[float]) -> Iterator[Row]:
     yield below(f"{what}: waits for the device a step", waits, WAITS_PER_STEP, most_frequent(watch.waits, counted))
 
 
-def _decoding(machine: Machine, pair: Pair) -> Iterator[Row]:
-    """Measure decoding of the student alone, and of teacher-mixed rollouts."""
+def decoding(machine: Machine, pair: Pair, graphs: bool = False) -> Iterator[Row]:
+    """Measure decoding of the student alone, and of teacher-mixed rollouts, without or with CUDA graphs."""
+    pair.student.cuda_graphs = pair.teacher.lm.cuda_graphs = graphs
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, pair.student.vocabulary_size, (pair.prompts, 32), generator=generator).to(machine.device)
     prompts = Prompts(ids, torch.ones_like(ids))
@@ -179,12 +186,8 @@ def _decoding(machine: Machine, pair: Pair) -> Iterator[Row]:
         "student": lambda: generate(pair.student, prompts, settings, (), uniforms),
         "mixed 0.2": lambda: generate_mixed(pair.student, pair.teacher, use_teacher, prompts, settings, (), uniforms),
     }
-    for name, decode, graphs in [(name, decode, graphs) for graphs in (False, True) for name, decode in ways.items()]:
+    for name, decode in ways.items():
         what = f"{pair.name}, {name}{', CUDA graphs' * graphs}: {pair.prompts} prompts, {pair.new_tokens} tokens"
-        if graphs and not machine.cuda:
-            yield skipped(what, "needs CUDA")
-            continue
-        pair.student.cuda_graphs = pair.teacher.lm.cuda_graphs = graphs
         with machine.autocast("bf16-mixed" if machine.cuda else "32-true"):
             seconds = _seconds(machine, decode, 2, warm=1)
             waits: Counter[str] = Counter()
