@@ -76,6 +76,7 @@ class ModelBuilder:
             device = self.model.device
         else:
             lm = CausalLM(self.model, vocabulary_size)
+            lm.compiled = self.spec.compile
             device = self._apply_sharding(lm, sharding, frozen)
         lm.cuda_graphs = self.spec.cuda_graphs
         if self.spec.lora is not None:

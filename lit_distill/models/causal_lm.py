@@ -60,6 +60,8 @@ class CausalLM(nn.Module):
         taken = inspect.signature(model.base_model.forward).parameters
         self.takes_positions = "position_ids" in taken
         self._cache_argument = next((name for name in CACHE_ARGUMENTS if name in taken), None)
+        self.compiled = compile_body
+        """Whether the body, or each block of a sharded one, runs through `torch.compile` where no cache grows."""
         if compile_body:
             model.base_model.compile(dynamic=True)
 
@@ -158,11 +160,15 @@ class CausalLM(nn.Module):
 
     @contextmanager
     def generation_mode(self) -> Iterator[None]:
-        """Evaluation mode for generation. With `unshard_for_generation` the model is gathered, so that ranks need not wait."""
+        """Evaluation mode for generation. With `unshard_for_generation` the model is gathered, so that ranks need not wait.
+
+        A compiled model runs as it is: the compiler takes no cache that is extended in place.
+        """
         unshard = self.unshard_for_generation and self.forward_is_collective
         device_type = self.model.device.type
         gathered = unsharded(self) if unshard else nullcontext()
-        with self.eval_mode(), gathered, _cached_weight_casts(device_type), forward_only(device_type):
+        as_it_is = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with as_it_is, self.eval_mode(), gathered, _cached_weight_casts(device_type), forward_only(device_type):
             self._is_unsharded |= unshard
             try:
                 yield

@@ -66,7 +66,7 @@ class ModelSpec:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""
     compile: bool = False
-    """Run the decoder through torch.compile."""
+    """Run the decoder through torch.compile where it reads whole texts; it generates as it is."""
     cuda_graphs: bool = False
     """Generate with CUDA graphs: all kernels of a step start at once. For student and teacher on a CUDA device, not sharded, with
     sdpa attention over the whole text."""

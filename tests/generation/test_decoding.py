@@ -61,6 +61,15 @@ def test_recorded_log_probabilities_equal_a_full_rescore_with_ragged_prompts_and
         torch.testing.assert_close(responses.logprobs[i][responses.mask[i]], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_model_generates_as_it_is_with_its_cache(student, rows) -> None:
+    compiled = CausalLM(student.model, compile_body=True)
+    given = require_prompts(rows), SamplingParams(max_new_tokens=9), STOP, row_uniforms(0, "abcd", 9)
+    found = generate(compiled, *given)
+    student.model.base_model._compiled_call_impl = None
+    assert compiled.caching == Caching(True)
+    assert torch.equal(found.logprobs, generate(student, *given).logprobs)
+
+
 def test_padding_and_neighbours_change_no_response(student, rows) -> None:
     sampling = SamplingParams(max_new_tokens=20)
     together = generate(student, require_prompts(rows), sampling, STOP, row_uniforms(0, "abcd", 20))
