@@ -238,7 +238,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._signals.restore(trainer)
         if self.dirpath is not None and self._manages_run(trainer):
             release_lock(self._folder_of_run() / LOCK_FILE)
-        if last := self.last_model_path or self.best_model_path:
+        last = self.last_model_path or self.best_model_path  # the path is set before the file is written
+        if last and Path(last).exists():
             rank_zero_info(
                 f"The last checkpoint is {last}. To resume, run the same command with --ckpt_path last, or with this path."
             )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_distill.functional import cosine_schedule, linear_schedule, stepwise_schedule
 from lit_distill.sources import TeacherMixedRollouts
@@ -185,6 +186,15 @@ class ObjectiveWeightSchedule(Callback):
         if stage == "fit":
             with arguments_of(self):
                 self.schedule.resolve(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+        """Warn of checkpoints that are chosen by a loss whose weights change."""
+        watches = any(getattr(callback, "monitor", None) == "val/loss" for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if watches and self.schedule.shape != "constant" and self.objective in pl_module.token_metrics.trained:
+            rank_zero_warn(
+                f"val/loss changes with the weight of {self.objective!r}, so its values at different steps cannot be compared, but "
+                "a callback watches it. Set checkpoint.monitor, or that of the callback, to another metric, such as val/perplexity."
+            )
 
     def metric_names(self, trainer: Trainer, pl_module: DistillationModule) -> list[str]:
         """Names of the logged metrics; does not need the weights."""

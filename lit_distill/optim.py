@@ -243,6 +243,6 @@ class NonFiniteGradientGuard:
         more = f" and {len(ids) - MAX_LISTED_IDS} more" if len(ids) > MAX_LISTED_IDS else ""
         return (
             f"{what} at step {step}: the run has diverged. Lower model.optimizer.lr, set trainer.gradient_clip_val: 1.0, or look "
-            "for broken items in the data; the last checkpoint is from before that step. "
+            "for broken items in the data; earlier checkpoints are from before that step. "
             f"The batch was {', '.join(ids[:MAX_LISTED_IDS])}{more}. To go on without such steps: model.on_nonfinite: skip."
         )

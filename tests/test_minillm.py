@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -167,6 +169,27 @@ def test_the_weight_schedule_sets_the_weight_of_the_objective_it_names(pair, tmp
     assert [f["train/single/weight"] for f in witness.figures] == [2.0, 0.25]
     with pytest.raises(ValueError, match=r"there is no objective 'sinlge'\. Give one of: long, single"):
         fit(pair, tmp_path, callbacks=[ObjectiveWeightSchedule("sinlge", start=1.0, end=0.0)])
+
+
+@pytest.mark.parametrize(
+    ("shape", "monitor", "objective", "warned"),
+    [
+        ("linear", "val/loss", "kd", True),
+        ("linear", "val/perplexity", "kd", False),
+        ("constant", "val/loss", "kd", False),
+        ("linear", "val/loss", "long", False),
+    ],
+)
+def test_a_loss_whose_weights_change_is_no_good_monitor(shape, monitor, objective, warned: bool) -> None:
+    schedule = ObjectiveWeightSchedule(objective, shape, start=1.0, end=0.0 if shape == "linear" else None)
+    trainer = SimpleNamespace(callbacks=[schedule, SimpleNamespace(monitor=monitor)])
+    module = SimpleNamespace(token_metrics=SimpleNamespace(trained={"kd": None}))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        schedule.on_fit_start(trainer, module)
+    assert [str(each.message).startswith("val/loss changes with the weight of 'kd'") for each in seen] == [
+        True
+    ] * warned
 
 
 def test_the_monitor_reports_what_the_trajectories_say(pair, tmp_path) -> None:

@@ -92,6 +92,7 @@ class DistillCLI(LightningCLI):
             parser_class=DistillParser,
             parser_kwargs={
                 "prog": "lit-distill",
+                "allow_abbrev": False,  # a mistyped key is an error, as it is in YAML
                 "version": lit_distill.__version__,
                 "description": "Distil a small language model from a large one. A method is a YAML file.",
                 **{
@@ -260,6 +261,11 @@ class DistillCLI(LightningCLI):
 def run_name(config: Any) -> str:
     """The name of a run's folder in ``trainer.default_root_dir``: ``run_name``, or the name of its first config file."""
     if config.run_name:
+        name = Path(str(config.run_name))
+        if name.is_absolute() or ".." in name.parts:
+            raise ValueError(
+                f"run_name: {name} is outside of trainer.default_root_dir. Give a name, and set that folder to another one."
+            )
         return str(config.run_name)
     configs = config.config or []
     return Path(str(configs[0])).stem if configs else "run"

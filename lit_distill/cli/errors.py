@@ -24,8 +24,8 @@ from lit_distill.types import ArgumentError, begins_with_argument
 ERRORS = (ValueError, TypeError, KeyError, RuntimeError, ImportError, AttributeError, MisconfigurationException)
 """What libraries raise for wrong arguments. Lightning's `MisconfigurationException` is a subclass of none of the others."""
 DISK_ERRORS = {
-    errno.ENOSPC: "Free some disk space; the last checkpoint is still good, and --ckpt_path last resumes from it.",
-    errno.EDQUOT: "Your disk quota is used up; the last checkpoint is still good, and --ckpt_path last resumes from it.",
+    errno.ENOSPC: "Free some disk space. An earlier checkpoint is still good: --ckpt_path last resumes from it.",
+    errno.EDQUOT: "Your disk quota is used up. An earlier checkpoint is still good: --ckpt_path last resumes from it.",
     errno.EROFS: "Give a folder that can be written.",
     errno.EACCES: "Give a folder that can be written.",
     errno.ENOENT: "Give a path that exists.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from glob import escape
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -25,7 +26,7 @@ def last_checkpoint(root: str | Path, name: str) -> Path | None:
         root: ``trainer.default_root_dir``.
         name: name of the run, which is its folder in ``root``.
     """
-    found = Path(root).expanduser().glob(f"{name}/version_*/checkpoints/last*.ckpt")
+    found = Path(root).expanduser().glob(f"{escape(name)}/version_*/checkpoints/last*.ckpt")
     return max(found, key=_saved_at, default=None)
 
 

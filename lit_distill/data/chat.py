@@ -70,7 +70,8 @@ def read_conversation(messages: Any, system: Any, tools: Any, where: str) -> Con
         ValueError: if a message has no known role or no text; the message begins with ``where``.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: the conversation is {_shown(messages)}; expected a list of messages.")
+        what = _shown(messages) if messages else "missing or empty"
+        raise ValueError(f"{where}: the conversation is {what}; expected a list of messages.")
     found = [_message(message, f"{where}: message {number}") for number, message in enumerate(messages, start=1)]
     if system and found[0][0]["role"] != "system":
         found.insert(0, ({"role": "system", "content": str(system)}, False))
@@ -138,6 +139,17 @@ class ChatRenderer:
         self.responses = responses
         self.end = turn_end_text(tokenizer)
         self.has_marks = bool(MARK.search(_template_text(tokenizer))) and getattr(tokenizer, "is_fast", False)
+
+    def empty_answers(self, conversation: Conversation) -> list[int]:
+        """The positions of answers to learn that say nothing and call no tool."""
+        answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        learnt = [i for i in (answers[-1:] if self.turns == "last" else answers) if conversation.trained[i]]
+        return [
+            i
+            for i in learnt
+            if not conversation.messages[i]["content"].strip()
+            and conversation.messages[i].keys() == {"role", "content"}
+        ]
 
     def items(self, conversation: Conversation, where: str) -> list[Turn]:
         """The items of a conversation: one, or with "each" one for every answer that is learnt.

@@ -176,6 +176,8 @@ def _select_columns(row: dict[str, Any], columns: Collection[str] | None) -> dic
 
 
 def _without_objects(value: Any) -> Any:
+    if value == []:  # is as good as missing, and fits beside lists of texts and of objects alike
+        return None
     nested = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
     return NESTED + json.dumps(value) if nested else value
 

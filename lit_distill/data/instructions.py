@@ -18,7 +18,7 @@ from lit_distill.data.collate import padding_id
 from lit_distill.data.columns import ColumnMapping
 from lit_distill.data.corpus import Corpus, PackedText
 from lit_distill.data.formats import have_responses
-from lit_distill.data.length_limits import LengthLimits, fit_lengths, longest_prompt, num_prompt_tokens
+from lit_distill.data.length_limits import LengthLimits, fit_lengths, longest_prompt, num_learnt_tokens
 from lit_distill.data.loader import BatchDataset, ResumableLoader, make_loader
 from lit_distill.data.records import Records
 from lit_distill.data.sampler import CorpusOrder, GlobalBatchSampler, num_batches, validation_mask
@@ -166,10 +166,10 @@ class InstructionData(LightningDataModule):
         return longest_prompt(dataset.rows, self.limits), int(lengths.max())
 
     def content(self, split: str) -> dict[str, Any]:
-        """Plain values that identify the items of a split, in their order, and the corpus: numbers, lengths and a hash."""
+        """Plain values that identify the items of a split, in their order, and the corpus: numbers and a hash of each."""
         dataset, lengths = self._datasets[split]
         code = hashlib.sha256(np.ascontiguousarray(lengths, dtype="<i8").tobytes()).hexdigest()[:32]
-        items = {"items": len(lengths), "tokens": int(lengths.sum()), "lengths": code}
+        items = {"items": len(lengths), "tokens": int(lengths.sum()), "lengths": code, "ids": dataset.digest}
         if dataset.corpus is None or self.corpus is None:
             return {**items, "corpus": None}
         return {**items, "corpus": {"rows": len(dataset.corpus), "length": self.corpus.length}}
@@ -268,7 +268,7 @@ class InstructionData(LightningDataModule):
     def num_targets(self, split: str) -> int:
         """Number of tokens of the responses of a split, at least as many as are learnt."""
         dataset, lengths = self._dataset(split)
-        return max(0, int(lengths.sum()) - int(num_prompt_tokens(dataset.rows, self.limits)))
+        return num_learnt_tokens(dataset.rows, lengths, self.limits)
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """All items, from long to short."""

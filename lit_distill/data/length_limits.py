@@ -93,9 +93,21 @@ def longest_prompt(rows: datasets.Dataset, limits: LengthLimits) -> int:
     return min(int(_numbers(rows, "num_prompt_tokens").max(initial=0)), limits.max_prompt_length)
 
 
-def num_prompt_tokens(rows: datasets.Dataset, limits: LengthLimits) -> int:
-    """Number of tokens of all prompts, after truncation to the limit."""
-    return int(np.minimum(_numbers(rows, "num_prompt_tokens"), limits.max_prompt_length).sum())
+def num_learnt_tokens(rows: datasets.Dataset, lengths: np.ndarray, limits: LengthLimits) -> int:
+    """Number of tokens that are learnt, or more if some of them are cut off.
+
+    Args:
+        rows: of `FEATURES`.
+        lengths: ``[rows]`` tokens of each item, after truncation.
+        limits: that the prompts are truncated to.
+    """
+    prompts = np.minimum(_numbers(rows, "num_prompt_tokens"), limits.max_prompt_length)
+    parts = [
+        part["targets"].combine_chunks() for part in rows.select_columns(["targets"]).with_format("arrow").iter(100_000)
+    ]
+    spans = np.concatenate([np.zeros(0, dtype=np.int64), *(part.flatten().to_numpy() for part in parts)])
+    marked = np.concatenate([np.zeros(0, dtype=bool), *(part.value_lengths().to_numpy() > 0 for part in parts)])
+    return int((spans[1::2] - spans[::2]).sum()) + int((lengths - prompts)[~marked].clip(min=0).sum())
 
 
 def _numbers(rows: datasets.Dataset, column: str) -> np.ndarray:

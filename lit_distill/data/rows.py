@@ -139,7 +139,15 @@ class RecordReader:
 
     def _turns(self, record: dict[str, Any], name: str, where: str) -> Iterator[Rendered]:
         assert self.renderer is not None
-        turns = self.renderer.items(self._conversation(record, where), where)
+        conversation = self._conversation(record, where)
+        if self.responses and (empty := self.renderer.empty_answers(conversation)):
+            if self.drop_empty:
+                return
+            raise ValueError(
+                f"{where}: message {empty[0] + 1} (assistant) is empty. Fill it, give it train: false, remove the record, or set "
+                "empty_responses: drop."
+            )
+        turns = self.renderer.items(conversation, where)
         given = self.fields.value(record, "references")
         for number, turn in enumerate(turns, start=1):
             references = [given] if isinstance(given, str) else given or [turn.reference]

@@ -7,15 +7,17 @@ import json
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lit_distill.models.location import resolve_location
 
 if TYPE_CHECKING:
     from lit_distill.models.spec import ModelSpec
 
-SAMPLES, SAMPLE = 16, 4096
-"""Number of samples read from a file, and bytes in each."""
+SAMPLE, STRIDE, MOST = 4096, 2**16, 2**14
+"""Bytes in a sample, bytes from the start of one to that of the next, and about how many are read of a file at most (64 MB)."""
+SCHEME = "2-"
+"""Begins the digests of this version; those of another are not compared."""
 
 
 def identity_of(spec: ModelSpec, key: str) -> dict[str, Any]:
@@ -53,8 +55,9 @@ def is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two identities are the same model: by the weights if both have a digest of them, else by path and revision."""
     if one["layers"] != other["layers"]:
         return False
-    if one["content"] and other["content"]:
-        return bool(one["content"] == other["content"])
+    digests = [identity["content"] for identity in (one, other)]
+    if all(digests) and len({digest.rpartition("-")[0] for digest in digests}) == 1:
+        return digests[0] == digests[1]
     return (one["path"], one["revision"]) == (other["path"], other["revision"])
 
 
@@ -65,13 +68,26 @@ def _content(folder: str, gguf_file: str | None) -> str | None:
 
 
 def _digest(files: Iterable[Path]) -> str:
-    """Digest of files: of their sizes and of samples spread evenly over each."""
+    """Digest of files: of their sizes, of samples spread evenly over each, and of the beginning of every tensor of safetensors."""
     code = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
         code.update(str(size).encode())
         with file.open("rb") as opened:
-            for index in range(SAMPLES):
-                opened.seek(max(0, (size - SAMPLE) * index // (SAMPLES - 1)))
+            starts = {*range(0, size, max(STRIDE, size // MOST)), max(0, size - SAMPLE)}
+            if file.suffix == ".safetensors":
+                starts.update(_tensor_starts(opened))
+            for start in sorted(starts):
+                opened.seek(start)
                 code.update(opened.read(SAMPLE))
-    return code.hexdigest()[:32]
+    return SCHEME + code.hexdigest()[:32]
+
+
+def _tensor_starts(opened: BinaryIO) -> list[int]:
+    """Where the tensors of a safetensors file begin; none if its header is damaged, which is an error when it loads."""
+    length = int.from_bytes(opened.read(8), "little")
+    try:
+        header = json.loads(opened.read(length))
+        return [8 + length + int(entry["data_offsets"][0]) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, MemoryError):
+        return []

@@ -222,4 +222,5 @@ def _plain(value: Any) -> Any:
 def _data(content: Settings) -> str:
     corpus = content["corpus"]
     more = f" and {corpus['rows']} rows of {corpus['length']} tokens of corpus" if corpus else ""
-    return f"{content['items']} items of {content['tokens']} tokens{more}"
+    digest = f" (digest {content['ids'][:8]})" if content.get("ids") else ""  # older checkpoints have none
+    return f"{content['items']} items of {content['tokens']} tokens{digest}{more}"

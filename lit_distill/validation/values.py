@@ -37,5 +37,5 @@ def check_finite(loss: Tensor, name: str, step: int) -> None:
     if not math.isfinite(value := float(loss)):
         raise DivergedError(
             f"{name} is {value} at step {step}: the run has diverged. Lower model.optimizer.lr, set "
-            "trainer.gradient_clip_val: 1.0, or look for broken items in the data; the last checkpoint is still good."
+            "trainer.gradient_clip_val: 1.0, or look for broken items in the data; earlier checkpoints are still good."
         )

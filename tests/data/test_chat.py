@@ -62,13 +62,14 @@ def make_tokenizer(backend, wrapped):
     return make
 
 
-def rows_of(write_jsonl, tokenizer, *records, responses: bool = True, turns: str = "all", **fields: str):
+def rows_of(write_jsonl, tokenizer, *records, responses: bool = True, turns: str = "all", drop_empty=False, **fields):
     path = write_jsonl(list(records))
     columns = ColumnMapping(fields or None)
     read = Records(path).read("train", columns.used(()))
     return tokenize_records(
-        read, "train", tokenizer, template=None, fields=columns, responses=responses, assistant_turns=turns
-    )
+        read, "train", tokenizer, template=None, fields=columns, responses=responses, assistant_turns=turns,
+        drop_empty=drop_empty,
+    )  # fmt: skip
 
 
 def learnt(tokenizer, row) -> list[str]:
@@ -206,10 +207,29 @@ def test_prompts_and_completions_may_be_messages(make_tokenizer, write_jsonl) ->
     assert learnt(tokenizer, row) == [" 3 <|im_end|>"]
 
 
+def test_an_answer_that_says_nothing_is_an_error_unless_it_is_not_learnt_or_dropped(
+    make_tokenizer, write_jsonl
+) -> None:
+    tokenizer = make_tokenizer(CHATML)
+    silent = [*THREE[:4], {"role": "assistant", "content": " "}, *THREE[5:]]
+    with pytest.raises(
+        ValueError, match=r"line 1: message 5 \(assistant\) is empty\. Fill it, .*empty_responses: drop"
+    ):
+        rows_of(write_jsonl, tokenizer, {"messages": silent})
+    assert len(rows_of(write_jsonl, tokenizer, {"messages": silent}, turns="last")) == 1
+    assert len(rows_of(write_jsonl, tokenizer, {"messages": silent}, responses=False)) == 1
+    kept = rows_of(write_jsonl, tokenizer, {"messages": silent}, {"messages": THREE}, drop_empty=True)
+    assert learnt(tokenizer, kept[0])[1] == "the 2<|im_end|>"
+    assert len(kept) == 1
+    untrained = [*THREE[:4], {"role": "assistant", "content": "", "train": False}, *THREE[5:]]
+    calling = [*THREE[:4], {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, *THREE[5:]]
+    assert len(rows_of(write_jsonl, tokenizer, {"messages": untrained}, {"messages": calling})) == 2
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "said"),
     [
-        (CHATML, [], r"line 1: the conversation is \[\]"),
+        (CHATML, [], r"line 1: the conversation is missing or empty"),
         (CHATML, THREE[:2], "line 1: the conversation has no turn of the assistant that is learnt"),
         (CHATML, [{"role": "bot", "content": "x"}], "line 1: message 1 has the role 'bot'. Known roles: user, human"),
         (CHATML, [{"role": "user"}], r"line 1: message 1 \(user\) has no content"),

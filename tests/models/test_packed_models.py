@@ -97,10 +97,27 @@ def test_losses_and_gradients_of_objectives_are_those_of_padded_texts(make_model
         torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6 * float(padded.abs().max()))
 
 
-def test_a_model_that_takes_no_positions_or_lets_texts_see_each_other_is_padded(make_model, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rounding_to_16_bits_is_no_mixing(make_model, monkeypatch, name: str) -> None:
+    """Rows that other kernels round otherwise, as those of a real model in bfloat16."""
+    lm = lm_of(make_model(name).to(torch.bfloat16), None)
+    own = CausalLM.forward
+
+    def rounded(self, *arguments, **named):
+        hidden = own(self, *arguments, **named)
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(hidden.shape[1]))
+        return hidden * (1 + 0.05 * noise.to(hidden))
+
+    monkeypatch.setattr(CausalLM, "forward", rounded)
+    check_packing(lm, "teacher", CPU)
+    assert lm.packs is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_takes_no_positions_or_lets_texts_see_each_other_is_padded(make_model, monkeypatch, dtype) -> None:
     said: list[str] = []
     monkeypatch.setattr("lit_distill.models.packing.rank_zero_info", said.append)
-    lm = lm_of(make_model("llama"))
+    lm = lm_of(make_model("llama").to(dtype))
 
     def leaks(self, input_ids, attention_mask, cache=None, position_ids=None):
         hidden = original(self, input_ids, attention_mask, cache, position_ids)
