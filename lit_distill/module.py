@@ -51,6 +51,8 @@ from lit_distill.sources import (
     RolloutContext,
     Source,
     TargetFilter,
+    check_all,
+    check_mini_batch,
     check_signals,
     split_corpus,
     uses_reference,
@@ -313,13 +315,17 @@ class DistillationModule(L.LightningModule):
     def _train_on(self, batch: Batch) -> None:
         phase = phase_of(batch, self.source, self._rollout_context(), self.unfinished, self.device)
         self.unfinished = None
-        corpus = split_corpus(batch.corpus, phase.steps) if self.corpus_objectives else repeat(None, phase.steps)
+        corpus = split_corpus(batch.corpus, phase.steps) if self.corpus_objectives else repeat(None)
         plain_texts = islice(corpus, phase.done, None)
-        for done, (text, plain_text) in enumerate(zip(phase.texts, plain_texts, strict=False), start=phase.done + 1):
+        done = phase.done
+        for text, plain_text in zip(phase.texts, plain_texts, strict=False):
+            done += 1
+            check_mini_batch(self.source, text, done, phase.steps)
             self._optimize(text if self.targets is None else self.targets.apply(text, self.tokenizer), plain_text)
             if self.global_step == self.trainer.max_steps:
                 self.unfinished = UnfinishedPhase.of(phase, done, batches=self.trainer.fit_loop.total_batch_idx + 1)
-                break
+                return
+        check_all(self.source, done, phase.steps)
 
     def _rollout_context(self) -> RolloutContext:
         generators: Mapping[str, Generator] = self.decoders if self.source.mixes_teacher else self.generators

@@ -1,4 +1,4 @@
-"""Checks, before anything loads, that source, teacher, reference and objectives fit each other."""
+"""Checks, before anything loads, that source, teacher, reference and objectives fit each other; and what a source yields."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lit_distill.objectives import REFERENCE_SIGNALS, TEACHER_SIGNALS, SampledReverseKL, check_needs
 from lit_distill.sources.base import TEXT_SIGNALS, Source
 from lit_distill.teachers import LocalTeacher, cached_parts
-from lit_distill.types import arguments_of
+from lit_distill.types import ArgumentError, Pairs, Sequences, arguments_of
 
 if TYPE_CHECKING:
     from lit_distill.objectives import Objective
@@ -27,6 +27,30 @@ REFUSALS = {
     ),
 }
 """Why an objective refuses a teacher, by its accuracy, and what to do."""
+
+
+def check_mini_batch(source: Source, text: object, number: int, told: int) -> None:
+    """Refuse what a source yields if it is neither texts nor pairs, or more than it told.
+
+    Args:
+        source: the source.
+        text: what it yields.
+        number: of the mini-batch, from 1.
+        told: its ``steps_per_batch``, from which the length of the run was computed.
+    """
+    name = type(source).__name__
+    if not isinstance(text, Sequences | Pairs):
+        raise ArgumentError(source, f"{name}: mini_batches yields {type(text).__name__}, expected Sequences or Pairs.")
+    if number > told:
+        raise ArgumentError(source, f"{name}: mini_batches yields more than the {told} that steps_per_batch told.")
+
+
+def check_all(source: Source, found: int, told: int) -> None:
+    """Refuse fewer mini-batches than the source told."""
+    if found < told:
+        raise ArgumentError(
+            source, f"{type(source).__name__}: mini_batches yields {found}, but steps_per_batch told {told}."
+        )
 
 
 def check_signals(

@@ -16,7 +16,7 @@ from lit_distill.models.identity import identity_of
 from lit_distill.models.lm_head import LMHead, label_logprobs
 from lit_distill.models.lora import adapter_layers, adapters_disabled
 from lit_distill.models.precision import forward_only
-from lit_distill.models.roles import resolve_dtype, warn_of_emulation
+from lit_distill.models.roles import check_graphs, resolve_dtype, warn_of_emulation
 from lit_distill.teachers.base import Opening, Teacher
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ class LocalTeacher(Teacher):
         """See `Teacher`; the weights are the student's if it is shared."""
         validate_specs(opening.student, self.spec, key)
         self.spec = resolve_dtype(self.spec, key, opening.device_type)
+        check_graphs({key: self.spec}, opening.device_type, opening.sharding is not None)
         self._opening, self._key = opening, key
         if self.spec.shared_with_student:
             return None

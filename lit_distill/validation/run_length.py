@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lit_distill.types import ArgumentError
+
 if TYPE_CHECKING:
     from lit_distill.sources import Source
 
@@ -46,6 +48,11 @@ def run_length(trainer: Any, source: Source) -> RunLength | None:
     limit = trainer.limit_train_batches
     per_epoch = min(per_epoch, limit) if isinstance(limit, int) else max(1, int(per_epoch * limit))
     steps_per_batch = source.steps_per_batch(data.batch_size)
+    if steps_per_batch < 1:
+        name = type(source).__name__
+        raise ArgumentError(
+            source, f"{name}: steps_per_batch({data.batch_size}) is {steps_per_batch}, expected at least 1."
+        )
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
     max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     batches = min(epochs * per_epoch, -(-max_steps // steps_per_batch))
