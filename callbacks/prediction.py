@@ -64,9 +64,9 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero:
             _drop_incomplete_line(path)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: DistillationModule) -> None:
         """Refuse a file with responses of other weights, now that it is known which the Trainer has loaded."""
-        if self._weights and self._weights != {pl_module.weights_of_prediction()}:
+        if self._weights and self._weights != {pl_module.prediction_weights}:
             given = pl_module.prediction
             from_checkpoint = " and ckpt_path" if given.model == "student" else ""
             raise ArgumentError(

@@ -51,8 +51,6 @@ from lit_distill.sources import (
     RolloutContext,
     Source,
     TargetFilter,
-    check_all,
-    check_mini_batch,
     check_signals,
     split_corpus,
     uses_reference,
@@ -315,17 +313,13 @@ class DistillationModule(L.LightningModule):
     def _train_on(self, batch: Batch) -> None:
         phase = phase_of(batch, self.source, self._rollout_context(), self.unfinished, self.device)
         self.unfinished = None
-        corpus = split_corpus(batch.corpus, phase.steps) if self.corpus_objectives else repeat(None)
+        corpus = split_corpus(batch.corpus, phase.steps) if self.corpus_objectives else repeat(None, phase.steps)
         plain_texts = islice(corpus, phase.done, None)
-        done = phase.done
-        for text, plain_text in zip(phase.texts, plain_texts, strict=False):
-            done += 1
-            check_mini_batch(self.source, text, done, phase.steps)
+        for done, (text, plain_text) in enumerate(zip(phase.texts, plain_texts, strict=False), start=phase.done + 1):
             self._optimize(text if self.targets is None else self.targets.apply(text, self.tokenizer), plain_text)
             if self.global_step == self.trainer.max_steps:
                 self.unfinished = UnfinishedPhase.of(phase, done, batches=self.trainer.fit_loop.total_batch_idx + 1)
-                return
-        check_all(self.source, done, phase.steps)
+                break
 
     def _rollout_context(self) -> RolloutContext:
         generators: Mapping[str, Generator] = self.decoders if self.source.mixes_teacher else self.generators
@@ -524,7 +518,7 @@ class DistillationModule(L.LightningModule):
         responses = self.generate(batch.prompts, batch.ids, settings, settings.seed, settings.model)
         texts = self.response_texts(responses)
         records = prediction_records(
-            batch, responses, texts, self.stop_ids, settings, self.tokenizer, self._prediction_weights
+            batch, responses, texts, self.stop_ids, settings, self.tokenizer, self.prediction_weights
         )
         return [record for record in records if record["id"] not in self.predicted]
 
@@ -539,18 +533,16 @@ class DistillationModule(L.LightningModule):
                 "the data or data.init_args.template have changed. Give another path, or remove the file.",
             )
 
-    def weights_of_prediction(self) -> str:
-        """A digest of the weights that `predict` generates with: of the model, or of the checkpoint that replaces them."""
+    def on_predict_start(self) -> None:
+        """Identify the weights that generate: those of the model, or of the checkpoint that replaces them."""
         name = self.prediction.model
         checkpoint = self.trainer.ckpt_path if name == "student" else None
         if name not in self.model_specs:
             raise self._cannot_generate(name)
         with arguments_of(self):
-            return weights_digest(self.model_specs[name], name, Path(checkpoint) if checkpoint else None)
-
-    def on_predict_start(self) -> None:
-        """Know the model before its first record."""
-        self._prediction_weights = self.weights_of_prediction()
+            self.prediction_weights = weights_digest(
+                self.model_specs[name], name, Path(checkpoint) if checkpoint else None
+            )
 
     def teardown(self, stage: str) -> None:
         """Close what the teacher holds open."""

@@ -142,14 +142,17 @@ class ChatRenderer:
 
     def empty_answers(self, conversation: Conversation) -> list[int]:
         """The positions of answers to learn that say nothing and call no tool."""
-        answers = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        learnt = [i for i in (answers[-1:] if self.turns == "last" else answers) if conversation.trained[i]]
+        messages = conversation.messages
         return [
             i
-            for i in learnt
-            if not conversation.messages[i]["content"].strip()
-            and conversation.messages[i].keys() == {"role", "content"}
+            for i in self._learnt(conversation)
+            if not messages[i]["content"].strip() and messages[i].keys() == {"role", "content"}
         ]
+
+    def _learnt(self, conversation: Conversation) -> list[int]:
+        """The positions of the answers to learn."""
+        answers = _answers(conversation)
+        return [i for i in (answers[-1:] if self.turns == "last" else answers) if conversation.trained[i]]
 
     def items(self, conversation: Conversation, where: str) -> list[Turn]:
         """The items of a conversation: one, or with "each" one for every answer that is learnt.
@@ -157,21 +160,18 @@ class ChatRenderer:
         Raises:
             ValueError: if there is nothing to learn, or the template does not reproduce a turn; the message begins with ``where``.
         """
-        messages, trained = conversation.messages, conversation.trained
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        learnt = [i for i in answers if trained[i]]
-        if self.responses and not learnt:
+        answers, learnt, stop = _answers(conversation), self._learnt(conversation), len(conversation.messages)
+        if self.responses and not any(conversation.trained[i] for i in answers):
             raise ValueError(
                 f"{where}: the conversation has no turn of the assistant that is learnt. Remove the record."
             )
         if self.turns == "each" and answers:
             items = [self._item(conversation, i + 1, [i] if self.responses else [], where) for i in learnt or answers]
-            ends_with_user = not self.responses and answers[-1] < len(messages) - 1
-            return items + ([self._item(conversation, len(messages), [], where)] if ends_with_user else [])
-        chosen = learnt if self.turns == "all" else [i for i in answers[-1:] if trained[i]]
-        if self.responses and not chosen:
+            ends_with_user = not self.responses and answers[-1] < stop - 1
+            return items + ([self._item(conversation, stop, [], where)] if ends_with_user else [])
+        if self.responses and not learnt:
             raise ValueError(f"{where}: the last turn of the assistant is not learnt. Remove the record.")
-        return [self._item(conversation, len(messages), chosen if self.responses else [], where)]
+        return [self._item(conversation, stop, learnt if self.responses else [], where)]
 
     def _item(self, conversation: Conversation, stop: int, learnt: Sequence[int], where: str) -> Turn:
         """The first ``stop`` messages; ``learnt`` are the positions of the answers to learn."""
@@ -266,6 +266,11 @@ class ChatRenderer:
         except Exception as error:  # templates raise their own errors, of any type
             raise ValueError(f"{where}: the chat template refuses the conversation: {error}") from error
         return text
+
+
+def _answers(conversation: Conversation) -> list[int]:
+    """The positions of the assistant's messages."""
+    return [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
 
 
 def _template_text(tokenizer: Any) -> str:

@@ -266,7 +266,7 @@ class InstructionData(LightningDataModule):
         return self.every_item("validation")
 
     def num_targets(self, split: str) -> int:
-        """Number of tokens of the responses of a split, at least as many as are learnt."""
+        """Number of tokens of a split that are learnt, or more if some of them are cut off."""
         dataset, lengths = self._dataset(split)
         return num_learnt_tokens(dataset.rows, lengths, self.limits)
 

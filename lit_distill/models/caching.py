@@ -117,10 +117,15 @@ def _find_cache_fault(model: Any, cache: Cache, vocabulary_size: int, device: to
         (both[:, 0], whole[:, 8], "the token after a prompt gets other hidden states"),
         (alone[0], whole[1, 9:], "selecting one text of a batch changes its hidden states"),
     ):
-        distance = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-9)
-        if not float(distance.mean()) <= TOLERANCE:  # NaN fails too
+        if not relative_distance(found, expected) <= TOLERANCE:  # NaN fails too
             return message
     return None
+
+
+def relative_distance(found: Tensor, expected: Tensor) -> float:
+    """The mean distance of rows ``[..., H]`` relative to the norm of the expected ones; NaN if there is one."""
+    gaps = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-9)
+    return float(gaps.mean())
 
 
 def keep_rows(cache: Cache, rows: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_distill.models.caching import Caching, only_recurrent
+from lit_distill.models.caching import Caching, only_recurrent, relative_distance
 from lit_distill.models.fsdp import is_sharded, unshard_root, unsharded
 from lit_distill.models.lm_head import LMHead, head_of
 from lit_distill.models.precision import forward_only, product_dtype, weights_in
@@ -232,8 +232,7 @@ def check_head(lm: CausalLM, key: str, device: torch.device | None = None) -> No
             f"(they differ by up to {float((own - ours).abs().max()):.3g} from the head applied to the body). "
             "Such a model is not supported."
         )
-    distances = [(other - ours)[:5].norm(dim=-1) / ours[:5].norm(dim=-1).clamp(min=1e-9) for other in same_prefix]
-    if max(float(distance.mean()) for distance in distances) > 0.05:
+    if max(relative_distance(other[:5], ours[:5]) for other in same_prefix) > 0.05:
         raise ValueError(
             f"{key}.path: {type(model).__name__} is not causal: its output depends on the tokens or the padding after a text. "
             "Such a model is not supported."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from lit_distill.models.caching import TOLERANCE, caching_of, read_whole
+from lit_distill.models.caching import TOLERANCE, caching_of, read_whole, relative_distance
 from lit_distill.models.kv_cache import BufferedLayer, FixedLayer, new_cache
 from lit_distill.models.replay import Capture, CudaCapture, Replays
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 READ_COLUMNS = 512
 """Attention reads a multiple of this many columns, or of a quarter of them all: at most four numbers, each with its own graphs.
 Below that, reading columns that are not written yet costs less than a capture."""
-
 SAME = {torch.float32: 2e-5}
 """Largest relative distance of a replay from the same pass without it; 0.02 with 16 bits, where another kernel rounds otherwise."""
 
@@ -133,14 +132,8 @@ def _find_fault(lm: CausalLM, device: torch.device) -> str | None:
         passes.run(column + 1, size, work)
         replayed = found[:, column + 1 - size : column + 1].clone()
         work(size)
-        if not _distance(replayed, found[:, column + 1 - size : column + 1]) <= SAME.get(found.dtype, 0.02):
+        if not relative_distance(replayed, found[:, column + 1 - size : column + 1]) <= SAME.get(found.dtype, 0.02):
             return "a replay gives other hidden states than the same pass without it"
-    if not _distance(found[:, 6:], whole[:, 6:]) <= TOLERANCE:
+    if not relative_distance(found[:, 6:], whole[:, 6:]) <= TOLERANCE:
         return "its hidden states differ from those without graphs"
     return None
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    """The mean distance relative to the norm; NaN if there is one."""
-    gaps = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1).clamp(min=1e-9)
-    return float(gaps.mean())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
+from lit_distill.sources import checked
 from lit_distill.types import Batch, Item, Pairs, Sequences, TensorRecord
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def phase_of(batch: Batch, source: Source, context: RolloutContext, left: Unfini
     if left is not None and left.ids == batch.ids:
         return left.phase(device)
     steps = source.steps_per_batch(len(batch) * context.world_size)
-    return Phase(batch.ids, source.mini_batches(batch, context), steps)
+    return Phase(batch.ids, checked(source, source.mini_batches(batch, context), steps), steps)
 
 
 def _plain(text: TensorRecord) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from lit_distill.sources.advantages import AdvantageConfig
 from lit_distill.sources.base import RolloutContext, Source, split_corpus
-from lit_distill.sources.checks import check_all, check_mini_batch, check_signals, uses_reference
+from lit_distill.sources.checks import check_signals, checked, uses_reference
 from lit_distill.sources.dataset import DatasetResponses
 from lit_distill.sources.mixed import TeacherMixedRollouts
 from lit_distill.sources.pairs import ResponsePairs
@@ -24,9 +24,8 @@ __all__ = [
     "TargetFilter",
     "TeacherMixedRollouts",
     "TeacherRollouts",
-    "check_all",
-    "check_mini_batch",
     "check_signals",
+    "checked",
     "split_corpus",
     "uses_reference",
 ]

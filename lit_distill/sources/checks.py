@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from lit_distill.objectives import REFERENCE_SIGNALS, TEACHER_SIGNALS, SampledReverseKL, check_needs
@@ -29,28 +29,24 @@ REFUSALS = {
 """Why an objective refuses a teacher, by its accuracy, and what to do."""
 
 
-def check_mini_batch(source: Source, text: object, number: int, told: int) -> None:
-    """Refuse what a source yields if it is neither texts nor pairs, or more than it told.
+def checked(source: Source, texts: Iterable[object], told: int) -> Iterator[Sequences | Pairs]:
+    """The mini-batches of a source, each of which is refused if it is neither texts nor pairs; so is another number than it told.
 
     Args:
         source: the source.
-        text: what it yields.
-        number: of the mini-batch, from 1.
+        texts: what it yields.
         told: its ``steps_per_batch``, from which the length of the run was computed.
     """
-    name = type(source).__name__
-    if not isinstance(text, Sequences | Pairs):
-        raise ArgumentError(source, f"{name}: mini_batches yields {type(text).__name__}, expected Sequences or Pairs.")
-    if number > told:
-        raise ArgumentError(source, f"{name}: mini_batches yields more than the {told} that steps_per_batch told.")
-
-
-def check_all(source: Source, found: int, told: int) -> None:
-    """Refuse fewer mini-batches than the source told."""
-    if found < told:
-        raise ArgumentError(
-            source, f"{type(source).__name__}: mini_batches yields {found}, but steps_per_batch told {told}."
-        )
+    name, number = type(source).__name__, 0
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, Sequences | Pairs):
+            given = type(text).__name__
+            raise ArgumentError(source, f"{name}: mini_batches yields {given}, expected Sequences or Pairs.")
+        if number > told:
+            raise ArgumentError(source, f"{name}: mini_batches yields more than the {told} that steps_per_batch told.")
+        yield text
+    if number < told:
+        raise ArgumentError(source, f"{name}: mini_batches yields {number}, but steps_per_batch told {told}.")
 
 
 def check_signals(
